@@ -1,0 +1,136 @@
+"""Server-level mixing settings, and YAML files that set them. Unknown keys are errors that name the nearest key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ALPHA_METHODS = ("kl_symmetry", "ess_balance", "reverse_kl_symmetry", "entropy", "fixed")
+"""Names in the order of ``sglang_optimal.mixing.AlphaMethod``; kept apart so that parsing needs no torch."""
+
+
+def check_known(keys, allowed, where: str) -> None:
+    """Raise ValueError for the first key that is not allowed, with the nearest allowed name."""
+    for key in keys:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), list(allowed), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(allowed))}."
+            raise ValueError(f"{where}: unknown key {key!r}.{hint}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AlphaSettings:
+    """How alpha is chosen for every token of one request.
+
+    Attributes:
+        alpha_method: one of ``ALPHA_METHODS``.
+        alpha_min, alpha_max: bounds in [0, 1] that the solved alpha is clamped to; not used by ``fixed``.
+        fixed_alpha: weight of the teacher for ``fixed``; may lie outside [0, 1] (guidance, contrastive decoding).
+
+    Raises:
+        ValueError: unknown method, bounds out of order or range, or ``fixed`` without ``fixed_alpha``.
+    """
+
+    alpha_method: str = "kl_symmetry"
+    alpha_min: float = 0.0
+    alpha_max: float = 1.0
+    fixed_alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.alpha_method not in ALPHA_METHODS:
+            near = difflib.get_close_matches(str(self.alpha_method), ALPHA_METHODS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"alpha_method: {self.alpha_method!r} is not one of {', '.join(ALPHA_METHODS)}.{hint}")
+        for name in ("alpha_min", "alpha_max", "fixed_alpha"):
+            value = getattr(self, name)
+            if value is None and name == "fixed_alpha":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name}: must be a finite number, got {value!r}.")
+        if not 0.0 <= self.alpha_min <= 1.0 or not 0.0 <= self.alpha_max <= 1.0:
+            raise ValueError(
+                f"alpha_min, alpha_max: must lie in [0, 1], got {self.alpha_min} and {self.alpha_max}; "
+                "use fixed_alpha for a weight outside [0, 1]."
+            )
+        if self.alpha_min > self.alpha_max:
+            raise ValueError(f"alpha_min: {self.alpha_min} is greater than alpha_max {self.alpha_max}.")
+        if self.alpha_method == "fixed" and self.fixed_alpha is None:
+            raise ValueError("fixed_alpha: required when alpha_method is 'fixed'.")
+        if self.alpha_method != "fixed" and self.fixed_alpha is not None:
+            raise ValueError(f"fixed_alpha: only read when alpha_method is 'fixed', not {self.alpha_method!r}.")
+
+    def updated(self, values: dict[str, Any]) -> AlphaSettings:
+        """A copy with ``values`` on top. ``fixed_alpha`` alone means the method ``fixed``; another method drops it."""
+        values = {k: v for k, v in values.items() if v is not None}
+        if "fixed_alpha" in values:
+            values.setdefault("alpha_method", "fixed")
+        elif "alpha_method" in values and values["alpha_method"] != "fixed":
+            values["fixed_alpha"] = None
+        return dataclasses.replace(self, **values)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixingConfig:
+    """What a server knows about mixing, beside SGLang's own ServerArgs.
+
+    Attributes:
+        student_model_path: Hugging Face id or folder of the student; None: the server takes no mixed requests.
+        student_revision: revision of the student on the hub.
+        student_max_total_tokens: upper bound on the student's KV pool, in tokens; None: as many as the teacher's.
+        alpha: defaults for requests that do not say.
+    """
+
+    student_model_path: str | None = None
+    student_revision: str | None = None
+    student_max_total_tokens: int | None = None
+    alpha: AlphaSettings = AlphaSettings()
+
+    ALPHA_KEYS = ("alpha_method", "alpha_min", "alpha_max", "fixed_alpha")
+    STUDENT_KEYS = ("student_model_path", "student_revision", "student_max_total_tokens")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "mixing") -> MixingConfig:
+        """Build from flat keys (``STUDENT_KEYS`` + ``ALPHA_KEYS``); None values count as absent."""
+        check_known(values, cls.STUDENT_KEYS + cls.ALPHA_KEYS, where)
+        limit = values.get("student_max_total_tokens")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit <= 0):
+            raise ValueError(f"student_max_total_tokens: must be a positive integer, got {limit!r}.")
+        alpha = AlphaSettings().updated({k: v for k, v in values.items() if k in cls.ALPHA_KEYS})
+        return cls(**{k: v for k, v in values.items() if k in cls.STUDENT_KEYS}, alpha=alpha)
+
+
+def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a server configuration file.
+
+    The file has two optional sections: ``mixing`` (the flat keys of MixingConfig) and ``server`` (any argument of
+    SGLang's ServerArgs, with underscores).
+
+    Returns:
+        (mixing values, server values), both flat dicts.
+
+    Raises:
+        ValueError: the file is missing, is not a mapping, or has an unknown key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"--config: no such file: {path}")
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: {path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"--config: {path} must hold a mapping with the sections 'mixing' and 'server'.")
+    check_known(data, ("mixing", "server"), str(path))
+    sections = []
+    for name in ("mixing", "server"):
+        section = data.get(name) or {}
+        if not isinstance(section, dict):
+            raise ValueError(f"{path}: section {name!r} must be a mapping.")
+        sections.append(section)
+    check_known(sections[0], MixingConfig.STUDENT_KEYS + MixingConfig.ALPHA_KEYS, f"{path}: mixing")
+    return sections[0], sections[1]

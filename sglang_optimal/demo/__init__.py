@@ -1,0 +1,1 @@
+"""A real small model and a few problems, so that everything can be tried on a laptop."""

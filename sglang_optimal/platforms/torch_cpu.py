@@ -1,0 +1,23 @@
+"""SGLang on plain PyTorch CPU kernels: the real scheduler, radix cache and overlap loop, without native kernels."""
+
+from __future__ import annotations
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+
+class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """CPU as an out-of-tree platform.
+
+    SGLang's in-tree CPU engine needs compiled kernels that its PyPI wheel does not carry; an out-of-tree platform takes
+    the generic paths instead (torch-native attention, ``forward_native`` layers).
+    """
+
+    _enum = PlatformEnum.OOT
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def is_pin_memory_available(self, device=None) -> bool:
+        return False

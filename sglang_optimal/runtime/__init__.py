@@ -1,0 +1,1 @@
+"""Everything that touches SGLang's inside, and nothing else does."""

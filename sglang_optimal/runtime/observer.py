@@ -1,0 +1,151 @@
+"""The mixing of one step: from both models' logits to the sampled token's extras.
+
+SGLang calls in this order: ``before_grammar`` (penalties, grammar mask and bias go to the student's logits too), the
+sampler (mixes, see sampler.py), ``after_sample`` (gathers what clients may ask for). The extras travel to the host with
+the sampled tokens, in one asynchronous copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from sglang.srt.managers.auxiliary_output import CommittedTokens
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+from sglang_optimal.mixing import Mixture, mix, token_logprobs
+from sglang_optimal.runtime.plan import MixedRows
+
+SERIES = (
+    "alpha",
+    "teacher_logprob",
+    "student_logprob",
+    "mixture_logprob",
+    "kl_to_student",
+    "kl_to_teacher",
+    "ess_ratio",
+)
+"""Per-token series in ``meta_info``; ``alpha`` always, the others with ``return_mixing_info``."""
+
+
+@dataclasses.dataclass
+class MixingStep:
+    """One batch's mixed rows on their way through SGLang's sampling.
+
+    Attributes:
+        rows: which rows of the batch, and their settings.
+        student_logits: [n, V_student].
+        vocab_size: number of ids both models have; the mixture's support is [0, vocab_size).
+    """
+
+    rows: MixedRows
+    student_logits: torch.Tensor
+    vocab_size: int
+    teacher_logits: torch.Tensor | None = None
+    temperatures: torch.Tensor | None = None
+    mixture: Mixture | None = None
+
+    def apply_logit_transforms(self, width: int, info: SamplingBatchInfo) -> None:
+        """Penalties, grammar mask and logit bias, applied to the student's logits as SGLang does to the teacher's."""
+        penalized = info.penalizer_orchestrator is not None and info.penalizer_orchestrator.is_required
+        if not (
+            penalized
+            or info.acc_additive_penalties is not None
+            or info.acc_scaling_penalties is not None
+            or info.grammar_mask is not None
+            or info.logit_bias is not None
+        ):
+            return
+        logits = self.student_logits.float()
+        # SGLang's transforms take the whole batch at the teacher's width.
+        full = logits.new_zeros((len(info), width))
+        full[self.rows.host if self.rows.index is None else self.rows.index, : self.vocab_size] = logits[
+            :, : self.vocab_size
+        ]
+        info.apply_logits_bias(full)
+        self.student_logits = self.rows.select(full)
+
+    def mix_into(self, logits: torch.Tensor, info: SamplingBatchInfo) -> torch.Tensor:
+        """Replace the mixed rows of the teacher's ``logits`` [B, V] by the mixture's; returns the tensor to sample from.
+
+        The teacher's own rows are kept for the logprobs of the sampled token.
+        """
+        v = self.vocab_size
+        width = logits.shape[-1]
+        teacher = self.rows.select(logits)
+        self.teacher_logits = teacher[:, :v]
+        self.temperatures = self.rows.select(info.temperatures)
+        self.student_logits = self.student_logits[:, :v]
+        self.mixture = mix(
+            self.teacher_logits, self.student_logits, self.temperatures, self.rows.alpha, diagnostics=self.rows.info
+        )
+        mixed = self.mixture.logits
+        if self.rows.index is None:
+            if width == v and mixed.dtype == logits.dtype:
+                return mixed
+            logits = torch.full_like(logits, -torch.inf)
+            logits[:, :v] = mixed
+            return logits
+        if width > v:
+            mixed = torch.nn.functional.pad(mixed, (0, width - v), value=-torch.inf)
+        return logits.index_copy_(0, self.rows.index, mixed.to(logits.dtype))
+
+    def extras(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[n, len(SERIES)] float32 for the sampled tokens [B]."""
+        m = self.mixture
+        token_ids = self.rows.select(token_ids).long()
+        teacher, student, mixture = token_logprobs(
+            m, self.teacher_logits, self.student_logits, self.temperatures, token_ids
+        )
+        ess = m.ess_ratio if m.ess_ratio is not None else torch.full_like(m.alpha, torch.nan)
+        return torch.stack([m.alpha, teacher, student, mixture, m.kl_to_student, m.kl_to_teacher, ess], dim=-1)
+
+
+class MixingObserver:
+    """SGLang's SamplingObserver for batches with mixed rows."""
+
+    def is_active(self, sampling_info: SamplingBatchInfo) -> bool:
+        return getattr(sampling_info, "mixing", None) is not None
+
+    def before_grammar(self, logits: torch.Tensor, sampling_info: SamplingBatchInfo) -> MixingStep:
+        sampling_info.mixing.apply_logit_transforms(logits.shape[-1], sampling_info)
+        return sampling_info.mixing
+
+    def after_sample(self, state: MixingStep, token_ids: torch.Tensor) -> MixingDeviceOutput:
+        output = MixingDeviceOutput(state.rows.host, state.extras(token_ids))
+        # Free both models' logits now: the step lives on with the batch for two more iterations.
+        state.teacher_logits = state.student_logits = state.mixture = None
+        return output
+
+
+@dataclasses.dataclass
+class MixingDeviceOutput:
+    """Extras on the device; ``host_rows`` are the batch rows of ``values`` [n, len(SERIES)]."""
+
+    host_rows: list[int]
+    values: torch.Tensor
+
+    def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> MixingHostOutput:
+        return MixingHostOutput(self.host_rows, copy_tensor(self.values))
+
+
+@dataclasses.dataclass
+class MixingHostOutput:
+    """Extras on the host; handed to each request together with the token they belong to."""
+
+    host_rows: list[int]
+    values: torch.Tensor
+
+    def consume(self, batch: ScheduleBatch, commits: Sequence[CommittedTokens | None]) -> None:
+        for row, values in zip(self.host_rows, self.values.tolist(), strict=True):
+            if commits[row] is None:  # chunk in flight, or a request that had already finished
+                continue
+            req: Any = batch.reqs[row]
+            if req.customized_info is None:
+                req.customized_info = {}
+            names = SERIES if req.student.return_mixing_info else SERIES[:1]
+            for name, value in zip(names, values, strict=False):
+                req.customized_info.setdefault(name, []).append(value)

@@ -1,0 +1,153 @@
+"""What the student has to do for one scheduled batch, worked out before the forward is launched."""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+
+import torch
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+from sglang_optimal.mixing import AlphaParams
+from sglang_optimal.runtime.student_kv import StudentKV, length_offset, student_of
+
+
+@dataclasses.dataclass
+class MixedRows:
+    """The mixed rows of a batch and their settings; unchanged from step to step while the batch has the same requests.
+
+    Attributes:
+        host: row numbers. index: the same on the device, [n] int64, or None when every row is mixed.
+        offsets, offsets_cpu: [n] int64, student length minus teacher length.
+        alpha: per-row settings.
+        info: whether any row asked for all per-token series.
+    """
+
+    host: list[int]
+    index: torch.Tensor | None
+    offsets: torch.Tensor
+    offsets_cpu: torch.Tensor
+    alpha: AlphaParams
+    info: bool
+
+    @classmethod
+    def build(cls, batch: ScheduleBatch, host: list[int]) -> MixedRows:
+        reqs = [batch.reqs[i] for i in host]
+        settings = [req.student.alpha for req in reqs]
+        offsets = torch.tensor([length_offset(req) for req in reqs], dtype=torch.int64)
+        device = batch.device
+        return cls(
+            host=host,
+            index=None if len(host) == len(batch.reqs) else torch.tensor(host, dtype=torch.int64).to(device),
+            offsets=offsets.to(device, non_blocking=True),
+            offsets_cpu=offsets,
+            alpha=AlphaParams.from_lists(
+                [s.alpha_method for s in settings],
+                [s.alpha_min for s in settings],
+                [s.alpha_max for s in settings],
+                [0.5 if s.fixed_alpha is None else s.fixed_alpha for s in settings],
+                device,
+            ),
+            info=any(req.student.return_mixing_info for req in reqs),
+        )
+
+    def select(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mixed rows of a tensor [B, …]; the tensor itself when all are."""
+        return tensor if self.index is None else tensor.index_select(0, self.index)
+
+
+@dataclasses.dataclass
+class DecodePlan:
+    """One decode step of the student. seq_lens: [n] including the new token; out_cache_loc: [n] its slots."""
+
+    rows: MixedRows
+    seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor
+    out_cache_loc: torch.Tensor
+
+
+@dataclasses.dataclass
+class PrefillChunk:
+    """Tokens [start, end) of one student context; last: the context is complete after it."""
+
+    req: Req
+    row: int
+    ids: array
+    start: int
+    end: int
+    slots: torch.Tensor
+    last: bool
+
+
+@dataclasses.dataclass
+class PrefillPlan:
+    """The student contexts that complete with this batch; each piece is one forward."""
+
+    rows: MixedRows
+    pieces: list[list[PrefillChunk]]
+
+
+class Planner:
+    """Makes the plan of each batch and allocates the student's slots for it, on the scheduler's stream."""
+
+    def __init__(self, kv: StudentKV, chunk_size: int | None):
+        self.kv = kv
+        self.chunk_size = chunk_size if chunk_size and chunk_size > 0 else None
+        self._cached_reqs: list | None = None
+        self._cached_rows: MixedRows | None = None
+
+    def plan(self, batch: ScheduleBatch) -> DecodePlan | PrefillPlan | None:
+        """The student's part of ``batch``; None when no row of it is mixed."""
+        if batch.forward_mode.is_decode():
+            return self._decode(batch)
+        if batch.forward_mode.is_extend():
+            return self._prefill(batch)
+        return None
+
+    def _decode(self, batch: ScheduleBatch) -> DecodePlan | None:
+        rows = self._decode_rows(batch)
+        if rows is None:
+            return None
+        seq_lens = rows.select(batch.seq_lens) + rows.offsets
+        cpu = batch.seq_lens_cpu if rows.index is None else batch.seq_lens_cpu[rows.host]
+        slots = self.kv.decode_slots(rows.select(batch.req_pool_indices), seq_lens)
+        return DecodePlan(rows=rows, seq_lens=seq_lens, seq_lens_cpu=cpu + rows.offsets_cpu, out_cache_loc=slots)
+
+    def _decode_rows(self, batch: ScheduleBatch) -> MixedRows | None:
+        # SGLang rebinds batch.reqs whenever the composition changes, so identity of the list is identity of the rows.
+        if self._cached_reqs is not batch.reqs:
+            host = [i for i, req in enumerate(batch.reqs) if student_of(req) is not None]
+            self._cached_rows = MixedRows.build(batch, host) if host else None
+            self._cached_reqs = batch.reqs
+        return self._cached_rows
+
+    def _prefill(self, batch: ScheduleBatch) -> PrefillPlan | None:
+        host = []
+        for i, req in enumerate(batch.reqs):
+            if student_of(req) is None:
+                continue
+            self.kv.bind(req)
+            if req.extend_end == len(req.full_untruncated_fill_ids):
+                host.append(i)
+        if not host:
+            return None
+        return PrefillPlan(rows=MixedRows.build(batch, host), pieces=self._pieces([batch.reqs[i] for i in host]))
+
+    def _pieces(self, reqs: list[Req]) -> list[list[PrefillChunk]]:
+        limit = self.chunk_size or 1 << 60
+        pieces: list[list[PrefillChunk]] = [[]]
+        room = limit
+        for req in reqs:
+            state = req.student.kv
+            start, length = state.prefix_len, len(state.ids)
+            while start < length:
+                if room == 0:
+                    pieces.append([])
+                    room = limit
+                end = min(length, start + room)
+                slots = state.slots[start - state.prefix_len : end - state.prefix_len]
+                pieces[-1].append(PrefillChunk(req, req.kv.req_pool_idx, state.ids, start, end, slots, end == length))
+                room -= end - start
+                start = end
+            state.forwarded = True
+        return pieces

@@ -1,0 +1,144 @@
+"""A mixed request: the fields a client may send in ``sampling_params.custom_params``, and what they become."""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sglang_optimal.config import AlphaSettings, MixingConfig, check_known
+
+STUDENT_FIELDS = ("student_text", "student_input_ids", "student_messages")
+MIXING_FIELDS = STUDENT_FIELDS + MixingConfig.ALPHA_KEYS + ("return_mixing_info",)
+# Keys with these beginnings can only be meant for us: a typo must not quietly give plain teacher samples.
+_OUR_PREFIXES = ("student", "alpha", "fixed_alpha", "return_mixing", "teacher")
+
+
+@dataclasses.dataclass
+class StudentContext:
+    """The student's side of one request, kept on the scheduler's ``Req`` as ``req.student``.
+
+    Attributes:
+        prompt_ids: token ids of the student's prompt (S); the student reads S + the output tokens.
+        alpha: how alpha is chosen.
+        return_mixing_info: whether the client asked for every per-token series.
+        kv: the student's KV slots; None while the request holds none.
+    """
+
+    prompt_ids: array
+    alpha: AlphaSettings
+    return_mixing_info: bool = False
+    kv: Any = None
+
+
+def mixing_fields(custom_params: Any) -> dict[str, Any]:
+    """The fields of ``custom_params`` that belong to mixing; empty for a plain request.
+
+    Raises:
+        ValueError: a key that looks like ours is not known.
+    """
+    if not isinstance(custom_params, dict):
+        return {}
+    ours = {k: v for k, v in custom_params.items() if isinstance(k, str) and k.startswith(_OUR_PREFIXES)}
+    check_known(ours, MIXING_FIELDS, "custom_params")
+    return ours
+
+
+def to_wire(
+    custom_params: dict[str, Any],
+    config: MixingConfig,
+    *,
+    encode_text: Callable[[str], Sequence[int]],
+    encode_messages: Callable[[list[dict]], Sequence[int]],
+    vocab_size: int,
+    context_length: int,
+    max_new_tokens: int | None,
+) -> dict[str, Any] | None:
+    """Check a request's mixing fields and tokenize its student context (in the tokenizer manager).
+
+    Args:
+        custom_params: as the client sent them.
+        encode_text, encode_messages: the student's tokenizer and chat template.
+        vocab_size: number of ids both models know; ids must lie in [0, vocab_size).
+        context_length: the student's context length, in tokens.
+        max_new_tokens: the request's limit, or None.
+
+    Returns:
+        New custom_params, with ``student_input_ids`` and every setting filled in; None for a plain request.
+
+    Raises:
+        ValueError: names the field and the fix.
+    """
+    fields = mixing_fields(custom_params)
+    if not fields:
+        return None
+    if config.student_model_path is None:
+        raise ValueError(
+            f"{next(iter(fields))}: this server has no student model; start it with --student-model-path to mix."
+        )
+    given = [name for name in STUDENT_FIELDS if fields.get(name) is not None]
+    if len(given) != 1:
+        what = "none was given" if not given else f"got {' and '.join(given)}"
+        raise ValueError(f"a mixed request needs exactly one of {', '.join(STUDENT_FIELDS)}; {what}.")
+    name = given[0]
+    value = fields[name]
+    if name == "student_text":
+        if not isinstance(value, str) or not value:
+            raise ValueError("student_text: must be a non-empty string.")
+        ids = list(encode_text(value))
+    elif name == "student_messages":
+        ids = list(encode_messages(_checked_messages(value)))
+    else:
+        ids = _checked_ids(value, vocab_size)
+    if not ids:
+        raise ValueError(f"{name}: the student context has no tokens.")
+    wanted = len(ids) + max(max_new_tokens or 1, 1)
+    if wanted > context_length:
+        raise ValueError(
+            f"{name}: the student context is too long: {len(ids)} tokens and {max_new_tokens or 1} new ones exceed the "
+            f"student's context length of {context_length}. Shorten it or lower max_new_tokens."
+        )
+    return_info = fields.get("return_mixing_info")
+    if return_info is not None and not isinstance(return_info, bool):
+        raise ValueError(f"return_mixing_info: must be true or false, got {return_info!r}.")
+    alpha = config.alpha.updated({k: fields[k] for k in MixingConfig.ALPHA_KEYS if k in fields})
+    others = {k: v for k, v in custom_params.items() if k not in fields}
+    return {
+        **others,
+        "student_input_ids": ids,
+        "return_mixing_info": bool(return_info),
+        **dataclasses.asdict(alpha),
+    }
+
+
+def from_wire(custom_params: Any) -> StudentContext | None:
+    """The student context of a request that ``to_wire`` has checked; None for a plain request."""
+    if not isinstance(custom_params, dict) or custom_params.get("student_input_ids") is None:
+        return None
+    alpha = AlphaSettings(**{k: custom_params.get(k) for k in MixingConfig.ALPHA_KEYS})
+    return StudentContext(
+        prompt_ids=array("q", custom_params["student_input_ids"]),
+        alpha=alpha,
+        return_mixing_info=bool(custom_params.get("return_mixing_info")),
+    )
+
+
+def _checked_ids(value: Any, vocab_size: int) -> list[int]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"student_input_ids: must be a list of token ids, got {type(value).__name__}.")
+    for position, token in enumerate(value):
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise ValueError(f"student_input_ids[{position}]: must be an integer, got {token!r}.")
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"student_input_ids[{position}]: {token} is outside the vocabulary [0, {vocab_size}).")
+    return list(value)
+
+
+def _checked_messages(value: Any) -> list[dict]:
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError("student_messages: must be a non-empty list of {'role': …, 'content': …}.")
+    for position, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise ValueError(f"student_messages[{position}]: must be a mapping with 'role' and 'content'.")
+    return list(value)

@@ -1,0 +1,145 @@
+"""The scheduler subclass: one admission, one batch, one finish for both contexts of a mixed request."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_device
+
+from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime.plan import Planner
+from sglang_optimal.runtime.request import from_wire
+from sglang_optimal.runtime.student_kv import StudentKV, student_of
+from sglang_optimal.runtime.worker import MixedTpWorker
+
+
+class MixedPrefillAdder(PrefillAdder):
+    """Admits a mixed request only when its student context fits the student's pool too, and reserves it there."""
+
+    student_kv: StudentKV
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        running = self.running_batch.reqs if self.running_batch is not None else []
+        # Tokens that admitted requests will still decode, estimated as SGLang does for the teacher's pool.
+        self._student_future = sum(
+            self._get_running_request_total_token_offset(req) for req in running if student_of(req) is not None
+        )
+
+    def add_one_req(self, req: Req, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
+        if student_of(req) is None:
+            return super().add_one_req(req, has_chunked_req, truncation_align_size)
+        kv = self.student_kv
+        state = kv.match(req)
+        max_new = min(max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS)
+        if state.extend_len + max_new > kv.available() - self._student_future:
+            kv.unmatch(state)
+            return AddReqResult.NO_TOKEN
+        result = super().add_one_req(req, has_chunked_req, truncation_align_size)
+        if self.can_run_list and self.can_run_list[-1] is req:
+            kv.allocate(req, state)
+            self._student_future += max_new
+            # The step computes the student's prompt as well: let it use up the same compute budget.
+            self.rem_input_tokens -= state.extend_len
+        else:
+            kv.unmatch(state)
+        return result
+
+
+class MixedScheduler(Scheduler):
+    """SGLang's scheduler with a student worker. ``mixing_config`` is set before construction, in each process."""
+
+    mixing_config: MixingConfig
+
+    def init_tp_model_worker(self) -> None:
+        self.tp_worker = MixedTpWorker(
+            self.mixing_config, server_args=self.server_args, gpu_id=get_device().gpu_id, nccl_port=self.nccl_port
+        )
+
+    def init_chunked_prefill(self) -> None:
+        super().init_chunked_prefill()
+        self.student_planner = Planner(self.tp_worker.student_kv, self.chunked_prefill_size)
+
+    def get_prefill_adder_class(self) -> type[PrefillAdder]:
+        MixedPrefillAdder.student_kv = self.tp_worker.student_kv
+        return MixedPrefillAdder
+
+    def _create_generation_req(self, recv_req, *args, **kwargs) -> Req:
+        req = super()._create_generation_req(recv_req, *args, **kwargs)
+        req.student = from_wire(req.sampling_params.custom_params)
+        return req
+
+    def init_req_max_new_tokens(self, req: Req) -> None:
+        super().init_req_max_new_tokens(req)
+        if student_of(req) is None:
+            return
+        room = self.tp_worker.student_max_req_len - len(req.student.prompt_ids) - 1
+        if room < 1:
+            req.set_finish_with_abort(
+                f"student context too long: {len(req.student.prompt_ids)} tokens, but the student's context length and "
+                f"KV pool allow {self.tp_worker.student_max_req_len - 2}."
+            )
+            room = 0
+        params = req.sampling_params
+        params.max_new_tokens = min(params.max_new_tokens, room)
+        params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+
+    def run_batch(self, batch: ScheduleBatch, *args, **kwargs):
+        batch.student_plan = self.student_planner.plan(batch)
+        return super().run_batch(batch, *args, **kwargs)
+
+    def on_idle(self) -> None:
+        super().on_idle()
+        if self.is_fully_idle():
+            leak = self.tp_worker.student_kv.leak_report()
+            if leak is not None:
+                self.invariant_checker._report_leak("student pool", leak)
+
+    def get_internal_state(self, recv_req):
+        output = super().get_internal_state(recv_req)
+        kv = self.tp_worker.student_kv
+        output.internal_state["student"] = {
+            "model_path": self.mixing_config.student_model_path,
+            "max_total_num_tokens": kv.size,
+            "available_tokens": kv.allocator.available_size(),
+            "cached_tokens": kv.tree.evictable_size() + kv.tree.protected_size(),
+            "requests": kv.held,
+            "prompt_tokens_total": kv.prompt_tokens,
+            "cached_prompt_tokens_total": kv.cached_tokens,
+        }
+        return output
+
+
+def _check_decode_mem(original: Callable[..., bool], batch: ScheduleBatch, selected_indices=None) -> bool:
+    """Decode only what fits both pools. SGLang's retraction loop converges on this same check."""
+    if not original(batch, selected_indices):
+        return False
+    reqs = batch.reqs if selected_indices is None else [batch.reqs[i] for i in selected_indices]
+    mixed = sum(student_of(req) is not None for req in reqs)
+    return mixed == 0 or batch.tree_cache.student_kv.can_decode(mixed)
+
+
+def run_mixed_scheduler_process(config: MixingConfig, *args, **kwargs) -> None:
+    """Scheduler process with a student; the arguments after ``config`` are SGLang's ``run_scheduler_process``'s."""
+    from sglang.srt.managers import scheduler
+
+    from sglang_optimal.runtime import plugin
+
+    plugin.register()
+    MixedScheduler.mixing_config = config
+    # SGLang applies these when the process loads its plugins, before it builds the scheduler.
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", MixedScheduler, HookType.REPLACE)
+    HookRegistry.register(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem", _check_decode_mem, HookType.AROUND
+    )
+    scheduler.run_scheduler_process(*args, **kwargs)
+
+
+def scheduler_process(config: MixingConfig) -> Callable[..., None]:
+    """The picklable process function to hand to SGLang's Engine or launch_server."""
+    return functools.partial(run_mixed_scheduler_process, config)

@@ -1,0 +1,97 @@
+"""The student: a second, complete model worker in the scheduler process, and the batches it runs."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch
+
+from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime.plan import DecodePlan, PrefillPlan
+
+
+class StudentWorker(TpModelWorker):
+    """Loads the student beside the teacher, with pools, attention backend and CUDA graphs of its own."""
+
+    def __init__(self, config: MixingConfig, **worker_kwargs):
+        self._mixing = config
+        super().__init__(**worker_kwargs)
+
+    def _init_model_config(self) -> None:
+        self.model_config = ModelConfig.from_server_args(
+            self.server_args,
+            model_path=self._mixing.student_model_path,
+            model_revision=self._mixing.student_revision,
+        )
+
+    def forward_decode(self, batch: ScheduleBatch, plan: DecodePlan) -> torch.Tensor:
+        """Run the mixed rows of a decode batch. Returns logits [n, V_student]."""
+        rows = plan.rows
+        part = _student_batch(batch, [batch.reqs[i] for i in rows.host])
+        part.input_ids = rows.select(batch.input_ids)
+        part.req_pool_indices = rows.select(batch.req_pool_indices)
+        part.req_pool_indices_cpu = None
+        part.seq_lens = plan.seq_lens
+        part.seq_lens_cpu = plan.seq_lens_cpu
+        part.seq_lens_sum = None
+        part.orig_seq_lens = plan.seq_lens.to(torch.int32)
+        part.out_cache_loc = plan.out_cache_loc
+        return self._logits(part)
+
+    def forward_prefill(self, batch: ScheduleBatch, plan: PrefillPlan) -> torch.Tensor:
+        """Prefill the student contexts, in pieces of at most the chunk size.
+
+        Returns:
+            logits [n, V_student] of each context's last token, in the order of ``plan.rows``.
+        """
+        finished: list[torch.Tensor] = []
+        for piece in plan.pieces:
+            part = _student_batch(batch, [chunk.req for chunk in piece])
+            ends = [chunk.end for chunk in piece]
+            lens = [chunk.end - chunk.start for chunk in piece]
+            ids = torch.cat([torch.tensor(c.ids[c.start : c.end], dtype=torch.int64) for c in piece])
+            rows = torch.tensor([chunk.row for chunk in piece], dtype=torch.int64)
+            part.input_ids = ids.to(batch.device, non_blocking=True)
+            part.req_pool_indices_cpu = rows
+            part.req_pool_indices = rows.to(batch.device, non_blocking=True)
+            part.seq_lens_cpu = torch.tensor(ends, dtype=torch.int64)
+            part.seq_lens = part.seq_lens_cpu.to(batch.device, non_blocking=True)
+            part.seq_lens_sum = sum(ends)
+            part.orig_seq_lens = part.seq_lens.to(torch.int32)
+            part.out_cache_loc = torch.cat([chunk.slots for chunk in piece])
+            part.prefix_lens = [chunk.start for chunk in piece]
+            part.extend_lens = lens
+            part.extend_num_tokens = sum(lens)
+            part.extend_logprob_start_lens = lens
+            logits = self._logits(part)
+            done = [i for i, chunk in enumerate(piece) if chunk.last]
+            if len(done) == len(piece):
+                # The logits of a graph replay live in its static buffer, which the next piece overwrites.
+                finished.append(logits.clone() if len(plan.pieces) > 1 else logits)
+            elif done:
+                finished.append(logits[done])
+        return finished[0] if len(finished) == 1 else torch.cat(finished)
+
+    def _logits(self, part: ScheduleBatch) -> torch.Tensor:
+        forward_batch = ForwardBatch.init_new(part, self.model_runner, return_hidden_states_before_norm=False)
+        return self.model_runner.forward(forward_batch).logits_output.next_token_logits
+
+
+def _student_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:
+    """A shallow copy of the teacher's batch without what belongs to the teacher's sampling."""
+    part = copy.copy(batch)
+    part.reqs = reqs
+    part.sampling_info = None
+    part.has_grammar = False
+    part.return_logprob = False
+    part.top_logprobs_nums = None
+    part.token_ids_logprobs = None
+    part.extend_input_logprob_token_ids = None
+    part.return_hidden_states_mode = CaptureHiddenMode.NULL
+    part.decoding_reqs = None
+    part.multimodal_inputs = [None] * len(reqs)
+    return part

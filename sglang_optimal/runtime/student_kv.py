@@ -1,0 +1,218 @@
+"""The student's KV cache: its slots, its rows and its radix cache, released at the same events as the teacher's.
+
+The scheduler knows a mixed request once. The student's ``req_to_token_pool`` has the teacher's size, so a request uses
+the same row in both. At any time the student holds ``len(S) − len(T)`` more tokens than the teacher (S, T: the two
+prompts), a constant of the request, so its lengths are derived and never counted token by token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+
+import torch
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.allocation import alloc_token_slots
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.common import evict_from_tree_cache
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+
+
+def student_of(req: Req):
+    """The request's StudentContext, or None for a plain request."""
+    return getattr(req, "student", None)
+
+
+def length_offset(req: Req) -> int:
+    """``len(S) − len(T)``: student length minus teacher length, the same at every step."""
+    return len(req.student.prompt_ids) - len(req.origin_input_ids)
+
+
+@dataclasses.dataclass
+class StudentKVState:
+    """What one request holds in the student's pool.
+
+    Attributes:
+        ids: the tokens to prefill: S + the output tokens so far (more than S only after a retraction).
+        prefix_len: how many of them the radix cache had.
+        node, lock: the matched tree node and the lock on it.
+        slots: [len(ids) − prefix_len] KV slots for the rest.
+        protected_len: the tree owns [0, protected_len) of the row.
+        bound: whether the row is written. forwarded: whether the prefill was launched.
+    """
+
+    ids: array
+    prefix_len: int
+    node: object
+    lock: object
+    slots: torch.Tensor | None = None
+    protected_len: int = 0
+    bound: bool = False
+    forwarded: bool = False
+
+    @property
+    def extend_len(self) -> int:
+        return len(self.ids) - self.prefix_len
+
+
+class StudentKV:
+    """Slots, rows and radix cache of the student.
+
+    Args:
+        req_to_token_pool, allocator: the student model runner's own pools.
+        disable_radix_cache, eviction_policy: as the teacher's.
+    """
+
+    def __init__(self, req_to_token_pool, allocator, *, disable_radix_cache: bool, eviction_policy: str):
+        self.req_to_token_pool = req_to_token_pool
+        self.allocator = allocator
+        self.tree = RadixCache(
+            CacheInitParams(
+                disable=disable_radix_cache,
+                req_to_token_pool=req_to_token_pool,
+                token_to_kv_pool_allocator=allocator,
+                page_size=allocator.page_size,
+                eviction_policy=eviction_policy,
+            )
+        )
+        self.size = allocator.size
+        self.held = 0  # requests that hold slots; 0 means that every slot is free or in the tree
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+
+    # -- accounting ------------------------------------------------------------------------------------------------
+
+    def available(self) -> int:
+        """Tokens that can be allocated, evicting if needed."""
+        return self.allocator.available_size() + self.tree.evictable_size()
+
+    def leak_report(self) -> str | None:
+        """None when idle accounting is right: every slot is free or evictable and no request holds any."""
+        free, evictable, protected = (
+            self.allocator.available_size(),
+            self.tree.evictable_size(),
+            self.tree.protected_size(),
+        )
+        if free + evictable == self.size and protected == 0 and self.held == 0:
+            return None
+        return (
+            f"student KV pool leak: size={self.size}, free={free}, evictable={evictable}, "
+            f"protected={protected}, requests holding slots={self.held}"
+        )
+
+    def can_decode(self, num_requests: int) -> bool:
+        """Whether ``num_requests`` more tokens fit, evicting if needed."""
+        evict_from_tree_cache(self.tree, num_requests)
+        return self.allocator.available_size() >= num_requests
+
+    # -- life of a request -----------------------------------------------------------------------------------------
+
+    def match(self, req: Req) -> StudentKVState:
+        """Match the request's student context in the radix cache and lock what was found. Allocates nothing."""
+        ids = req.student.prompt_ids + req.output_ids
+        key = self._key(req, ids[:-1])  # the last token is always forwarded: its logits are needed
+        result = self.tree.match_prefix(MatchPrefixParams(key=key))
+        node = result.last_device_node
+        return StudentKVState(ids=ids, prefix_len=result.device_prefix_len, node=node, lock=self.tree.lock(node))
+
+    def unmatch(self, state: StudentKVState) -> None:
+        """Undo ``match`` for a request that was not admitted."""
+        self.tree.unlock(state.lock)
+
+    def allocate(self, req: Req, state: StudentKVState) -> None:
+        """Take the slots for the whole student prompt. The caller has checked that they fit."""
+        state.slots = alloc_token_slots(self.tree, state.extend_len)
+        state.protected_len = state.prefix_len
+        req.student.kv = state
+        self.held += 1
+        self.prompt_tokens += len(state.ids)
+        self.cached_tokens += state.prefix_len
+
+    def bind(self, req: Req) -> None:
+        """Write the request's row, once the scheduler has given it one."""
+        state = req.student.kv
+        if state.bound:
+            return
+        row = req.kv.req_pool_idx
+        if state.prefix_len:
+            prefix = self.tree.path_device_indices(state.node)[: state.prefix_len]
+            self.req_to_token_pool.write((row, slice(0, state.prefix_len)), prefix.to(torch.int32))
+        self.req_to_token_pool.write((row, slice(state.prefix_len, len(state.ids))), state.slots.to(torch.int32))
+        state.bound = True
+
+    def decode_slots(self, rows: torch.Tensor, student_lens: torch.Tensor) -> torch.Tensor:
+        """One slot a request for the token at position ``student_lens − 1``; writes the rows.
+
+        Args:
+            rows: [n] int64 rows. student_lens: [n] int64 lengths including the new token.
+
+        Returns:
+            [n] int64 slots.
+        """
+        slots = alloc_token_slots(self.tree, rows.numel())
+        self.req_to_token_pool.write((rows, student_lens - 1), slots.to(torch.int32))
+        return slots
+
+    def checkpoint(self, req: Req) -> None:
+        """After the prefill: put the prompt into the radix cache, so that others can share it at once."""
+        state = req.student.kv
+        if state is None or not state.forwarded or self.tree.disable or state.protected_len >= len(state.ids):
+            return
+        self._insert(req, state, len(state.ids))
+
+    def release(self, req: Req, *, keep: bool) -> None:
+        """Give everything back; with ``keep`` the computed tokens stay in the radix cache."""
+        state = req.student.kv
+        if state is None:
+            return
+        req.student.kv = None
+        self.held -= 1
+        if not state.bound:
+            self.allocator.free_segment(state.slots, start_pos=state.prefix_len)
+            self.tree.unlock(state.lock)
+            return
+        offset = length_offset(req)
+        # Not forwarded yet (aborted between chunks): the row holds the prompt's slots and nothing else.
+        total = req.kv.kv_allocated_len + offset if state.forwarded else len(state.ids)
+        if keep and state.forwarded and not self.tree.disable:
+            computed = min(req.owned_kv_len() + offset, total)
+            if computed > state.protected_len:
+                state.ids = (req.student.prompt_ids + req.output_ids)[:computed]
+                self._insert(req, state, computed)
+        row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        if total > state.protected_len:
+            self.allocator.free_segment(row[state.protected_len : total].to(torch.int64), start_pos=state.protected_len)
+        self.tree.unlock(state.lock)
+
+    def reset(self) -> None:
+        """Drop everything; only when no request holds slots (``/flush_cache``)."""
+        self.tree.reset()
+        self.allocator.clear()
+
+    # -- radix tree ------------------------------------------------------------------------------------------------
+
+    def _key(self, req: Req, ids: array) -> RadixKey:
+        return RadixKey(ids, req.extra_key, cache_salt=req.cache_salt)
+
+    def _insert(self, req: Req, state: StudentKVState, length: int) -> None:
+        """Insert the first ``length`` tokens; duplicates of what the tree has are freed and the row points to the
+        tree's slots; the lock moves to the deeper node."""
+        row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        key = self._key(req, state.ids[:length])
+        values = row[:length].to(torch.int64, copy=True)
+        known = self.tree.insert(
+            InsertParams(
+                key=key, value=values, inserted_len=state.protected_len, prev_prefix_len=state.protected_len, priority=0
+            )
+        ).prefix_len
+        if known > state.protected_len:
+            self.allocator.free_segment(values[state.protected_len : known], start_pos=state.protected_len)
+        node = self.tree.match_prefix(MatchPrefixParams(key=key)).last_device_node
+        slots = self.tree.path_device_indices(node)
+        self.req_to_token_pool.write(
+            (req.kv.req_pool_idx, slice(state.protected_len, length)), slots[state.protected_len : length].to(torch.int32)
+        )
+        lock = self.tree.lock(node)
+        self.tree.unlock(state.lock)
+        state.node, state.lock, state.protected_len = node, lock, length

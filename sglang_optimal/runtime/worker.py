@@ -1,0 +1,107 @@
+"""The scheduler's model worker: the teacher, with the student beside it."""
+
+from __future__ import annotations
+
+import logging
+
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.runtime_context import get_context, get_memory, get_parallel, get_schedule
+
+from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime.observer import MixingObserver, MixingStep
+from sglang_optimal.runtime.plan import PrefillPlan
+from sglang_optimal.runtime.student import StudentWorker
+from sglang_optimal.runtime.student_kv import StudentKV
+
+logger = logging.getLogger(__name__)
+
+
+class MixedTpWorker(TpModelWorker):
+    """Runs the student's forward, then SGLang's own teacher forward and sampling.
+
+    The student goes first so that SGLang's write-after-read barrier, which follows the teacher's forward on the same
+    stream, covers both.
+    """
+
+    def __init__(self, config: MixingConfig, **worker_kwargs):
+        super().__init__(**worker_kwargs)
+        self.student = StudentWorker(config, random_seed=self.random_seed, **worker_kwargs)
+        self.student_kv: StudentKV | None = None
+        self.vocab_size = min(self.model_config.vocab_size, self.student.model_config.vocab_size)
+        self._student_max_tokens = config.student_max_total_tokens
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def alloc_memory_pool(self, *args, **kwargs) -> None:
+        """Split one memory budget so that both pools hold the same number of tokens."""
+        tokens = self._tokens_in_budget()
+        user_limit = get_schedule().max_total_tokens
+        tokens = tokens if user_limit is None else min(tokens, user_limit)
+        get_context().override("sglang_optimal.kv_split", max_total_tokens=tokens)
+        super().alloc_memory_pool(*args, **kwargs)
+        runner = self.model_runner
+        # The student shares the scheduler's rows, so its row table must have the teacher's size whatever its own limits.
+        get_context().override("sglang_optimal.kv_split", max_running_requests=runner.max_running_requests)
+        if self._student_max_tokens is not None:
+            get_context().override("sglang_optimal.kv_split", max_total_tokens=min(tokens, self._student_max_tokens))
+        self.student.alloc_memory_pool()
+        get_context().override("sglang_optimal.kv_split", max_total_tokens=tokens)
+        pool, allocator = self.student.get_memory_pool()
+        if pool.size < runner.req_to_token_pool.size:
+            raise RuntimeError(
+                f"the student's KV pool of {allocator.size} tokens serves {pool.size} requests, the teacher's "
+                f"{runner.req_to_token_pool.size}; raise --mem-fraction-static or lower --max-running-requests."
+            )
+        self.model_runner.sampling_observer = MixingObserver()
+        self.student_kv = StudentKV(
+            pool,
+            allocator,
+            disable_radix_cache=get_memory().disable_radix_cache,
+            eviction_policy=get_memory().radix_eviction_policy,
+        )
+        if get_parallel().tp_rank == 0:
+            logger.info(
+                "KV pools: teacher %d tokens, student %d tokens (one budget, split for equal tokens)",
+                runner.max_total_num_tokens,
+                allocator.size,
+            )
+
+    def _tokens_in_budget(self) -> int:
+        """N such that N teacher tokens and N student tokens together fill the budget that the teacher alone would get."""
+        alone = []
+        for worker in (self, self.student):
+            runner = worker.model_runner
+            runner.init_kv_cache_configurator()
+            budget = runner.kv_cache_configurator._profile_available_bytes(self.model_runner.pre_model_load_memory)
+            alone.append(runner.kv_cache_configurator.config_from_budget(budget).max_total_num_tokens)
+        teacher, student = alone
+        page = get_schedule().page_size
+        return max(teacher * student // (teacher + student) // page * page, page)
+
+    def init_attention_backends(self) -> None:
+        super().init_attention_backends()
+        self.student.init_attention_backends()
+
+    def init_cuda_graphs(self, capture_decode_cuda_graph: bool = True) -> None:
+        super().init_cuda_graphs(capture_decode_cuda_graph)
+        self.student.init_cuda_graphs(capture_decode_cuda_graph)
+
+    @property
+    def student_max_req_len(self) -> int:
+        """Longest student context, new tokens included, that can be served."""
+        return min(self.student.model_config.context_len - 1, self.student_kv.size - 1)
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def forward_batch_generation(self, batch: ScheduleBatch | None, *args, **kwargs):
+        if batch is not None and batch.sampling_info is not None:
+            batch.sampling_info.mixing = self._student_step(batch)
+        return super().forward_batch_generation(batch, *args, **kwargs)
+
+    def _student_step(self, batch: ScheduleBatch) -> MixingStep | None:
+        plan = getattr(batch, "student_plan", None)
+        if plan is None:
+            return None
+        forward = self.student.forward_prefill if isinstance(plan, PrefillPlan) else self.student.forward_decode
+        return MixingStep(rows=plan.rows, student_logits=forward(batch, plan), vocab_size=self.vocab_size)

