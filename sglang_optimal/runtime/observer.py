@@ -80,7 +80,7 @@ class MixingStep:
         self.temperatures = self.rows.select(info.temperatures)
         self.student_logits = self.student_logits[:, :v]
         self.mixture = mix(
-            self.teacher_logits, self.student_logits, self.temperatures, self.rows.alpha, diagnostics=self.rows.info
+            self.teacher_logits, self.student_logits, self.temperatures, self.rows.alpha, ess_ratio=self.rows.info
         )
         mixed = self.mixture.logits
         if self.rows.index is None:

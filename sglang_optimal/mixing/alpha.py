@@ -1,0 +1,255 @@
+"""Alpha: the teacher's weight, solved anew for every token.
+
+With r = log p_t − log p_s and A(α) = log Σ p_s^(1−α) p_t^α (convex, A(0) = A(1) = 0), the mixture is q ∝ p_s e^(αr),
+A' = E_q[r] and A'' = Var_q[r]. A' = KL(q‖p_s) − KL(q‖p_t), so its root is the Chernoff point.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sglang_optimal.mixing.pair import LogPair
+
+TOLERANCE = 1e-6
+"""Iteration stops at |f| ≤ TOLERANCE or |Δα| ≤ TOLERANCE."""
+# Newton with bisection as the safeguard. On a GPU the count is fixed, because asking whether it has converged would
+# stall the overlap loop; a converged row stays where it is. 12 leaves room for a few bisections of the bracket.
+_MAX_STEPS_HOST = 40
+_STEPS_DEVICE = 12
+# Squared: below this root-mean-square of r under the middle mixture (float32 noise of the logits) alpha has no meaning.
+_EQUAL = 1e-10
+
+
+class AlphaMethod(enum.IntEnum):
+    """How alpha is chosen. The numbers are what ``AlphaParams.method`` holds."""
+
+    KL_SYMMETRY = 0
+    """KL(q‖p_s) = KL(q‖p_t), the Chernoff point: A'(α) = 0."""
+    ESS_BALANCE = 1
+    """Σ p_s²/q = Σ p_t²/q, equal effective sample sizes: A(2−α) = A(−α)."""
+    REVERSE_KL_SYMMETRY = 2
+    """KL(p_s‖q) = KL(p_t‖q); α = KL(p_t‖p_s) / (KL(p_s‖p_t) + KL(p_t‖p_s))."""
+    ENTROPY = 3
+    """α = H(p_s) / (H(p_s) + H(p_t)): the more certain model weighs more."""
+    FIXED = 4
+    """Given, and may lie outside [0, 1]."""
+
+
+ALPHA_METHODS: tuple[str, ...] = tuple(method.name.lower() for method in AlphaMethod)
+
+
+@dataclasses.dataclass
+class AlphaParams:
+    """Per-row settings of one batch.
+
+    Attributes:
+        method: [B] int64, an AlphaMethod each.
+        alpha_min, alpha_max: [B] float32 bounds of solved alphas; FIXED ignores them.
+        fixed_alpha: [B] float32, read where the method is FIXED.
+        methods_present: the methods that occur, known on the host so that only these are solved.
+    """
+
+    method: Tensor
+    alpha_min: Tensor
+    alpha_max: Tensor
+    fixed_alpha: Tensor
+    methods_present: frozenset[AlphaMethod]
+
+    @classmethod
+    def from_lists(
+        cls,
+        methods: Sequence[str | AlphaMethod],
+        alpha_min: Sequence[float],
+        alpha_max: Sequence[float],
+        fixed_alpha: Sequence[float],
+        device: torch.device | str = "cpu",
+    ) -> AlphaParams:
+        """Args: one entry per row; methods by name or value.
+
+        Raises:
+            ValueError: lists of different lengths, or an unknown method.
+        """
+        if not len(methods) == len(alpha_min) == len(alpha_max) == len(fixed_alpha):
+            raise ValueError("methods, alpha_min, alpha_max, fixed_alpha: must have the same length.")
+        values = [_method(m) for m in methods]
+
+        def floats(entries: Sequence[float]) -> Tensor:
+            return torch.tensor(entries, dtype=torch.float32).to(device, non_blocking=True)
+
+        return cls(
+            method=torch.tensor([int(v) for v in values], dtype=torch.int64).to(device, non_blocking=True),
+            alpha_min=floats(alpha_min),
+            alpha_max=floats(alpha_max),
+            fixed_alpha=floats(fixed_alpha),
+            methods_present=frozenset(values),
+        )
+
+    @classmethod
+    def uniform(
+        cls,
+        batch_size: int,
+        method: str | AlphaMethod = AlphaMethod.KL_SYMMETRY,
+        *,
+        alpha_min: float = 0.0,
+        alpha_max: float = 1.0,
+        fixed_alpha: float = 0.5,
+        device: torch.device | str = "cpu",
+    ) -> AlphaParams:
+        """The same settings for every row."""
+        n = batch_size
+        return cls.from_lists([method] * n, [alpha_min] * n, [alpha_max] * n, [fixed_alpha] * n, device)
+
+    def rows(self, rows: slice) -> AlphaParams:
+        """A range of rows."""
+        return AlphaParams(
+            self.method[rows], self.alpha_min[rows], self.alpha_max[rows], self.fixed_alpha[rows], self.methods_present
+        )
+
+
+def _method(value: str | AlphaMethod) -> AlphaMethod:
+    if isinstance(value, AlphaMethod):
+        return value
+    try:
+        return AlphaMethod[value.upper()]
+    except KeyError:
+        raise ValueError(f"alpha_method: {value!r} is not one of {', '.join(ALPHA_METHODS)}.") from None
+
+
+def solve_alpha(pair: LogPair, params: AlphaParams) -> Tensor:
+    """Alpha of every row, [B] float32, within its bounds (FIXED: as given).
+
+    Equal distributions give the middle of the bounds; an empty support gives 1.
+    """
+    alpha = torch.zeros_like(params.fixed_alpha)
+    for method in sorted(params.methods_present):
+        if method is AlphaMethod.FIXED:
+            solved = params.fixed_alpha
+        else:
+            solved, equal = _SOLVERS[method](pair)
+            middle = (params.alpha_min + params.alpha_max) / 2
+            solved = torch.where(equal, middle, solved.clamp(params.alpha_min, params.alpha_max))
+        if len(params.methods_present) == 1:
+            alpha = solved.clone()
+        else:
+            alpha = torch.where(params.method == int(method), solved, alpha)
+    if pair.empty is not None:
+        alpha = alpha.masked_fill(pair.empty, 1.0)
+    return alpha
+
+
+def kl_symmetry(pair: LogPair) -> tuple[Tensor, Tensor]:
+    """Root of A' in [0, 1] (A' increases from −KL(p_s‖p_t) to KL(p_t‖p_s)). Returns (alpha, equal), each [B]."""
+
+    def f(p: LogPair, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        _, first, second = p.derivatives(alpha)
+        return first, second
+
+    return _newton(pair, f)
+
+
+def ess_balance(pair: LogPair) -> tuple[Tensor, Tensor]:
+    """Root of A(−α) − A(2−α) in [0, 1]; increasing. Returns (alpha, equal), each [B]."""
+
+    def f(p: LogPair, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        low, low_slope = p.derivatives(-alpha, order=1)
+        high, high_slope = p.derivatives(2.0 - alpha, order=1)
+        return low - high, high_slope - low_slope
+
+    return _newton(pair, f)
+
+
+def reverse_kl_symmetry(pair: LogPair) -> tuple[Tensor, Tensor]:
+    """Closed form: A'(1) / (A'(1) − A'(0)). Returns (alpha, equal), each [B]."""
+    zero = torch.zeros_like(pair.student_log_z)
+    _, minus_kl_st = pair.derivatives(zero, order=1)
+    _, kl_ts = pair.derivatives(zero + 1.0, order=1)
+    total = kl_ts - minus_kl_st
+    return (kl_ts / total).clamp(0.0, 1.0), _is_equal(pair)
+
+
+def entropy(pair: LogPair) -> tuple[Tensor, Tensor]:
+    """H(p_s) / (H(p_s) + H(p_t)); 1/2 when both are certain. Returns (alpha, equal), each [B]."""
+    student, teacher = entropies(pair)
+    total = student + teacher
+    alpha = torch.where(total > 0, student / total, torch.where(total.isnan(), total, 0.5))
+    return alpha, _is_equal(pair)
+
+
+def entropies(pair: LogPair) -> tuple[Tensor, Tensor]:
+    """H(p_s), H(p_t) in nats, each [B] float32."""
+    result = []
+    for alpha in (0.0, 1.0):
+        w, _ = pair.weights(torch.full_like(pair.student_log_z, alpha))
+        total = w.sum(-1)
+        log_p = pair.student if alpha == 0.0 else pair.student + pair.delta
+        result.append((w.mul_(log_p).sum(-1) / total).neg_().clamp_(min=0.0))
+    return result[0], result[1]
+
+
+def _is_equal(pair: LogPair) -> Tensor:
+    _, mean, variance = pair.derivatives(torch.full_like(pair.student_log_z, 0.5))
+    return variance + mean * mean <= _EQUAL
+
+
+def _newton(pair: LogPair, f: Callable[[LogPair, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Root in [0, 1] of an increasing f with f(0) ≤ 0 ≤ f(1); f returns (value, slope), each [B].
+
+    A Newton step that leaves the bracket, or that would not halve the last step, becomes a bisection.
+
+    Returns:
+        (alpha [B] float32, equal [B] bool: whether the distributions are equal to float32 precision).
+    """
+    on_device = pair.student.is_cuda
+    equal = _is_equal(pair)
+    alpha = torch.full_like(pair.student_log_z, 0.5)
+    low, high = torch.zeros_like(alpha), torch.ones_like(alpha)
+    step = torch.ones_like(alpha)
+    done = equal.clone()
+    part, rows = pair, None  # the rows that still iterate; None: all
+    for _ in range(_STEPS_DEVICE if on_device else _MAX_STEPS_HOST):
+        a = alpha if rows is None else alpha[rows]
+        lo, hi = (low, high) if rows is None else (low[rows], high[rows])
+        last = step if rows is None else step[rows]
+        value, slope = f(part, a)
+        below = value < 0
+        lo, hi = torch.where(below, a, lo), torch.where(below, hi, a)
+        newton = a - value / slope
+        take = (newton > lo) & (newton < hi) & ((newton - a).abs() <= last / 2)
+        target = torch.where(take, newton, (lo + hi) / 2)
+        small = value.abs() <= TOLERANCE
+        target = torch.where(small, a, target)
+        target = torch.where(value.isnan(), value, target)
+        change = (target - a).abs()
+        finished = small | ~(change > TOLERANCE)  # NaN is finished too
+        if rows is None:
+            keep = done
+            alpha = torch.where(keep, alpha, target)
+            low, high, step = lo, hi, change
+            done = done | finished
+        else:
+            alpha[rows], low[rows], high[rows], step[rows] = target, lo, hi, change
+            done[rows] = finished
+        if on_device:
+            continue
+        left = (~done).nonzero().squeeze(-1)
+        if left.numel() == 0:
+            break
+        # Rows are independent: go on with the open ones alone once that is clearly less work.
+        current = alpha.numel() if rows is None else rows.numel()
+        if left.numel() <= current // 2:
+            rows = left
+            part = pair.select(rows)
+    return alpha, equal
+
+
+_SOLVERS = {
+    AlphaMethod.KL_SYMMETRY: kl_symmetry,
+    AlphaMethod.ESS_BALANCE: ess_balance,
+    AlphaMethod.REVERSE_KL_SYMMETRY: reverse_kl_symmetry,
+    AlphaMethod.ENTROPY: entropy,
+}

@@ -1,0 +1,145 @@
+"""The mixture q* ∝ p_s^(1−α) p_t^α, batched, with an alpha method per row."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from sglang_optimal.mixing.alpha import AlphaParams, solve_alpha
+from sglang_optimal.mixing.pair import LogPair
+
+# Rows are worked on in blocks of at most this many elements, which keeps the working set in a CPU's last-level cache.
+_BLOCK_ELEMENTS = 1 << 20
+
+
+@dataclasses.dataclass
+class Mixture:
+    """What mixing gave, B rows. All float32. p_t, p_s: the two models at the row's temperature, over their common support.
+
+    Attributes:
+        logits: [B, V], (1−α)·z_s + α·z_t, which is T·log q* up to a constant; −inf where either model masks.
+        alpha: [B], the teacher's weight.
+        kl_to_student, kl_to_teacher: [B] nats, KL(q*‖p_s) and KL(q*‖p_t); +inf without a common token.
+        teacher_log_z, student_log_z, mixture_log_z: [B], log Σ exp(z/T) over the support.
+        ess_ratio: [B], the student's effective sample size over the teacher's, Σ p_t²/q* / Σ p_s²/q*; 1 is balance.
+            None unless asked for.
+    """
+
+    logits: Tensor
+    alpha: Tensor
+    kl_to_student: Tensor
+    kl_to_teacher: Tensor
+    teacher_log_z: Tensor
+    student_log_z: Tensor
+    mixture_log_z: Tensor
+    ess_ratio: Tensor | None = None
+
+
+def mix(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    temperature: Tensor,
+    params: AlphaParams,
+    *,
+    ess_ratio: bool = False,
+    out: Tensor | None = None,
+) -> Mixture:
+    """Solve alpha for every row and mix.
+
+    A token that either model masks (−inf) is outside the support of both before alpha is solved. A row without any
+    common token is the teacher's, with alpha 1. NaN stays in its row.
+
+    Args:
+        teacher_logits, student_logits: [B, V], any float dtype, one device; penalties and masks already applied.
+        temperature: [B] or [B, 1], positive.
+        params: the rows' alpha settings.
+        ess_ratio: whether to compute ``Mixture.ess_ratio`` (two more passes over the vocabulary).
+        out: [B, V] float32 to write ``Mixture.logits`` into; must not share memory with the arguments.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if teacher_logits.shape != student_logits.shape or teacher_logits.dim() != 2:
+        raise ValueError(
+            f"teacher_logits, student_logits: must both be [B, V], got {list(teacher_logits.shape)} and "
+            f"{list(student_logits.shape)}."
+        )
+    size, width = teacher_logits.shape
+    if temperature.numel() != size or params.method.numel() != size:
+        raise ValueError(f"temperature, params: must have one entry for each of the {size} rows.")
+    temperature = temperature.reshape(size, 1).float()
+    logits = torch.empty((size, width), dtype=torch.float32, device=teacher_logits.device) if out is None else out
+    if logits.shape != teacher_logits.shape or logits.dtype != torch.float32:
+        raise ValueError(f"out: must be float32 {[size, width]}, got {logits.dtype} {list(logits.shape)}.")
+    block = max(size, 1) if teacher_logits.is_cuda else max(1, _BLOCK_ELEMENTS // max(width, 1))
+    parts = [
+        _mix_block(teacher_logits[r], student_logits[r], temperature[r], params.rows(r), ess_ratio, logits[r])
+        for r in (slice(i, i + block) for i in range(0, max(size, 1), block))
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    rest = [field.name for field in dataclasses.fields(Mixture) if field.name != "logits"]
+    columns = {name: [getattr(part, name) for part in parts] for name in rest}
+    return Mixture(logits, **{name: None if v[0] is None else torch.cat(v) for name, v in columns.items()})
+
+
+def _mix_block(
+    teacher: Tensor, student: Tensor, temperature: Tensor, params: AlphaParams, want_ess_ratio: bool, out: Tensor
+) -> Mixture:
+    pair = LogPair.from_logits(teacher, student, temperature)
+    alpha = solve_alpha(pair, params)
+    a, slope = pair.derivatives(alpha, order=1)
+    kl_to_student = (alpha * slope - a).clamp_(min=0.0)
+    kl_to_teacher = ((alpha - 1.0) * slope - a).clamp_(min=0.0)
+    mixture_log_z = a + (1.0 - alpha) * pair.student_log_z + alpha * pair.teacher_log_z
+    ess_ratio = None
+    if want_ess_ratio:
+        ess_ratio = (pair.log_normalizer(2.0 - alpha) - pair.log_normalizer(-alpha)).exp_()
+    _interpolate(teacher, student, alpha, pair, out)
+    if pair.empty is not None:
+        kl_to_student = kl_to_student.masked_fill(pair.empty, torch.inf)
+        kl_to_teacher = kl_to_teacher.masked_fill(pair.empty, torch.inf)
+        own = (teacher.float() / temperature).logsumexp(-1)
+        mixture_log_z = torch.where(pair.empty, own, mixture_log_z)
+        if ess_ratio is not None:
+            ess_ratio = ess_ratio.masked_fill(pair.empty, torch.nan)
+    return Mixture(
+        out, alpha, kl_to_student, kl_to_teacher, pair.teacher_log_z, pair.student_log_z, mixture_log_z, ess_ratio
+    )
+
+
+def _interpolate(teacher: Tensor, student: Tensor, alpha: Tensor, pair: LogPair, out: Tensor) -> None:
+    """(1−α)·z_s + α·z_t into ``out`` [B, V] float32."""
+    t, s = teacher.float(), student.float()
+    torch.lerp(s, t, alpha.unsqueeze(-1), out=out)
+    if pair.empty is not None:
+        # −inf·0 is NaN, and a weight outside [0, 1] turns −inf into +inf: what is masked stays masked.
+        out.masked_fill_(t.isneginf() | s.isneginf(), -torch.inf)
+        torch.where(pair.empty.unsqueeze(-1), t, out, out=out)
+
+
+def token_logprobs(
+    mixture: Mixture, teacher_logits: Tensor, student_logits: Tensor, temperature: Tensor, token_ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of one token a row under each model and the mixture, at the row's temperature.
+
+    Args:
+        mixture: what ``mix`` returned for the same logits. teacher_logits, student_logits: [B, V].
+        temperature: [B] or [B, 1]. token_ids: [B] int64.
+
+    Returns:
+        (teacher, student, mixture), each [B] float32.
+    """
+    index = token_ids.reshape(-1, 1)
+    temperature = temperature.reshape(-1).float()
+
+    def at(logits: Tensor, log_z: Tensor) -> Tensor:
+        return logits.gather(-1, index).squeeze(-1).float() / temperature - log_z
+
+    return (
+        at(teacher_logits, mixture.teacher_log_z),
+        at(student_logits, mixture.student_log_z),
+        at(mixture.logits, mixture.mixture_log_z),
+    )
