@@ -22,7 +22,7 @@ AlphaMethod = Literal["kl_symmetry", "ess_balance", "reverse_kl_symmetry", "entr
 torch.set_num_threads(2)
 
 _BISECTIONS = 60  # an interval of 2^-60: nothing is left to gain in float64
-_EQUAL = 1e-6  # log-probabilities this close everywhere (float32 noise) have no well-defined alpha
+_EQUAL = 1e-5  # log-probabilities this close everywhere (float32 noise) have no well-defined alpha
 
 
 @dataclass

@@ -21,3 +21,7 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def is_pin_memory_available(self, device=None) -> bool:
         return False
+
+    def get_device(self, device_id: int = 0) -> str:
+        # SGLang's argument resolution wants the name (it splits off an index).
+        return "cpu"

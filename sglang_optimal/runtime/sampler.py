@@ -25,11 +25,34 @@ class MixtureSampler(Sampler):
 
 
 def create_mixture_sampler() -> MixtureSampler:
-    """Factory of ``--sampling-backend optimal``; called by each model runner."""
+    """Factory of ``--sampling-backend optimal``; called by each model runner.
+
+    Raises:
+        RuntimeError: SGLang's own scheduler asked for it, which has no student and would sample the teacher alone.
+    """
+    if not _student_present:
+        raise RuntimeError(
+            "--sampling-backend optimal needs a student: start the server with python -m sglang_optimal.launch_server."
+        )
     if get_exec().kernel.sampling_backend == BACKEND:
         # SGLang's sampler picks its top-k/top-p kernels by this name; the record of launch arguments keeps "optimal".
         get_context().override("sglang_optimal.sampler", sampling_backend=_kernel_backend())
     return MixtureSampler()
+
+
+def install(model_runner) -> None:
+    """Make a model runner sample mixtures. SGLang replaces the backend's name on CPU and in deterministic mode."""
+    if not isinstance(model_runner.sampler, MixtureSampler):
+        model_runner.sampler = create_mixture_sampler()
+
+
+_student_present = False
+
+
+def announce_student() -> None:
+    """Called by the worker that has one, before its model runners are built."""
+    global _student_present
+    _student_present = True
 
 
 def _kernel_backend() -> str:

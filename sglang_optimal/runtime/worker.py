@@ -9,6 +9,7 @@ from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.runtime_context import get_context, get_memory, get_parallel, get_schedule
 
 from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime import sampler
 from sglang_optimal.runtime.observer import MixingObserver, MixingStep
 from sglang_optimal.runtime.plan import PrefillPlan
 from sglang_optimal.runtime.student import StudentWorker
@@ -25,7 +26,9 @@ class MixedTpWorker(TpModelWorker):
     """
 
     def __init__(self, config: MixingConfig, **worker_kwargs):
+        sampler.announce_student()
         super().__init__(**worker_kwargs)
+        sampler.install(self.model_runner)
         self.student = StudentWorker(config, random_seed=self.random_seed, **worker_kwargs)
         self.student_kv: StudentKV | None = None
         self.vocab_size = min(self.model_config.vocab_size, self.student.model_config.vocab_size)
@@ -35,8 +38,9 @@ class MixedTpWorker(TpModelWorker):
 
     def alloc_memory_pool(self, *args, **kwargs) -> None:
         """Split one memory budget so that both pools hold the same number of tokens."""
-        tokens = self._tokens_in_budget()
         user_limit = get_schedule().max_total_tokens
+        get_context().override("sglang_optimal.kv_split", max_total_tokens=None)
+        tokens = self._tokens_in_budget()
         tokens = tokens if user_limit is None else min(tokens, user_limit)
         get_context().override("sglang_optimal.kv_split", max_total_tokens=tokens)
         super().alloc_memory_pool(*args, **kwargs)

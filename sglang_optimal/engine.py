@@ -1,0 +1,382 @@
+"""OptimalSampler: mixed sampling in this process's SGLang engine, without a server."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from array import array
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sglang_optimal.config import MixingConfig, check_known
+
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+"""Text, token ids, or chat messages."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AlphaStats:
+    """Statistics of alpha over the tokens of one or many generations. std is the population's; all NaN without tokens."""
+
+    mean: float
+    std: float
+    min: float
+    max: float
+    count: int
+
+    @classmethod
+    def of(cls, alphas: Sequence[float]) -> AlphaStats:
+        n = len(alphas)
+        if n == 0:
+            return cls(math.nan, math.nan, math.nan, math.nan, 0)
+        mean = math.fsum(alphas) / n
+        std = math.sqrt(math.fsum((a - mean) ** 2 for a in alphas) / n)
+        return cls(mean, std, min(alphas), max(alphas), n)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationResult:
+    """One generation; while streaming, what there is of it so far.
+
+    Attributes:
+        text: the generated text.
+        token_ids: its token ids.
+        finish_reason: "stop", "length" or "abort"; None while streaming.
+        alpha: statistics of the per-token alphas.
+        alphas: the teacher's weight for each token.
+        mixing_info: with ``return_mixing_info`` a list of floats for each of teacher_logprob, student_logprob,
+            mixture_logprob, kl_to_student, kl_to_teacher, ess_ratio; all aligned with ``token_ids``. Else empty.
+        index: number of the prompt in the call.
+        meta_info: everything SGLang says about the request.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    alpha: AlphaStats
+    alphas: list[float]
+    mixing_info: dict[str, list[float]]
+    index: int
+    meta_info: dict[str, Any] = dataclasses.field(repr=False)
+
+
+class OptimalSampler:
+    """Samples every token from q* ∝ π_student^(1−α)·π_teacher^α, each model reading its own prompt.
+
+    Args:
+        teacher: Hugging Face id or folder of the teacher.
+        student: the same for the student; None: the teacher's weights, loaded a second time (self-distillation).
+        alpha_method, alpha_min, alpha_max, fixed_alpha: defaults for every generation, see AlphaSettings.
+        teacher_system_prompt, student_system_prompt: put before the prompts of each side: as a system message with
+            ``enable_chat_template``, else as a first paragraph. Not used for token ids.
+        enable_chat_template: wrap text prompts as a user message in each model's own chat template.
+        student_revision, student_max_total_tokens: see MixingConfig.
+        **server_args: any argument of SGLang's ServerArgs (``mem_fraction_static``, ``context_length``, …).
+
+    Raises:
+        ValueError: names the argument: unknown, out of range, models that are missing or do not fit together.
+
+    Example:
+        >>> with OptimalSampler("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct") as sampler:
+        ...     result = sampler.generate("2+2=? (the answer is 4)", "2+2=?", max_new_tokens=32)
+        ...     print(result.text, result.alpha.mean)
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        student: str | None = None,
+        *,
+        alpha_method: str | None = None,
+        alpha_min: float | None = None,
+        alpha_max: float | None = None,
+        fixed_alpha: float | None = None,
+        teacher_system_prompt: str | None = None,
+        student_system_prompt: str | None = None,
+        enable_chat_template: bool = False,
+        student_revision: str | None = None,
+        student_max_total_tokens: int | None = None,
+        **server_args: Any,
+    ):
+        self.config = MixingConfig.from_dict(
+            {
+                "student_model_path": str(student if student is not None else teacher),
+                "student_revision": student_revision,
+                "student_max_total_tokens": student_max_total_tokens,
+                "alpha_method": alpha_method,
+                "alpha_min": alpha_min,
+                "alpha_max": alpha_max,
+                "fixed_alpha": fixed_alpha,
+            },
+            "OptimalSampler",
+        )
+        self._system_prompts = (teacher_system_prompt, student_system_prompt)
+        self._enable_chat_template = enable_chat_template
+        self._history: list[tuple[int, array]] = []
+        self._calls = 0
+        self.engine = None
+        self.engine = _start_engine(str(teacher), self.config, server_args)
+
+    # -- generation ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        student_prompts: Prompt | Sequence[Prompt] | None = None,
+        *,
+        sampling_params: dict[str, Any] | None = None,
+        alpha_method: str | None = None,
+        alpha_min: float | None = None,
+        alpha_max: float | None = None,
+        fixed_alpha: float | None = None,
+        return_mixing_info: bool = False,
+        stream: bool = False,
+        **sampling: Any,
+    ) -> GenerationResult | list[GenerationResult] | Iterator[GenerationResult]:
+        """Generate from the mixture.
+
+        Args:
+            prompts: what the teacher reads: one prompt or a sequence of them. A prompt is text, token ids or messages.
+            student_prompts: what the student reads, one for each prompt; None: the same prompts.
+            sampling_params: SGLang's sampling parameters; ``**sampling`` adds to them (``max_new_tokens=64``).
+            alpha_method, alpha_min, alpha_max, fixed_alpha: over the sampler's defaults.
+            return_mixing_info: fill ``GenerationResult.mixing_info``.
+            stream: return an iterator of growing results instead, ``index`` telling which prompt.
+
+        Returns:
+            One result for one prompt, else a list, prompt by prompt; with ``n`` > 1, a list of ``n`` a prompt.
+
+        Raises:
+            ValueError: no prompts, an empty prompt, lengths that differ, or parameters that are wrong.
+        """
+        request = self._request(
+            prompts, student_prompts, sampling_params, sampling, return_mixing_info,
+            alpha_method=alpha_method, alpha_min=alpha_min, alpha_max=alpha_max, fixed_alpha=fixed_alpha,
+        )  # fmt: skip
+        output = self._running().generate(**request.arguments, stream=stream)
+        if stream:
+            return self._stream(request, output)
+        return self._results(request, output)
+
+    async def async_generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        student_prompts: Prompt | Sequence[Prompt] | None = None,
+        *,
+        sampling_params: dict[str, Any] | None = None,
+        alpha_method: str | None = None,
+        alpha_min: float | None = None,
+        alpha_max: float | None = None,
+        fixed_alpha: float | None = None,
+        return_mixing_info: bool = False,
+        stream: bool = False,
+        **sampling: Any,
+    ) -> GenerationResult | list[GenerationResult] | AsyncIterator[GenerationResult]:
+        """`generate` for asyncio; with ``stream``, await it and iterate with ``async for``."""
+        request = self._request(
+            prompts, student_prompts, sampling_params, sampling, return_mixing_info,
+            alpha_method=alpha_method, alpha_min=alpha_min, alpha_max=alpha_max, fixed_alpha=fixed_alpha,
+        )  # fmt: skip
+        output = await self._running().async_generate(**request.arguments, stream=stream)
+        if stream:
+            return self._async_stream(request, output)
+        return self._results(request, output)
+
+    # -- alpha history ---------------------------------------------------------------------------------------------
+
+    def alpha_stats(self) -> AlphaStats:
+        """Statistics over every token generated since the start or ``clear_alpha_history``."""
+        return AlphaStats.of([a for _, alphas in self._history for a in alphas])
+
+    def save_alpha_history(self, path: str | Path) -> None:
+        """Write the alphas of every finished generation as JSON:
+        ``{"stats": {...}, "generations": [{"call": 0, "stats": {...}, "alphas": [...]}, ...]}``."""
+        generations = [
+            {"call": call, "stats": _json_stats(AlphaStats.of(alphas)), "alphas": [round(a, 6) for a in alphas]}
+            for call, alphas in self._history
+        ]
+        content = {"stats": _json_stats(self.alpha_stats()), "generations": generations}
+        Path(path).write_text(json.dumps(content) + "\n")
+
+    def clear_alpha_history(self) -> None:
+        self._history.clear()
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        """Stop the engine and free its memory; safe to call again."""
+        if self.engine is not None:
+            engine, self.engine = self.engine, None
+            engine.shutdown()
+
+    def __enter__(self) -> OptimalSampler:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.shutdown()
+
+    def _running(self):
+        if self.engine is None:
+            raise RuntimeError("this OptimalSampler has been shut down.")
+        return self.engine
+
+    # -- requests and results --------------------------------------------------------------------------------------
+
+    def _request(
+        self, prompts, student_prompts, sampling_params, sampling, return_mixing_info, **alpha
+    ) -> _Request:
+        single, teachers = _as_batch(prompts, "prompts")
+        if student_prompts is None:
+            students = teachers
+        else:
+            student_single, students = _as_batch(student_prompts, "student_prompts")
+            if len(students) != len(teachers) or student_single != single:
+                raise ValueError(
+                    f"student_prompts: {len(students)} of them for {len(teachers)} prompts; give one for each prompt."
+                )
+        params = {**(sampling_params or {}), **sampling}
+        _check_sampling(params)
+        custom = dict(params.pop("custom_params", None) or {})
+        custom.update({k: v for k, v in alpha.items() if v is not None})
+        custom["return_mixing_info"] = return_mixing_info
+        ids = [self._teacher_ids(prompt) for prompt in teachers]
+        per_prompt = [{**params, "custom_params": {**custom, **self._student_fields(prompt)}} for prompt in students]
+        call, self._calls = self._calls, self._calls + 1
+        return _Request({"input_ids": ids, "sampling_params": per_prompt}, single, int(params.get("n") or 1), call)
+
+    def _teacher_ids(self, prompt: Prompt) -> list[int]:
+        kind, value = self._rendered(prompt, self._system_prompts[0])
+        if kind == "input_ids":
+            return value
+        tokenizer = self._running().tokenizer_manager.tokenizer
+        if tokenizer is None:
+            raise ValueError("prompts: the engine runs with skip_tokenizer_init; give token ids.")
+        if kind == "text":
+            return tokenizer.encode(value)
+        text = tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def _student_fields(self, prompt: Prompt) -> dict[str, Any]:
+        kind, value = self._rendered(prompt, self._system_prompts[1])
+        return {f"student_{kind}": value}
+
+    def _rendered(self, prompt: Prompt, system: str | None) -> tuple[str, Any]:
+        if isinstance(prompt, str):
+            if self._enable_chat_template:
+                prompt = [{"role": "user", "content": prompt}]
+            else:
+                return "text", prompt if not system else f"{system}\n\n{prompt}"
+        elif not isinstance(prompt[0], dict):
+            return "input_ids", list(prompt)
+        messages = list(prompt)
+        if system and messages[0].get("role") != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        return "messages", messages
+
+    def _results(self, request: _Request, output) -> GenerationResult | list[GenerationResult]:
+        results = [self._result(request, i, entry) for i, entry in enumerate(output)]
+        return results[0] if request.single and request.n == 1 else results
+
+    def _result(self, request: _Request, position: int, entry: dict[str, Any]) -> GenerationResult:
+        from sglang_optimal.runtime.observer import SERIES
+
+        meta = entry["meta_info"]
+        series = {name: meta[name] for name in SERIES if name in meta}
+        alphas = series.pop("alpha", [])
+        reason = meta.get("finish_reason")
+        result = GenerationResult(
+            text=entry.get("text", ""),
+            token_ids=list(entry.get("output_ids", [])),
+            finish_reason=reason["type"] if reason else None,
+            alpha=AlphaStats.of(alphas),
+            alphas=list(alphas),
+            mixing_info=series,
+            index=position // request.n,
+            meta_info=meta,
+        )
+        if reason:
+            self._history.append((request.call, array("f", alphas)))
+        return result
+
+    def _stream(self, request: _Request, chunks) -> Iterator[GenerationResult]:
+        with contextlib.closing(chunks):
+            for chunk in chunks:
+                yield self._result(request, chunk.get("index", 0), chunk)
+
+    async def _async_stream(self, request: _Request, chunks) -> AsyncIterator[GenerationResult]:
+        async with contextlib.aclosing(chunks):
+            async for chunk in chunks:
+                yield self._result(request, chunk.get("index", 0), chunk)
+
+
+@dataclasses.dataclass
+class _Request:
+    """arguments: for SGLang's engine. single: one prompt was given. n: samples a prompt. call: number of the call."""
+
+    arguments: dict[str, Any]
+    single: bool
+    n: int
+    call: int
+
+
+def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any]):
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_optimal.runtime import launch, plugin
+    from sglang_optimal.runtime.scheduler import scheduler_process
+    from sglang_optimal.runtime.tokenizer import tokenizer_manager_init
+
+    check_known(server_args, ServerArgs.__struct_fields__, "OptimalSampler")
+    if "model_path" in server_args:
+        raise ValueError("model_path: is the teacher; give it as the first argument.")
+    load_plugins()
+    plugin.register()
+    arguments = {"log_level": "error", **launch.server_defaults(config), **server_args}
+    parsed = ServerArgs(model_path=teacher, **arguments)
+    launch.check_server_args(parsed, config)
+    launch.check_models(parsed, config)
+
+    class MixedEngine(Engine):
+        init_tokenizer_manager_func = staticmethod(tokenizer_manager_init(config))
+        run_scheduler_process_func = staticmethod(scheduler_process(config))
+
+    return MixedEngine(server_args=parsed)
+
+
+def _as_batch(prompts: Any, name: str) -> tuple[bool, list]:
+    """(whether it was one prompt, list of prompts)."""
+    if isinstance(prompts, str):
+        single, batch = True, [prompts]
+    elif not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise ValueError(f"{name}: must be text, token ids, messages, or a sequence of these; got {prompts!r}.")
+    else:
+        single = bool(prompts) and isinstance(prompts[0], int | dict)
+        batch = [prompts] if single else list(prompts)
+    if not batch:
+        raise ValueError(f"{name}: is empty; give at least one prompt.")
+    for i, prompt in enumerate(batch):
+        where = name if single else f"{name}[{i}]"
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise ValueError(f"{where}: must be text, token ids or messages; got {prompt!r}.")
+        if len(prompt) == 0:
+            raise ValueError(f"{where}: is empty.")
+        kinds = {dict} if isinstance(prompt[0], dict) else {int} if not isinstance(prompt, str) else {str}
+        if any(type(item) not in kinds for item in prompt):
+            raise ValueError(f"{where}: must be text, or all token ids, or all messages.")
+    return single, batch
+
+
+def _check_sampling(params: dict[str, Any]) -> None:
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    allowed = [name for name in SamplingParams.__struct_fields__ if not name.startswith("_")]
+    check_known(params, allowed, "sampling_params")
+
+
+def _json_stats(stats: AlphaStats) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in dataclasses.asdict(stats).items()}
