@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -102,15 +103,17 @@ class MixedScheduler(Scheduler):
 
     def get_internal_state(self, recv_req):
         output = super().get_internal_state(recv_req)
-        kv = self.tp_worker.student_kv
-        output.internal_state["student"] = {
-            "model_path": self.mixing_config.student_model_path,
-            "max_total_num_tokens": kv.size,
-            "available_tokens": kv.allocator.available_size(),
-            "cached_tokens": kv.tree.evictable_size() + kv.tree.protected_size(),
-            "requests": kv.held,
-            "prompt_tokens_total": kv.prompt_tokens,
-            "cached_prompt_tokens_total": kv.cached_tokens,
+        teacher, tree = self.token_to_kv_pool_allocator, self.tree_cache
+        output.internal_state["mixing"] = {
+            "student_model_path": self.mixing_config.student_model_path,
+            "alpha": dataclasses.asdict(self.mixing_config.alpha),
+            "teacher_pool": {
+                "size": teacher.size,
+                "free": teacher.available_size(),
+                "evictable": tree.evictable_size(),
+                "protected": tree.protected_size(),
+            },
+            "student_pool": self.tp_worker.student_kv.stats(),
         }
         return output
 

@@ -87,19 +87,25 @@ class StudentKV:
         """Tokens that can be allocated, evicting if needed."""
         return self.allocator.available_size() + self.tree.evictable_size()
 
+    def stats(self) -> dict[str, int]:
+        """Numbers of tokens: pool size, free, evictable and protected by the radix cache; requests holding slots;
+        prompt tokens so far and how many of them the radix cache had."""
+        return {
+            "size": self.size,
+            "free": self.allocator.available_size(),
+            "evictable": self.tree.evictable_size(),
+            "protected": self.tree.protected_size(),
+            "requests": self.held,
+            "prompt_tokens_total": self.prompt_tokens,
+            "cached_prompt_tokens_total": self.cached_tokens,
+        }
+
     def leak_report(self) -> str | None:
         """None when idle accounting is right: every slot is free or evictable and no request holds any."""
-        free, evictable, protected = (
-            self.allocator.available_size(),
-            self.tree.evictable_size(),
-            self.tree.protected_size(),
-        )
-        if free + evictable == self.size and protected == 0 and self.held == 0:
+        stats = self.stats()
+        if stats["free"] + stats["evictable"] == self.size and stats["protected"] == 0 and self.held == 0:
             return None
-        return (
-            f"student KV pool leak: size={self.size}, free={free}, evictable={evictable}, "
-            f"protected={protected}, requests holding slots={self.held}"
-        )
+        return f"student KV pool leak while idle: {stats}"
 
     def can_decode(self, num_requests: int) -> bool:
         """Whether ``num_requests`` more tokens fit, evicting if needed."""

@@ -1,0 +1,22 @@
+"""Tiny models shared by the whole session."""
+
+from __future__ import annotations
+
+import pytest
+from oracle import MixedOracle
+from tiny_models import build_tiny_tokenizer_model
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory):
+    """Folders of two unrelated random models with the 64-token tokenizer: (teacher, student)."""
+    root = tmp_path_factory.mktemp("tiny-pair")
+    teacher = build_tiny_tokenizer_model(root / "teacher", seed=1)
+    # Another shape, so that nothing of one model's KV cache could serve the other's, and a padded vocabulary.
+    student = build_tiny_tokenizer_model(root / "student", seed=2, hidden_size=32, num_layers=1, vocab_size=80)
+    return teacher, student
+
+
+@pytest.fixture(scope="session")
+def tiny_oracle(tiny_pair):
+    return MixedOracle(*tiny_pair)

@@ -1,0 +1,176 @@
+"""Greedy output of the real engine is token-identical to a plain transformers loop, whatever the scheduler does.
+
+Every scenario runs on three engines: roomy with overlap scheduling; overlap with tiny chunks and a pool so small that
+requests are retracted; and the same without overlap, and without radix caches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+from harness import Case, check_all, check_greedy, check_pools, mixing_state, random_cases, random_ids, run, start
+
+SMALL = {"chunked_prefill_size": 16, "max_total_tokens": 400, "schedule_conservativeness": 0.05}
+ENGINES = {
+    "roomy": {},
+    "small": SMALL,
+    "small-no-overlap": {**SMALL, "disable_overlap_schedule": True, "disable_radix_cache": True},
+}
+
+
+@pytest.fixture(scope="module", params=list(ENGINES))
+def sampler(request, tiny_pair):
+    with start(tiny_pair, **ENGINES[request.param]) as engine:
+        engine.name = request.param
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def pools_are_full_again(sampler):
+    yield
+    check_pools(sampler)
+
+
+def test_one_mixed_request(sampler, tiny_oracle):
+    cases = random_cases(1, 1, 0)
+    check_all(tiny_oracle, cases, run(sampler, cases))
+
+
+def test_batch_of_mixed_and_plain(sampler, tiny_oracle):
+    cases = random_cases(2, 10, 4)
+    check_all(tiny_oracle, cases, run(sampler, cases))
+
+
+def test_only_plain(sampler, tiny_oracle):
+    cases = random_cases(3, 0, 5)
+    check_all(tiny_oracle, cases, run(sampler, cases))
+
+
+def test_long_prompts_are_chunked(sampler, tiny_oracle):
+    """Both contexts, the teacher's alone, and the student's alone need many chunks of 16."""
+    rng = random.Random(4)
+    lengths = ((150, 170), (120, 3), (2, 140), (33, 32))
+    cases = [Case(random_ids(rng, t), random_ids(rng, s), 8) for t, s in lengths]
+    check_all(tiny_oracle, cases, run(sampler, cases))
+
+
+def test_prefix_hits(sampler, tiny_oracle):
+    """Contexts that share prefixes with earlier ones: on both sides, on one side, completely, and within a batch."""
+    rng = random.Random(5)
+    shared_t, shared_s = random_ids(rng, 40), random_ids(rng, 30)
+    first = [Case(shared_t, shared_s, 10)]
+    first_output = run(sampler, first)
+    check_all(tiny_oracle, first, first_output)
+    before = mixing_state(sampler)["student_pool"]["cached_prompt_tokens_total"]
+    grown_s = shared_s + first_output[0]["output_ids"]
+    cases = [
+        Case(shared_t, shared_s, 10),
+        Case(shared_t + random_ids(rng, 5), shared_s + random_ids(rng, 9), 8),
+        Case(random_ids(rng, 12), shared_s + random_ids(rng, 2), 8),
+        Case(shared_t + random_ids(rng, 3), random_ids(rng, 12), 8),
+        Case(random_ids(rng, 9), grown_s + random_ids(rng, 3), 8),  # generated tokens were cached too
+        Case(shared_t, None, 8),
+    ]
+    check_all(tiny_oracle, cases, run(sampler, cases))
+    hits = mixing_state(sampler)["student_pool"]["cached_prompt_tokens_total"] - before
+    if sampler.name == "small-no-overlap":
+        assert hits == 0
+    else:
+        assert hits >= 3 * len(shared_s) + len(grown_s) - 5
+    again = run(sampler, cases)
+    check_all(tiny_oracle, cases, again)
+
+
+def test_retraction(sampler, tiny_oracle):
+    """Many long generations: the small pools overflow, and retracted requests come back with both contexts."""
+    cases = random_cases(6, 9, 3, longest=25, tokens=(60, 70))
+    outputs = run(sampler, cases)
+    check_all(tiny_oracle, cases, outputs)
+    retracted = sum(
+        o["meta_info"]["num_retractions"] > 0 for o, c in zip(outputs, cases, strict=True) if c.student is not None
+    )
+    if sampler.name == "roomy":
+        assert retracted == 0
+    else:
+        assert retracted > 0
+
+
+def test_aborts_in_flight(sampler, tiny_oracle):
+    """Requests aborted in the queue, in prefill and in decode leave nothing behind and disturb nobody."""
+    cases = random_cases(7, 8, 3, longest=80, tokens=(40, 50))
+
+    async def one(i: int, case: Case) -> dict:
+        stream = await sampler.engine.async_generate(
+            input_ids=case.teacher, sampling_params=case.params(), rid=f"abort-{i}", stream=True
+        )
+        count = 0
+        async for chunk in stream:
+            count += 1
+            if i % 3 == 0 and count == 1 + 4 * (i // 3):
+                sampler.engine.tokenizer_manager.abort_request(f"abort-{i}")
+        return chunk
+
+    async def at_once(i: int, case: Case) -> None:
+        # Aborted before any answer: still queued, or between two chunks of its prefill.
+        rid = f"early-{i}"
+        task = asyncio.ensure_future(
+            sampler.engine.async_generate(input_ids=case.teacher, sampling_params=case.params(), rid=rid)
+        )
+        await asyncio.sleep(0.002 * i)
+        sampler.engine.tokenizer_manager.abort_request(rid)
+        await task
+
+    async def everything() -> list[dict]:
+        early = [at_once(i, case) for i, case in enumerate(random_cases(8, 6, 0, longest=150))]
+        done = await asyncio.gather(*[one(i, case) for i, case in enumerate(cases)], *early)
+        return done[: len(cases)]
+
+    outputs = sampler.engine.loop.run_until_complete(everything())
+    aborted = 0
+    for i, (case, output) in enumerate(zip(cases, outputs, strict=True)):
+        if output["meta_info"]["finish_reason"]["type"] == "abort":
+            assert i % 3 == 0
+            aborted += 1
+            if case.student is not None:
+                assert len(output["meta_info"]["alpha"]) == len(output["output_ids"]) < case.n
+        else:
+            check_greedy(tiny_oracle, case, output)
+    assert aborted >= 2
+
+
+def test_staggered_arrivals(sampler, tiny_oracle):
+    """Requests join and leave the running batch at different steps."""
+    cases = random_cases(9, 10, 4, tokens=(3, 30))
+
+    async def late(i: int, case: Case) -> dict:
+        await asyncio.sleep(0.03 * i)
+        return await sampler.engine.async_generate(input_ids=case.teacher, sampling_params=case.params())
+
+    async def everything() -> list[dict]:
+        return await asyncio.gather(*[late(i, case) for i, case in enumerate(cases)])
+
+    check_all(tiny_oracle, cases, sampler.engine.loop.run_until_complete(everything()))
+
+
+def test_eos_ends_both_contexts(sampler, tiny_oracle):
+    """A stop token is kept in token_ids and ends the request in the middle of others."""
+    cases = random_cases(10, 6, 2, tokens=(30, 40))
+    greedy = run(sampler, cases)
+    stops = [output["output_ids"][5] for output in greedy]
+    outputs = sampler.engine.generate(
+        input_ids=[case.teacher for case in cases],
+        sampling_params=[
+            {**case.params(), "ignore_eos": False, "stop_token_ids": [stop]}
+            for case, stop in zip(cases, stops, strict=True)
+        ],
+    )
+    for case, stop, full, output in zip(cases, stops, greedy, outputs, strict=True):
+        end = full["output_ids"].index(stop) + 1
+        eos = [i for i, token in enumerate(full["output_ids"]) if token == 2]
+        end = min([end] + [i + 1 for i in eos])
+        assert output["output_ids"] == full["output_ids"][:end]
+        assert output["meta_info"]["finish_reason"]["type"] == "stop"
+        if case.student is not None:
+            assert output["meta_info"]["alpha"] == pytest.approx(full["meta_info"]["alpha"][:end], abs=1e-5)
