@@ -265,12 +265,16 @@ class MixedOracle:
         n: int,
         model: Literal["teacher", "student"] = "teacher",
         eos_ids: Collection[int] = (),
+        logit_bias: Mapping[int, float] | None = None,
     ) -> list[int]:
         """Greedy continuation of one model alone: what a plain request gives."""
         network = self.teacher if model == "teacher" else self.student
         generated: list[int] = []
         while len(generated) < n and not (generated and generated[-1] in eos_ids):
-            generated.append(int(_last_logits(network, [*ids, *generated]).argmax()))
+            logits = _last_logits(network, [*ids, *generated])
+            for token, bias in (logit_bias or {}).items():
+                logits[token] += bias
+            generated.append(int(logits.argmax()))
         return generated
 
     def next_logits(

@@ -25,21 +25,25 @@ def start(pair, **server_args) -> OptimalSampler:
         "max_running_requests": 64,
         "random_seed": 11,
         "mem_fraction_static": 0.3,
+        "sleep_on_idle": True,
     }
     return OptimalSampler(str(pair[0]), str(pair[1]), **{**arguments, **server_args})
 
 
 @dataclasses.dataclass
 class Case:
-    """One request: teacher ids, student ids (None: plain), length and alpha settings."""
+    """One request: teacher ids, student ids (None: plain), length, alpha settings and logit bias."""
 
     teacher: list[int]
     student: list[int] | None
     n: int
     alpha: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bias: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def params(self, **more: Any) -> dict[str, Any]:
         params = {"temperature": 0.0, "max_new_tokens": self.n, "ignore_eos": True, **more}
+        if self.bias:
+            params["logit_bias"] = {str(token): value for token, value in self.bias.items()}
         if self.student is not None:
             params["custom_params"] = {"student_input_ids": self.student, "return_mixing_info": True, **self.alpha}
         return params
@@ -85,16 +89,31 @@ def run(sampler: OptimalSampler, cases: list[Case], **more: Any) -> list[dict]:
     )
 
 
+_answers: dict[tuple, Any] = {}
+
+
+def answer(oracle, case: Case):
+    """The oracle's answer, computed once however many engines are asked."""
+    key = (id(oracle), repr(case))
+    if key not in _answers:
+        bias = case.bias or None
+        if case.student is None:
+            _answers[key] = oracle.plain_greedy(case.teacher, case.n, logit_bias=bias)
+        else:
+            settings = {"alpha_method": "fixed", **case.alpha} if "fixed_alpha" in case.alpha else case.alpha
+            _answers[key] = oracle.generate_greedy(case.teacher, case.student, case.n, logit_bias=bias, **settings)
+    return _answers[key]
+
+
 def check_greedy(oracle, case: Case, output: dict) -> int:
     """Compare one greedy output with the oracle. Returns how many tokens were compared (a tie ends it early)."""
     ids = output["output_ids"]
     meta = output["meta_info"]
     if case.student is None:
         assert "alpha" not in meta
-        assert ids == oracle.plain_greedy(case.teacher, case.n)
+        assert ids == answer(oracle, case)
         return len(ids)
-    settings = {"alpha_method": "fixed", **case.alpha} if "fixed_alpha" in case.alpha else case.alpha
-    expected = oracle.generate_greedy(case.teacher, case.student, case.n, **settings)
+    expected = answer(oracle, case)
     assert len(ids) == case.n
     for name in ("alpha", "teacher_logprob", "student_logprob", "mixture_logprob", "kl_to_student", "ess_ratio"):
         assert len(meta[name]) == len(ids), name

@@ -86,7 +86,10 @@ def test_prefix_hits(sampler, tiny_oracle):
 def test_retraction(sampler, tiny_oracle):
     """Many long generations: the small pools overflow, and retracted requests come back with both contexts."""
     cases = random_cases(6, 9, 3, longest=25, tokens=(60, 70))
-    outputs = run(sampler, cases)
+    for case in cases:
+        case.bias = {2: -100.0}
+    # Not ignore_eos: SGLang reserves the full length of such requests, and never has to retract.
+    outputs = run(sampler, cases, ignore_eos=False)
     check_all(tiny_oracle, cases, outputs)
     retracted = sum(
         o["meta_info"]["num_retractions"] > 0 for o, c in zip(outputs, cases, strict=True) if c.student is not None
