@@ -1,0 +1,104 @@
+"""Every wrong field gets a clear error that names it, and the engine goes on."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from harness import Case, check_all, check_pools, random_cases, random_ids, run, start
+
+CONTEXT_LENGTH = 256
+
+
+@pytest.fixture(scope="module")
+def sampler(tiny_pair):
+    # The student's pool is the smaller one, so that it can be the reason to refuse.
+    with start(tiny_pair, context_length=CONTEXT_LENGTH, student_max_total_tokens=200) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def engine_is_well(sampler, tiny_oracle):
+    yield
+    cases = random_cases(31, 2, 1)
+    check_all(tiny_oracle, cases, run(sampler, cases))
+    check_pools(sampler)
+
+
+def ask(sampler, custom_params, **params):
+    return sampler.engine.generate(
+        input_ids=[10, 11, 12],
+        sampling_params={"temperature": 0.0, "max_new_tokens": 4, **params, "custom_params": custom_params},
+    )
+
+
+IDS = {"student_input_ids": [10, 11]}
+BAD = {
+    "no student field": ({"alpha_method": "kl_symmetry"}, "exactly one of student_text.*none was given"),
+    "no student field, info": ({"return_mixing_info": True}, "exactly one of"),
+    "two student fields": ({**IDS, "student_text": "hi"}, "exactly one of.*student_text and student_input_ids"),
+    "unknown method": ({**IDS, "alpha_method": "kl_symetry"}, "alpha_method: 'kl_symetry'.*Did you mean 'kl_symmetry'"),
+    "bounds out of order": ({**IDS, "alpha_min": 0.6, "alpha_max": 0.4}, "alpha_min: 0.6 is greater than alpha_max"),
+    "bound out of range": ({**IDS, "alpha_max": 1.5}, r"alpha_min, alpha_max: must lie in \[0, 1\]"),
+    "bound not a number": ({**IDS, "alpha_min": "low"}, "alpha_min: must be a finite number"),
+    "alpha is NaN": ({**IDS, "fixed_alpha": float("nan")}, "fixed_alpha: must be a finite number"),
+    "fixed without alpha": ({**IDS, "alpha_method": "fixed"}, "fixed_alpha: required"),
+    "fixed_alpha for another method": (
+        {**IDS, "alpha_method": "entropy", "fixed_alpha": 0.5},
+        "fixed_alpha: only read when",
+    ),
+    "misspelt field": ({**IDS, "alpha_methd": "entropy"}, "unknown key 'alpha_methd'.*Did you mean 'alpha_method'"),
+    "misspelt student field": ({"student_prompt": "hi"}, "unknown key 'student_prompt'"),
+    "id above the vocabulary": ({"student_input_ids": [10, 64]}, r"student_input_ids\[1\]: 64 is outside"),
+    "negative id": ({"student_input_ids": [-1]}, r"student_input_ids\[0\]: -1 is outside"),
+    "id not an integer": ({"student_input_ids": [10, 1.5]}, r"student_input_ids\[1\]: must be an integer"),
+    "id a boolean": ({"student_input_ids": [True]}, r"student_input_ids\[0\]: must be an integer"),
+    "ids not a list": ({"student_input_ids": "10"}, "student_input_ids: must be a list"),
+    "no ids": ({"student_input_ids": []}, "student_input_ids: the student context has no tokens"),
+    "empty text": ({"student_text": ""}, "student_text: must be a non-empty string"),
+    "text not a string": ({"student_text": 5}, "student_text: must be a non-empty string"),
+    "messages not a list": ({"student_messages": "hi"}, "student_messages: must be a non-empty list"),
+    "message without a role": ({"student_messages": [{"content": "hi"}]}, r"student_messages\[0\]: must be a mapping"),
+    "role the template refuses": ({"student_messages": [{"role": "judge", "content": "hi"}]}, "chat template refused"),
+    "info not a boolean": ({**IDS, "return_mixing_info": "yes"}, "return_mixing_info: must be true or false"),
+    "student longer than its context": (
+        {"student_input_ids": [10] * (CONTEXT_LENGTH + 1)},
+        "student_input_ids: the student context is too long: 257 tokens",
+    ),
+    "student longer than its pool": ({"student_input_ids": [10] * 220}, "student context too long: 220 tokens"),
+}
+
+
+@pytest.mark.parametrize("custom_params,message", BAD.values(), ids=BAD.keys())
+def test_message_names_the_field(sampler, custom_params, message):
+    with pytest.raises(ValueError, match=message):
+        ask(sampler, custom_params)
+
+
+def test_student_context_and_new_tokens_too_long(sampler):
+    with pytest.raises(ValueError, match="too long: 200 tokens and 100 new ones"):
+        ask(sampler, {"student_input_ids": [10] * 200}, max_new_tokens=100)
+
+
+def test_bad_request_in_a_batch_and_in_a_stream(sampler):
+    good, bad = Case([10, 11], [12, 13], 4), Case([10, 11], [12, 99], 4)
+    with pytest.raises(ValueError, match=r"student_input_ids\[1\]: 99"):
+        run(sampler, [good, bad, good])
+    with pytest.raises(ValueError, match=r"student_input_ids\[1\]: 99"):
+        list(sampler.engine.generate(input_ids=bad.teacher, sampling_params=bad.params(), stream=True))
+
+
+def test_unlimited_length_ends_with_the_students_room(sampler):
+    """A request that fits, but whose student would run out of context, ends with "length" instead of failing."""
+    rng = random.Random(32)
+    case = Case(random_ids(rng, 5), random_ids(rng, 150), 80)
+    output = sampler.engine.generate(input_ids=case.teacher, sampling_params=case.params(max_new_tokens=80))
+    assert output["meta_info"]["finish_reason"]["type"] == "length"
+    assert 40 <= len(output["output_ids"]) < 50  # the student's pool has 200 slots
+
+
+def test_other_custom_params_are_left_alone(sampler):
+    """custom_params belongs to custom logit processors too."""
+    output = ask(sampler, {"my_processor_setting": 3})
+    assert len(output["output_ids"]) == 4
+    assert "alpha" not in output["meta_info"]
