@@ -85,10 +85,16 @@ class MixedScheduler(Scheduler):
                 f"student context too long: {len(req.student.prompt_ids)} tokens, but the student's context length and "
                 f"KV pool allow {self.tp_worker.student_max_req_len - 2}."
             )
-            room = 0
+            return
         params = req.sampling_params
         params.max_new_tokens = min(params.max_new_tokens, room)
         params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+
+    def _add_request_to_queue(self, req: Req, *args, **kwargs) -> None:
+        # SGLang refuses a request by running it on one dummy token; it must not wait for room for its student context.
+        if student_of(req) is not None and req.to_finish is not None and req.student.kv is None:
+            req.student = None
+        super()._add_request_to_queue(req, *args, **kwargs)
 
     def run_batch(self, batch: ScheduleBatch, *args, **kwargs):
         batch.student_plan = self.student_planner.plan(batch)

@@ -80,6 +80,13 @@ def test_student_context_and_new_tokens_too_long(sampler):
         ask(sampler, {"student_input_ids": [10] * 200}, max_new_tokens=100)
 
 
+def test_teacher_context_too_long(sampler):
+    with pytest.raises(ValueError, match="longer than the model's context length"):
+        sampler.engine.generate(
+            input_ids=[10] * (CONTEXT_LENGTH + 1), sampling_params={"max_new_tokens": 4, "custom_params": IDS}
+        )
+
+
 def test_bad_request_in_a_batch_and_in_a_stream(sampler):
     good, bad = Case([10, 11], [12, 13], 4), Case([10, 11], [12, 99], 4)
     with pytest.raises(ValueError, match=r"student_input_ids\[1\]: 99"):

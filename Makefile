@@ -1,0 +1,57 @@
+# Every target builds .venv itself; a full install downloads about 4 GB and takes about 3 minutes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+MODEL := models/smollm2-135m-instruct
+
+# One seed of noise less: every target runs off-line once .venv is there.
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help setup model demo test test-slow lint format bench serve-demo clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; try PYTHON=python3.11 make ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	touch $@
+
+setup: $(READY)  ## build .venv with SGLang and everything else
+
+$(MODEL)/config.json: $(READY)
+	$(BIN)/python -m sglang_optimal.demo.prepare_model --output $(MODEL)
+	touch $@
+
+model: $(MODEL)/config.json  ## prepare SmolLM2-135M-Instruct under models/
+
+demo: $(MODEL)/config.json  ## mixed text from the real small model, beside teacher and student alone
+	$(BIN)/python -m sglang_optimal.demo --model-path $(MODEL)
+
+serve-demo: $(MODEL)/config.json  ## a server with the small model as teacher and student
+	$(BIN)/python -m sglang_optimal.launch_server --model-path $(MODEL) --student-model-path $(MODEL) --config configs/base.yaml
+
+test: $(READY)  ## the whole suite but the slow tests; under 15 minutes on two cores, no GPU
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the tests marked slow
+	$(BIN)/python -m pytest -m slow
+
+bench: $(MODEL)/config.json  ## throughput of mixed, teacher-only, student-only and stock SGLang, in one run
+	$(BIN)/python bench/throughput.py --model-path $(MODEL)
+
+lint: $(READY)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## rewrite the files as ruff wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and caches (not models/)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
