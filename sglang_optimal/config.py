@@ -19,8 +19,23 @@ def check_known(keys, allowed, where: str) -> None:
     for key in keys:
         if key not in allowed:
             near = difflib.get_close_matches(str(key), list(allowed), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(allowed))}."
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            if not near and len(allowed) <= 20:  # SGLang's hundreds of arguments would bury the message
+                hint = f" Known: {', '.join(sorted(allowed))}."
             raise ValueError(f"{where}: unknown key {key!r}.{hint}")
+
+
+def override(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` on top of ``values``; None in ``over`` counts as absent.
+
+    ``fixed_alpha`` alone means the method ``fixed``; another method drops an older ``fixed_alpha``.
+    """
+    over = {k: v for k, v in over.items() if v is not None}
+    if "fixed_alpha" in over:
+        over.setdefault("alpha_method", "fixed")
+    elif "alpha_method" in over and over["alpha_method"] != "fixed":
+        over["fixed_alpha"] = None
+    return {**values, **over}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +80,8 @@ class AlphaSettings:
             raise ValueError(f"fixed_alpha: only read when alpha_method is 'fixed', not {self.alpha_method!r}.")
 
     def updated(self, values: dict[str, Any]) -> AlphaSettings:
-        """A copy with ``values`` on top. ``fixed_alpha`` alone means the method ``fixed``; another method drops it."""
-        values = {k: v for k, v in values.items() if v is not None}
-        if "fixed_alpha" in values:
-            values.setdefault("alpha_method", "fixed")
-        elif "alpha_method" in values and values["alpha_method"] != "fixed":
-            values["fixed_alpha"] = None
-        return dataclasses.replace(self, **values)
+        """A copy with ``values`` on top, as `override` does it."""
+        return AlphaSettings(**override(dataclasses.asdict(self), values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +107,17 @@ class MixingConfig:
     def from_dict(cls, values: dict[str, Any], where: str = "mixing") -> MixingConfig:
         """Build from flat keys (``STUDENT_KEYS`` + ``ALPHA_KEYS``); None values count as absent."""
         check_known(values, cls.STUDENT_KEYS + cls.ALPHA_KEYS, where)
+        for name in ("student_model_path", "student_revision"):
+            value = values.get(name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"{name}: must be a non-empty string, got {value!r}.")
         limit = values.get("student_max_total_tokens")
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit <= 0):
             raise ValueError(f"student_max_total_tokens: must be a positive integer, got {limit!r}.")
+        if values.get("student_model_path") is None:
+            for name in cls.STUDENT_KEYS:
+                if values.get(name) is not None:
+                    raise ValueError(f"{name}: has no effect without student_model_path.")
         alpha = AlphaSettings().updated({k: v for k, v in values.items() if k in cls.ALPHA_KEYS})
         return cls(**{k: v for k, v in values.items() if k in cls.STUDENT_KEYS}, alpha=alpha)
 
@@ -120,15 +138,19 @@ def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"--config: no such file: {path}")
     try:
-        data = yaml.safe_load(path.read_text()) or {}
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: cannot read {path}: {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"--config: {path} is not valid YAML: {error}") from None
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise ValueError(f"--config: {path} must hold a mapping with the sections 'mixing' and 'server'.")
     check_known(data, ("mixing", "server"), str(path))
     sections = []
     for name in ("mixing", "server"):
-        section = data.get(name) or {}
+        section = data.get(name)
+        section = {} if section is None else section
         if not isinstance(section, dict):
             raise ValueError(f"{path}: section {name!r} must be a mapping.")
         sections.append(section)

@@ -19,7 +19,7 @@ Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class AlphaStats:
-    """Statistics of alpha over the tokens of one or many generations. std is the population's; all NaN without tokens."""
+    """Statistics of alpha over the tokens of one or more generations. std: the population's; NaN without tokens."""
 
     mean: float
     std: float
@@ -225,9 +225,7 @@ class OptimalSampler:
 
     # -- requests and results --------------------------------------------------------------------------------------
 
-    def _request(
-        self, prompts, student_prompts, sampling_params, sampling, return_mixing_info, **alpha
-    ) -> _Request:
+    def _request(self, prompts, student_prompts, sampling_params, sampling, return_mixing_info, **alpha) -> _Request:
         single, teachers = _as_batch(prompts, "prompts")
         if student_prompts is None:
             students = teachers

@@ -6,9 +6,11 @@ Takes every SGLang flag, and ours; see ``--help``. Bad arguments exit with statu
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from typing import Any, NoReturn
 
-from sglang_optimal.config import ALPHA_METHODS, MixingConfig, load_yaml
+from sglang_optimal.config import ALPHA_METHODS, MixingConfig, check_known, load_yaml, override
 
 
 def mixing_parser() -> argparse.ArgumentParser:
@@ -33,53 +35,118 @@ def parse(argv: list[str]):
         ValueError: a mixing flag, the YAML file or a combination is wrong.
         SystemExit: SGLang's own parser refused a flag (status 2), or ``--help``.
     """
-    from sglang.srt.plugins import load_plugins
-
-    from sglang_optimal.runtime import launch, plugin
-
     parser = mixing_parser()
     if "-h" in argv or "--help" in argv:
         parser.print_help()
         print("\nEvery SGLang flag follows:\n", flush=True)
     ours, rest = parser.parse_known_args(argv)
-    values = vars(ours)
-    config_path = values.pop("config")
-    mixing, server = load_yaml(config_path) if config_path else ({}, {})
-    mixing = {**mixing, **{k: v for k, v in values.items() if v is not None}}
-    config = MixingConfig.from_dict(mixing)
+    flags = {k: v for k, v in vars(ours).items() if v is not None}
+    config_path = flags.pop("config", None)
+    mixing, server = load_yaml(config_path) if config_path is not None else ({}, {})
+    config = _mixing_config(mixing, flags, config_path)
+
+    from sglang.srt.plugins import load_plugins
+
+    from sglang_optimal.runtime import launch, plugin
+
     load_plugins()
     plugin.register()
     from sglang.srt.server_args import prepare_server_args
 
-    defaults = _as_flags({**launch.server_defaults(config), **server})
+    # argparse keeps the last value of a flag: the command line wins over the file, and the file over our defaults.
+    defaults = _as_flags({**launch.server_defaults(config), **server}, f"{config_path}: server")
     server_args = prepare_server_args(defaults + rest)
     launch.check_server_args(server_args, config)
     return server_args, config
 
 
-def _as_flags(values: dict) -> list[str]:
+def _mixing_config(mixing: dict[str, Any], flags: dict[str, Any], config_path: str | None) -> MixingConfig:
+    names = ["--" + name.replace("_", "-") for name in flags]
+    try:
+        config = MixingConfig.from_dict(override(mixing, flags))
+    except ValueError as error:
+        sources = names + ([f"the section 'mixing' of {config_path}"] if mixing else [])
+        raise ValueError(f"{error} Set by {', '.join(sources)}.") from None
+    # Defaults in a file may stay there for a server without a student; a flag asks for something now.
+    if flags and config.student_model_path is None:
+        raise ValueError(f"{', '.join(names)}: no effect without --student-model-path; add it to mix.")
+    return config
+
+
+class _SectionParser(argparse.ArgumentParser):
+    """Raises instead of printing SGLang's long usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _as_flags(values: dict[str, Any], where: str = "server") -> list[str]:
+    """The command line that says the same as ``values``: {field or flag of SGLang: value}; None counts as absent.
+
+    Raises:
+        ValueError: an unknown name, with the nearest one, or a value that SGLang's parser does not take.
+    """
+    from sglang.srt.server_args import ServerArgs
+
+    parser = _SectionParser(add_help=False)
+    ServerArgs.add_cli_args(parser)
+    actions = {}
+    for action in parser._actions:
+        if action.dest != "config":  # SGLang's own file of flags; ours has been read
+            names = action.option_strings[:1] if action.nargs == 0 else action.option_strings
+            actions.update({name.lstrip("-").replace("-", "_"): action for name in (*names, action.dest)})
     flags: list[str] = []
     for key, value in values.items():
-        name = "--" + key.replace("_", "-")
-        if value is None or value is False:
-            continue
-        if value is True:
-            flags.append(name)
-        elif isinstance(value, list):
-            flags += [name, *map(str, value)]
-        else:
-            flags += [name, str(value)]
+        name = str(key).replace("-", "_")
+        if name in MixingConfig.STUDENT_KEYS + MixingConfig.ALPHA_KEYS:
+            raise ValueError(f"{where}: {name!r} belongs in the section 'mixing'.")
+        check_known([name], actions, where)
+        if value is not None:
+            flags += _as_flag(actions[name], value, f"{where}: {name}")
+    try:
+        parser.parse_args(["--model-path=", *flags])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     return flags
+
+
+def _as_flag(action: argparse.Action, value: Any, where: str) -> list[str]:
+    flag = action.option_strings[0]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"{where}: must be true or false, got {value!r}.")
+        if value:
+            return [flag]
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return [flag.replace("--", "--no-", 1)]
+        if action.default is None:
+            raise ValueError(f"{where}: SGLang decides unless it is true, and has no flag for false; remove the key.")
+        return []
+    if isinstance(value, list) and action.nargs in ("+", "*"):
+        return [flag, *map(_as_text, value)] if value or action.nargs == "*" else []
+    if value is True and action.nargs == "?":
+        return [flag]
+    return [f"{flag}={_as_text(value)}"]  # in one piece, because the value may begin with a dash
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool | dict | list) else str(value)
 
 
 def serve(server_args, config: MixingConfig) -> None:
     """Run the server until it is stopped."""
     from sglang.srt.entrypoints.http_server import launch_server
 
+    from sglang_optimal.runtime import launch
     from sglang_optimal.runtime.tokenizer import tokenizer_manager_init
 
     kwargs = {}
-    if config.student_model_path is not None:
+    if config.student_model_path is None:
+        if any(getattr(server_args, name) for name in launch.OTHER_FRONT_ENDS):
+            from sglang.launch_server import run_server
+
+            return run_server(server_args)
+    else:
         from sglang_optimal.runtime.scheduler import scheduler_process
 
         kwargs["run_scheduler_process_func"] = scheduler_process(config)
@@ -92,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         server_args, config = parse(sys.argv[1:] if argv is None else argv)
         launch.check_models(server_args, config)
+        launch.resolve(server_args, config)
     except ValueError as error:
         print(f"sglang_optimal.launch_server: error: {error}", file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ _BLOCK_ELEMENTS = 1 << 20
 
 @dataclasses.dataclass
 class Mixture:
-    """What mixing gave, B rows. All float32. p_t, p_s: the two models at the row's temperature, over their common support.
+    """What mixing gave, B rows, all float32. p_t, p_s: the models at the row's temperature over their common support.
 
     Attributes:
         logits: [B, V], (1−α)·z_s + α·z_t, which is T·log q* up to a constant; −inf where either model masks.

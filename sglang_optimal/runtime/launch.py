@@ -7,17 +7,27 @@ from typing import Any
 
 from sglang_optimal.config import MixingConfig
 
-# (ServerArgs field, its harmless value, why it is refused beside a student)
+OTHER_FRONT_ENDS = ("encoder_only", "grpc_mode", "smg_grpc_mode", "use_ray")
+"""ServerArgs fields that start something else than SGLang's HTTP server."""
+
+# (ServerArgs field, what it turns on), each off by default and refused beside a student
 _REFUSED = (
-    ("enable_mixed_chunk", False, "mixing prefill and decode rows in one batch"),
-    ("speculative_algorithm", None, "speculative decoding"),
-    ("enable_dp_attention", False, "data-parallel attention"),
-    ("enable_lora", None, "LoRA adapters"),
-    ("enable_hierarchical_cache", False, "the hierarchical cache"),
-    ("enable_streaming_session", False, "streaming sessions"),
-    ("enable_pdmux", False, "PD multiplexing"),
-    ("dllm_algorithm", None, "diffusion language models"),
+    ("enable_mixed_chunk", "mixing prefill and decode rows in one batch"),
+    ("enable_two_batch_overlap", "two-batch overlap"),
+    ("speculative_algorithm", "speculative decoding"),
+    ("enable_dp_attention", "data-parallel attention"),
+    ("enable_lora", "LoRA adapters"),
+    ("lora_paths", "LoRA adapters"),
+    ("enable_hierarchical_cache", "the hierarchical cache"),
+    ("enable_lmcache", "LMCache"),
+    ("enable_flexkv", "FlexKV"),
+    ("enable_unified_cache_external_linker", "an external cache"),
+    ("enable_streaming_session", "streaming sessions"),
+    ("enable_pdmux", "PD multiplexing"),
+    ("dllm_algorithm", "diffusion language models"),
+    *((name, "a front end other than the HTTP server") for name in OTHER_FRONT_ENDS),
 )
+_ONLY_ONE = ("pp_size", "attn_dp_size", "attn_cp_size", "dcp_size", "tokenizer_worker_num", "page_size")
 
 
 def server_defaults(config: MixingConfig) -> dict[str, Any]:
@@ -28,28 +38,62 @@ def server_defaults(config: MixingConfig) -> dict[str, Any]:
 
 
 def check_server_args(server_args, config: MixingConfig) -> None:
-    """Refuse what a student cannot ride along with.
+    """Refuse what a student cannot ride along with. Reads what the user gave, before SGLang resolves it.
 
     Raises:
         ValueError: names the flag and the fix.
     """
     if config.student_model_path is None:
         return
-    for name, harmless, what in _REFUSED:
-        value = getattr(server_args, name, harmless)
-        if value not in (harmless, False):
-            raise ValueError(f"--{name.replace('_', '-')}: {what} is not supported beside a student; remove the flag.")
-    for name in ("pp_size", "tokenizer_worker_num"):
-        if getattr(server_args, name, 1) not in (None, 1):
-            raise ValueError(f"--{name.replace('_', '-')}: only 1 is supported beside a student.")
-    if (getattr(server_args, "page_size", None) or 1) != 1:
-        raise ValueError("--page-size: only 1 is supported beside a student.")
-    if getattr(server_args, "disaggregation_mode", "null") not in (None, "null"):
-        raise ValueError("--disaggregation-mode: PD disaggregation is not supported beside a student.")
+    _check_features(server_args)
     for name in ("sampling_backend", "radix_cache_backend"):
         value = getattr(server_args, name, None)
         if value not in (None, "optimal"):
-            raise ValueError(f"--{name.replace('_', '-')}: must stay unset or 'optimal' beside a student, got {value!r}.")
+            raise ValueError(f"{_flag(name)}: must stay unset or 'optimal' beside a student, got {value!r}.")
+    from sglang.srt.environ import envs
+
+    if envs.SGLANG_RUST_SERVER.get():
+        raise ValueError("SGLANG_RUST_SERVER: the Rust server is not supported beside a student; unset it.")
+
+
+def _check_features(server_args) -> None:
+    for name, what in _REFUSED:
+        if getattr(server_args, name, None):
+            raise ValueError(f"{_flag(name)}: {what} is not supported beside a student; remove the flag.")
+    for name in _ONLY_ONE:
+        value = getattr(server_args, name, 1)
+        if value not in (None, 1):
+            raise ValueError(f"{_flag(name)}: only 1 is supported beside a student, got {value}.")
+    if getattr(server_args, "disaggregation_mode", "null") not in (None, "null"):
+        raise ValueError("--disaggregation-mode: PD disaggregation is not supported beside a student.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def resolve(server_args, config: MixingConfig) -> None:
+    """Let SGLang fill in what the user left open, and refuse it as well where a student cannot ride along.
+
+    Some models and attention backends bring a page size or a cache of their own.
+
+    Raises:
+        ValueError: as `check_server_args`, or SGLang's own message.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    try:
+        server_args.resolve_once()
+    except (AssertionError, OSError) as error:  # a flag or a teacher that SGLang refuses
+        if not str(error):
+            raise
+        raise ValueError(str(error)) from error
+    if config.student_model_path is None:
+        return
+    try:
+        _check_features(resolving_view(server_args))
+    except ValueError as error:
+        raise ValueError(f"{error} SGLang chose this for the model, the device or another flag.") from None
 
 
 def check_models(server_args, config: MixingConfig) -> None:
@@ -61,7 +105,7 @@ def check_models(server_args, config: MixingConfig) -> None:
     path = config.student_model_path
     if path is None:
         return
-    looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
+    looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).is_dir()
     if looks_local and not (Path(path).expanduser() / "config.json").is_file():
         raise ValueError(f"--student-model-path: no model at {path} (no config.json there).")
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer

@@ -69,7 +69,7 @@ class MixingStep:
         self.student_logits = self.rows.select(full)
 
     def mix_into(self, logits: torch.Tensor, info: SamplingBatchInfo) -> torch.Tensor:
-        """Replace the mixed rows of the teacher's ``logits`` [B, V] by the mixture's; returns the tensor to sample from.
+        """Replace the mixed rows of the teacher's ``logits`` [B, V] by the mixture's; returns what to sample from.
 
         The teacher's own rows are kept for the logprobs of the sampled token.
         """

@@ -216,9 +216,8 @@ class StudentKV:
             self.allocator.free_segment(values[state.protected_len : known], start_pos=state.protected_len)
         node = self.tree.match_prefix(MatchPrefixParams(key=key)).last_device_node
         slots = self.tree.path_device_indices(node)
-        self.req_to_token_pool.write(
-            (req.kv.req_pool_idx, slice(state.protected_len, length)), slots[state.protected_len : length].to(torch.int32)
-        )
+        moved = slice(state.protected_len, length)
+        self.req_to_token_pool.write((req.kv.req_pool_idx, moved), slots[moved].to(torch.int32))
         lock = self.tree.lock(node)
         self.tree.unlock(state.lock)
         state.node, state.lock, state.protected_len = node, lock, length

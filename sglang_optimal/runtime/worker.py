@@ -45,7 +45,7 @@ class MixedTpWorker(TpModelWorker):
         get_context().override("sglang_optimal.kv_split", max_total_tokens=tokens)
         super().alloc_memory_pool(*args, **kwargs)
         runner = self.model_runner
-        # The student shares the scheduler's rows, so its row table must have the teacher's size whatever its own limits.
+        # The student shares the scheduler's rows, so its row table must have the teacher's size.
         get_context().override("sglang_optimal.kv_split", max_running_requests=runner.max_running_requests)
         if self._student_max_tokens is not None:
             get_context().override("sglang_optimal.kv_split", max_total_tokens=min(tokens, self._student_max_tokens))
@@ -72,7 +72,7 @@ class MixedTpWorker(TpModelWorker):
             )
 
     def _tokens_in_budget(self) -> int:
-        """N such that N teacher tokens and N student tokens together fill the budget that the teacher alone would get."""
+        """N such that N teacher tokens and N student tokens fill the budget that the teacher alone would get."""
         alone = []
         for worker in (self, self.student):
             runner = worker.model_runner

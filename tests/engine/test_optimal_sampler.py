@@ -18,9 +18,7 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 10, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def sampler(tiny_pair):
-    with start(
-        tiny_pair, alpha_max=0.9, teacher_system_prompt="be wise.", student_system_prompt="be short."
-    ) as engine:
+    with start(tiny_pair, alpha_max=0.9, teacher_system_prompt="be wise.", student_system_prompt="be short.") as engine:
         yield engine
 
 

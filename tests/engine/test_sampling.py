@@ -84,8 +84,7 @@ def test_distribution_of_later_tokens(sampler, tiny_oracle, contexts, alpha):
         # Draws with different histories have different distributions; expected counts add up over the histories.
         histories = Counter(tuple(ids[:position]) for ids in draws)
         expected = sum(
-            count
-            * tiny_oracle.next_token_distribution([*teacher, *h], [*student, *h], temperature=0.35, **settings)
+            count * tiny_oracle.next_token_distribution([*teacher, *h], [*student, *h], temperature=0.35, **settings)
             for h, count in histories.items()
         )
         assert_fits(Counter(ids[position] for ids in draws), expected / len(draws))

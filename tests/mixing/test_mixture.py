@@ -201,9 +201,7 @@ def mixed_batch():
 def test_rows_of_a_batch_are_independent():
     """A row's result does not depend on its neighbours, whatever their methods, bounds, temperatures and masks."""
     teacher, student, temperatures, methods, lows, highs, fixed = mixed_batch()
-    whole = mix(
-        teacher, student, temperatures, AlphaParams.from_lists(methods, lows, highs, fixed), ess_ratio=True
-    )
+    whole = mix(teacher, student, temperatures, AlphaParams.from_lists(methods, lows, highs, fixed), ess_ratio=True)
     for i in range(40):
         params = AlphaParams.from_lists([methods[i]], [lows[i]], [highs[i]], [fixed[i]])
         alone = mix(teacher[i : i + 1], student[i : i + 1], temperatures[i : i + 1], params, ess_ratio=True)

@@ -1,0 +1,44 @@
+"""The demo's word problems and the two prompts made of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from importlib import resources
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A word problem and a worked solution that ends with its number."""
+
+    problem: str
+    answer: str
+
+    @property
+    def student_prompt(self) -> str:
+        """What the student reads: the problem alone."""
+        return f"Answer this question: {self.problem}"
+
+    @property
+    def teacher_prompt(self) -> str:
+        """What the teacher reads: the same, and the solution."""
+        return f"{self.student_prompt}\n\nCopy this answer: {self.answer}"
+
+    def solved_by(self, text: str) -> bool:
+        """Whether the last number in ``text`` is the solution's."""
+        found = numbers(text)
+        return bool(found) and found[-1] == numbers(self.answer)[-1]
+
+
+def numbers(text: str) -> list[float]:
+    """Every number in ``text``; a thousands separator is part of its number."""
+    return [float(match) for match in _NUMBER.findall(re.sub(r"(?<=\d),(?=\d{3})", "", text))]
+
+
+def load_problems() -> list[Problem]:
+    """The problems shipped with the package."""
+    lines = resources.files(__package__).joinpath("problems.jsonl").read_text().splitlines()
+    return [Problem(**json.loads(line)) for line in lines]

@@ -1,0 +1,113 @@
+"""The demo's output: three texts of each problem side by side, the mixture's tokens coloured by alpha."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from sglang_optimal.demo.problems import Problem
+from sglang_optimal.engine import GenerationResult
+
+STUDENT_COLOUR, EVEN_COLOUR, TEACHER_COLOUR = (74, 144, 255), (200, 200, 200), (255, 140, 40)
+
+
+def alpha_style(alpha: float) -> Style:
+    """Blue where the student decides (alpha 0), grey at 1/2, orange where the teacher does (alpha 1)."""
+    alpha = min(max(alpha, 0.0), 1.0)
+    low, high = (STUDENT_COLOUR, EVEN_COLOUR) if alpha < 0.5 else (EVEN_COLOUR, TEACHER_COLOUR)
+    share = 2 * alpha if alpha < 0.5 else 2 * alpha - 1
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(low, high, strict=True))
+    return Style(color=f"#{red:02x}{green:02x}{blue:02x}")
+
+
+def token_pieces(tokenizer, token_ids: Sequence[int]) -> list[str]:
+    """The text that each token adds. A character split over several tokens belongs to its last one."""
+    pieces, done = [], ""
+    for end in range(1, len(token_ids) + 1):
+        text = tokenizer.decode(token_ids[:end], skip_special_tokens=True)
+        if text.endswith("\ufffd") and end < len(token_ids):
+            pieces.append("")
+            continue
+        pieces.append(text[len(done) :])
+        done = text
+    return pieces
+
+
+def coloured(tokenizer, result: GenerationResult) -> Text:
+    """The generated text, each token in the colour of its alpha."""
+    text = Text()
+    for piece, alpha in zip(token_pieces(tokenizer, result.token_ids), result.alphas, strict=True):
+        text.append(piece, alpha_style(alpha))
+    return text
+
+
+def legend() -> Text:
+    text = Text("alpha, the teacher's weight for each token:  ")
+    for step in range(11):
+        text.append(f" {step / 10:.1f} ", alpha_style(step / 10) + Style(bold=True))
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One way to generate: its title, and a result for each problem."""
+
+    title: str
+    results: list[GenerationResult]
+
+    def mean(self, name: str) -> float:
+        """Mean of a per-token series over all tokens."""
+        values = [v for r in self.results for v in (r.alphas if name == "alpha" else r.mixing_info[name])]
+        return sum(values) / max(len(values), 1)
+
+
+def problem_table(tokenizer, number: int, problem: Problem, columns: Sequence[Column]) -> Table:
+    """One problem: the texts of all columns, the last one coloured."""
+    title = f"[bold]{number}. {escape(problem.problem)}[/]\n[dim]the teacher sees: {escape(problem.answer)}[/]"
+    table = Table(title=title, title_justify="left", title_style="none", expand=True, padding=(0, 1))
+    cells = []
+    for i, column in enumerate(columns):
+        result = column.results[number - 1]
+        mark = "[green]✓[/]" if problem.solved_by(result.text) else "[red]✗[/]"
+        table.add_column(f"{column.title} {mark}", ratio=1, vertical="top")
+        cells.append(coloured(tokenizer, result) if i == len(columns) - 1 else Text(result.text.strip()))
+    table.add_row(*cells)
+    mixture = columns[-1].results[number - 1]
+    means = {name: sum(values) / max(len(values), 1) for name, values in mixture.mixing_info.items()}
+    table.caption = (
+        f"mixture: {len(mixture.token_ids)} tokens, mean alpha {mixture.alpha.mean:.3f}, "
+        f"KL to student {means['kl_to_student']:.3f}, KL to teacher {means['kl_to_teacher']:.3f}, "
+        f"ESS ratio {means['ess_ratio']:.3f}"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def summary_table(problems: Sequence[Problem], columns: Sequence[Column], rates: Sequence[float]) -> Table:
+    """Means over all tokens. KL and log-probabilities in nats a token; ``rates`` in tokens a second, one a column."""
+    table = Table(title="All problems, means over tokens", title_justify="left", title_style="bold")
+    table.add_column("")
+    heads = (
+        "solved",
+        "alpha",
+        "KL to student",
+        "KL to teacher",
+        "ESS ratio",
+        "log p student",
+        "log p teacher",
+        "tok/s",
+    )
+    for head in heads:
+        table.add_column(head, justify="right")
+    for column, rate in zip(columns, rates, strict=True):
+        solved = sum(p.solved_by(r.text) for p, r in zip(problems, column.results, strict=True))
+        names = ("alpha", "kl_to_student", "kl_to_teacher", "ess_ratio", "student_logprob", "teacher_logprob")
+        table.add_row(
+            column.title, f"{solved}/{len(problems)}", *(f"{column.mean(n):.3f}" for n in names), f"{rate:.0f}"
+        )
+    return table

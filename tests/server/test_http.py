@@ -1,0 +1,301 @@
+"""Mixed text over HTTP, from a server that is configured by a file and flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+
+import httpx
+import pytest
+import yaml
+from harness import Case, check_greedy, random_ids
+from serving import SMALL, events, generate, message_of, serve
+from tiny_models import ASSISTANT, BOS, SMALL_CHARACTERS, SMALL_SPECIAL_TOKENS, SYSTEM, USER
+
+from sglang_optimal.runtime.observer import SERIES
+
+API_KEY = "a-key-for-this-test"
+# What the server is started with; the file says more than that, see `client`.
+DEFAULTS = {"alpha_method": "kl_symmetry", "alpha_min": 0.1, "alpha_max": 0.3}
+VOCABULARY = {token: i for i, token in enumerate((*SMALL_SPECIAL_TOKENS, *SMALL_CHARACTERS))}
+
+
+@pytest.fixture(scope="module")
+def client(tiny_pair, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("http")
+    config = {
+        "mixing": {
+            "student_model_path": "/no/such/student",  # the flag wins
+            "alpha_method": "entropy",  # the flag wins
+            "alpha_min": 0.1,
+            "alpha_max": 0.3,
+        },
+        "server": {
+            **SMALL,
+            "max_running_requests": 7,  # the flag wins
+            "disable_radix_cache": False,
+            "served_model_name": "tiny",
+            "preferred_sampling_params": {"max_new_tokens": 9},
+            "log_requests_target": ["stdout"],
+        },
+    }
+    (folder / "server.yaml").write_text(yaml.safe_dump(config))
+    teacher, student = map(str, tiny_pair)
+    argv = ["--config", str(folder / "server.yaml"), "--model-path", teacher, "--student-model-path", student]
+    argv += ["--alpha-method", "kl_symmetry", "--max-running-requests", "64"]
+    with serve("sglang_optimal.launch_server", argv, folder / "log", api_key=API_KEY) as ready:
+        yield ready
+
+
+def ids(text: str) -> list[int]:
+    return [VOCABULARY[character] for character in text]
+
+
+def text_of(tokens: list[int]) -> str:
+    names = list(VOCABULARY)
+    return "".join(names[token] for token in tokens if names[token] not in SMALL_SPECIAL_TOKENS)
+
+
+def check(oracle, case: Case, output: dict) -> None:
+    """The output is the oracle's, under the server's defaults where the case has no setting of its own."""
+    if case.student is not None:
+        over = case.alpha if "fixed_alpha" in case.alpha else {**DEFAULTS, **case.alpha}
+        case = dataclasses.replace(case, alpha=over)
+    # The cases of this module are fixed, and none of them has a tie.
+    assert check_greedy(oracle, case, output) == case.n
+    if case.student is not None:
+        assert all(len(output["meta_info"][name]) == case.n for name in SERIES)
+
+
+def body(case: Case, **more) -> dict:
+    return {"input_ids": case.teacher, "sampling_params": case.params(), **more}
+
+
+# -- mixed requests --------------------------------------------------------------------------------------------------
+
+TEACHER_TEXT, STUDENT_TEXT = "what is 12+30? (it is 42)", "what is 12+30?"
+MESSAGES = [{"role": "system", "content": "be brief."}, {"role": "user", "content": STUDENT_TEXT}]
+MESSAGE_IDS = [
+    VOCABULARY[BOS], VOCABULARY[SYSTEM], *ids("be brief."), VOCABULARY[USER], *ids(STUDENT_TEXT), VOCABULARY[ASSISTANT],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "field,value,student",
+    [
+        ("student_text", STUDENT_TEXT, ids(STUDENT_TEXT)),
+        ("student_input_ids", ids(STUDENT_TEXT), ids(STUDENT_TEXT)),
+        ("student_messages", MESSAGES, MESSAGE_IDS),
+    ],
+)
+def test_each_student_field(client, tiny_oracle, field, value, student):
+    case = Case(ids(TEACHER_TEXT), student, 16)
+    params = case.params()
+    params["custom_params"] = {field: value, "return_mixing_info": True}
+    output = generate(client, text=TEACHER_TEXT, sampling_params=params)
+    check(tiny_oracle, case, output)
+    assert output["text"] == text_of(output["output_ids"])
+    assert output["meta_info"]["prompt_tokens"] == len(case.teacher)
+    assert max(output["meta_info"]["alpha"]) == pytest.approx(0.3)  # the server's bound
+
+
+def test_alpha_comes_unasked_and_the_other_series_do_not(client, tiny_oracle):
+    case = Case(ids(TEACHER_TEXT), ids(STUDENT_TEXT), 12)
+    params = case.params()
+    del params["custom_params"]["return_mixing_info"]
+    output = generate(client, text=TEACHER_TEXT, sampling_params=params)
+    expected = tiny_oracle.generate_greedy(case.teacher, case.student, case.n, **DEFAULTS)
+    assert output["output_ids"] == expected.token_ids
+    assert output["meta_info"]["alpha"] == pytest.approx(expected.alphas, abs=1e-4)
+    assert not set(SERIES[1:]) & set(output["meta_info"])
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        {"alpha_max": 1.0},
+        {"alpha_method": "ess_balance", "alpha_min": 0.4, "alpha_max": 0.9},
+        {"fixed_alpha": 1.3},
+    ],
+    ids=str,
+)
+def test_request_overrides_the_defaults(client, tiny_oracle, alpha):
+    case = Case(ids(TEACHER_TEXT), ids(STUDENT_TEXT), 10, alpha)
+    output = generate(client, **body(case))
+    check(tiny_oracle, case, output)
+    assert max(output["meta_info"]["alpha"]) > 0.3
+
+
+def test_plain_request(client, tiny_oracle):
+    case = Case(ids(TEACHER_TEXT), None, 16)
+    output = generate(client, **body(case))
+    check(tiny_oracle, case, output)
+    assert not set(SERIES) & set(output["meta_info"])
+
+
+def batch(seed: int) -> list[Case]:
+    rng = random.Random(seed)
+    cases = [Case(random_ids(rng, 5 + i), random_ids(rng, 30 - 2 * i), 6 + i) for i in range(6)]
+    cases[2].student = cases[4].student = None
+    cases[3].alpha = {"fixed_alpha": -0.3}
+    return cases
+
+
+def test_batch_of_mixed_and_plain(client, tiny_oracle):
+    cases = batch(41)
+    outputs = generate(
+        client, input_ids=[case.teacher for case in cases], sampling_params=[case.params() for case in cases]
+    )
+    for case, output in zip(cases, outputs, strict=True):
+        check(tiny_oracle, case, output)
+
+
+def test_batch_with_shared_parameters(client, tiny_oracle):
+    """One sampling_params for all prompts: every one of them has the same student context."""
+    rng = random.Random(42)
+    cases = [Case(random_ids(rng, 8 + i), ids(STUDENT_TEXT), 8) for i in range(3)]
+    outputs = generate(client, input_ids=[case.teacher for case in cases], sampling_params=cases[0].params())
+    for case, output in zip(cases, outputs, strict=True):
+        check(tiny_oracle, case, output)
+
+
+def test_several_samples_of_one_request(client):
+    params = {**Case([10], ids(STUDENT_TEXT), 8).params(), "n": 3, "temperature": 1.0}
+    outputs = generate(client, text=TEACHER_TEXT, sampling_params=params)
+    assert len(outputs) == 3
+    assert len({tuple(output["output_ids"]) for output in outputs}) == 3
+    assert all(len(output["meta_info"]["alpha"]) == 8 for output in outputs)
+
+
+def test_stream(client, tiny_oracle):
+    case = Case(ids(TEACHER_TEXT), ids(STUDENT_TEXT), 14)
+    chunks = events(client, "/generate", body(case, stream=True))
+    assert len(chunks) > 1
+    for chunk in chunks:  # each one repeats what came before it
+        assert all(len(chunk["meta_info"][name]) == len(chunk["output_ids"]) for name in SERIES)
+    check(tiny_oracle, case, chunks[-1])
+    assert chunks[-1]["meta_info"]["finish_reason"]["type"] == "length"
+
+
+def test_stream_of_a_batch(client, tiny_oracle):
+    cases = batch(43)
+    last = {}
+    request = {
+        "input_ids": [case.teacher for case in cases],
+        "sampling_params": [case.params() for case in cases],
+        "stream": True,
+    }
+    for chunk in events(client, "/generate", request):
+        last[chunk["index"]] = chunk
+    for i, case in enumerate(cases):
+        check(tiny_oracle, case, last[i])
+
+
+def test_openai_endpoints(client, tiny_oracle):
+    """custom_params of the OpenAI endpoints carries the same fields."""
+    common = {
+        "model": "tiny",
+        "temperature": 0,
+        "ignore_eos": True,
+        "max_tokens": 12,
+        "custom_params": {"student_messages": MESSAGES},
+    }
+    completion = client.post("/v1/completions", json={**common, "prompt": TEACHER_TEXT})
+    assert completion.status_code == 200, completion.text
+    expected = tiny_oracle.generate_greedy(ids(TEACHER_TEXT), MESSAGE_IDS, 12, **DEFAULTS)
+    assert completion.json()["choices"][0]["text"] == text_of(expected.token_ids)
+
+    chat = {**common, "messages": [{"role": "user", "content": TEACHER_TEXT}]}
+    response = client.post("/v1/chat/completions", json=chat)
+    assert response.status_code == 200, response.text
+    teacher = [VOCABULARY[BOS], VOCABULARY[USER], *ids(TEACHER_TEXT), VOCABULARY[ASSISTANT]]
+    expected = tiny_oracle.generate_greedy(teacher, MESSAGE_IDS, 12, **DEFAULTS)
+    assert response.json()["choices"][0]["message"]["content"] == text_of(expected.token_ids)
+
+    wrong = {**chat, "custom_params": {"student_messages": MESSAGES, "alpha_method": "kl"}}
+    response = client.post("/v1/chat/completions", json=wrong)
+    assert response.status_code == 400
+    assert "alpha_method: 'kl' is not one of" in response.text
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+STUDENT = {"student_input_ids": [10, 11]}
+
+
+@pytest.mark.parametrize(
+    "custom_params,message",
+    [
+        ({**STUDENT, "alpha_method": "kl_symetry"}, "alpha_method: 'kl_symetry' is not one of"),
+        ({**STUDENT, "alpha_min": 0.8, "alpha_max": 0.2}, "alpha_min: 0.8 is greater than alpha_max 0.2"),
+        ({**STUDENT, "alpha_min": 0.8}, "alpha_min: 0.8 is greater than alpha_max 0.3"),  # the server's default
+        ({**STUDENT, "student_text": "hi"}, "exactly one of student_text, student_input_ids, student_messages"),
+        ({"student_input_ids": [10, 64]}, "student_input_ids[1]: 64 is outside the vocabulary [0, 64)"),
+        ({**STUDENT, "alpha_maximum": 0.2}, "unknown key 'alpha_maximum'. Did you mean 'alpha_max'?"),
+        ({"student_txt": "hi"}, "unknown key 'student_txt'. Did you mean 'student_text'?"),
+    ],
+)
+def test_bad_field_is_a_400_that_names_it(client, tiny_oracle, custom_params, message):
+    request = {"input_ids": [10, 11], "sampling_params": {"max_new_tokens": 4, "custom_params": custom_params}}
+    assert message in message_of(client.post("/generate", json=request))
+    good = Case([10, 11], [12], 4)
+    check(tiny_oracle, good, generate(client, **body(good)))
+
+
+def test_bad_field_in_a_stream(client):
+    params = {"max_new_tokens": 4, "custom_params": {"student_input_ids": [-1]}}
+    (event,) = events(client, "/generate", {"input_ids": [10, 11], "sampling_params": params, "stream": True})
+    assert "student_input_ids[0]: -1 is outside" in event["error"]["message"]
+
+
+def test_bad_field_in_a_batch(client):
+    good, bad = Case([10, 11], [12, 13], 4), Case([10, 11], [12, 99], 4)
+    request = {"input_ids": [good.teacher] * 3, "sampling_params": [c.params() for c in (good, bad, good)]}
+    assert "student_input_ids[1]: 99 is outside" in message_of(client.post("/generate", json=request))
+
+
+def test_api_key(client):
+    request = body(Case([10, 11], [12], 4))
+    for headers in ({}, {"Authorization": "Bearer another-key"}):
+        response = httpx.post(client.base_url.join("/generate"), json=request, headers=headers, timeout=60)
+        assert response.status_code == 401
+    assert len(generate(client, **request)["output_ids"]) == 4
+
+
+# -- what the server says about itself -------------------------------------------------------------------------------
+
+
+def server_info(client) -> dict:
+    response = client.get("/get_server_info")
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_file_and_flags_reach_the_server(client, tiny_pair):
+    info = server_info(client)
+    mixing = info["internal_states"][0]["mixing"]
+    assert mixing["student_model_path"] == str(tiny_pair[1])
+    assert mixing["alpha"] == {**DEFAULTS, "fixed_alpha": None}
+    assert info["model_path"] == str(tiny_pair[0])
+    assert info["max_running_requests"] == 64
+    assert info["disable_radix_cache"] is False
+    assert info["served_model_name"] == "tiny"
+    assert info["preferred_sampling_params"] == {"max_new_tokens": 9}
+    assert info["log_requests_target"] == ["stdout"]
+    assert mixing["teacher_pool"]["size"] == mixing["student_pool"]["size"] == SMALL["max_total_tokens"]
+    assert len(generate(client, input_ids=[10, 11], sampling_params={"ignore_eos": True})["output_ids"]) == 9
+
+
+def test_every_slot_is_free_at_the_end(client):
+    deadline = time.monotonic() + 20
+    while True:
+        # Refused while something runs; the requests of the tests before this one have all been answered.
+        flushed = client.post("/flush_cache").status_code == 200
+        mixing = server_info(client)["internal_states"][0]["mixing"]
+        pools = mixing["teacher_pool"], mixing["student_pool"]
+        if flushed and all(pool["free"] == pool["size"] for pool in pools):
+            break
+        assert time.monotonic() < deadline, f"slots are missing: {mixing}"
+        time.sleep(0.2)
+    assert mixing["student_pool"]["requests"] == 0
