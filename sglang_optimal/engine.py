@@ -338,6 +338,7 @@ def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any
     parsed = ServerArgs(model_path=teacher, **arguments)
     launch.check_server_args(parsed, config)
     launch.check_models(parsed, config)
+    launch.resolve(parsed, config)
 
     class MixedEngine(Engine):
         init_tokenizer_manager_func = staticmethod(tokenizer_manager_init(config))

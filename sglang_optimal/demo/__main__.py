@@ -28,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=96, help="Default: %(default)s.")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy. Default: %(default)s.")
     parser.add_argument("--alpha-method", choices=ALPHA_METHODS[:-1], default=ALPHA_METHODS[0])
-    parser.add_argument("--export-svg", metavar="FILE", help="Also save what is shown as an SVG picture.")
+    parser.add_argument(
+        "--export-svg", metavar="FILE", help="Also save two problems and the summary as an SVG picture."
+    )
     return parser
 
 
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--temperature: must not be negative, got {args.temperature}")
     from sglang_optimal import OptimalSampler
 
-    console = Console(record=args.export_svg is not None, width=150 if args.export_svg else None)
+    console = Console()
     began = time.perf_counter()
     try:
         with console.status("starting SGLang with two models"):
@@ -63,13 +65,11 @@ def main(argv: list[str] | None = None) -> int:
     console.print(f"engine ready after {time.perf_counter() - began:.0f} s\n")
     with sampler:
         _run(console, sampler, problems[: args.problems], args)
-    if args.export_svg:
-        console.save_svg(args.export_svg, title="python -m sglang_optimal.demo")
     return 0
 
 
 def _run(console: Console, sampler, problems: list[Problem], args: argparse.Namespace) -> None:
-    from sglang_optimal.demo.render import Column, legend, problem_table, summary_table
+    from sglang_optimal.demo.render import Column, legend, problem_table, save_svg, summary_table
 
     teacher = [p.teacher_prompt for p in problems]
     student = [p.student_prompt for p in problems]
@@ -87,10 +87,12 @@ def _run(console: Console, sampler, problems: list[Problem], args: argparse.Name
     tokenizer = sampler.engine.tokenizer_manager.tokenizer
     for number, problem in enumerate(problems, 1):
         console.print(problem_table(tokenizer, number, problem, columns), "")
-    console.print(summary_table(problems, columns, rates))
-    console.print(
-        "[dim]Every row ran both models (alpha fixed at 1 and 0, and solved for each token): tok/s compare.[/]"
-    )
+    summary = summary_table(problems, columns, rates)
+    console.print(summary)
+    console.print("[dim]Both models ran for every line: alpha is fixed at 1 and at 0, and solved for each token.[/]")
+    if args.export_svg:
+        first = [problem_table(tokenizer, i, p, columns) for i, p in enumerate(problems[:2], 1)]
+        save_svg(args.export_svg, [legend(), *first, summary])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.style import Style
 from rich.table import Table
@@ -111,3 +115,13 @@ def summary_table(problems: Sequence[Problem], columns: Sequence[Column], rates:
             column.title, f"{solved}/{len(problems)}", *(f"{column.mean(n):.3f}" for n in names), f"{rate:.0f}"
         )
     return table
+
+
+def save_svg(path: str, parts: Sequence[RenderableType]) -> None:
+    """Write ``parts``, one under the other, as a picture of a terminal."""
+    console = Console(record=True, file=io.StringIO(), width=140, force_terminal=True)
+    for part in parts:
+        console.print(part, "")
+    svg = console.export_svg(title="make demo")
+    # The viewer's own monospace font will do; a picture should not load anything.
+    Path(path).write_text(re.sub(r"@font-face\s*{[^}]*}", "", svg))

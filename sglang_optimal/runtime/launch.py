@@ -97,11 +97,14 @@ def resolve(server_args, config: MixingConfig) -> None:
 
 
 def check_models(server_args, config: MixingConfig) -> None:
-    """Check that the student exists and that both tokenizers agree on every real id.
+    """Check that both models exist and that both tokenizers agree on every real id.
 
     Raises:
         ValueError: names the field and the first disagreement.
     """
+    teacher_path = server_args.model_path
+    if teacher_path.startswith(("/", "./", "../")) and not Path(teacher_path).exists():
+        raise ValueError(f"--model-path: no model at {teacher_path}.")
     path = config.student_model_path
     if path is None:
         return
@@ -116,7 +119,7 @@ def check_models(server_args, config: MixingConfig) -> None:
         except Exception as error:
             raise ValueError(f"{flag}: cannot load a tokenizer from {name}: {error}") from None
 
-    teacher = load(server_args.tokenizer_path or server_args.model_path, "--model-path", server_args.revision)
+    teacher = load(server_args.tokenizer_path or teacher_path, "--model-path", server_args.revision)
     student = load(path, "--student-model-path", config.student_revision)
     difference = tokenizer_difference(teacher.get_vocab(), student.get_vocab())
     if difference is not None:

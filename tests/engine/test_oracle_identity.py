@@ -109,7 +109,7 @@ def test_aborts_in_flight(sampler, tiny_oracle):
             input_ids=case.teacher, sampling_params=case.params(), rid=f"abort-{i}", stream=True
         )
         count = 0
-        async for _ in stream:
+        async for chunk in stream:  # noqa: B007 (the last one is returned)
             count += 1
             if i % 3 == 0 and count == 1 + 4 * (i // 3):
                 sampler.engine.tokenizer_manager.abort_request(f"abort-{i}")
