@@ -1,0 +1,313 @@
+"""What the runtime relies on in SGLang: names, signatures and call conventions.
+
+An SGLang upgrade fails here first, and each failure names what is gone. No engine is started.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import re
+import textwrap
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SRT = "sglang.srt."
+
+
+def resolve(path: str) -> Any:
+    """The object at a dotted path such as ``managers.scheduler.Scheduler.run_batch``, below ``sglang.srt``."""
+    parts = (SRT + path).split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError as error:
+            if error.name and not ".".join(parts[:cut]).startswith(error.name):
+                raise
+            continue
+        for i, name in enumerate(parts[cut:], cut):
+            # A dict keeps descriptors of structs and dataclasses as they are; getattr follows inheritance.
+            assert hasattr(found, name), f"SGLang has no {'.'.join(parts[: i + 1])}"
+            found = getattr(found, name)
+        return found
+    raise AssertionError(f"SGLang has no module of {'.'.join(parts)}")
+
+
+@functools.cache
+def members(cls: type) -> frozenset[str]:
+    """Everything an instance has: class attributes, annotated fields, and ``self.name = …`` in any method."""
+    names = set(dir(cls)) | set(getattr(cls, "__struct_fields__", ()))
+    for base in cls.__mro__[:-1]:
+        names |= set(getattr(base, "__annotations__", ()))
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError):
+            continue
+        for node in ast.walk(tree):
+            stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            if stored and isinstance(node.value, ast.Name) and node.value.id == "self":
+                names.add(node.attr)
+    return frozenset(names)
+
+
+def test_version_is_the_pinned_one():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    pins = [d for d in tomllib.loads(text)["project"]["dependencies"] if d.startswith("sglang==")]
+    assert pins == [f"sglang=={importlib.metadata.version('sglang')}"]
+
+
+# Modules, classes and functions that are imported.
+IMPORTED = (
+    "arg_groups.overrides.resolving_view",
+    "configs.model_config.ModelConfig.from_server_args",
+    "entrypoints.engine.Engine",
+    "entrypoints.engine.init_tokenizer_manager",
+    "entrypoints.http_server.launch_server",
+    "environ.envs.SGLANG_RUST_SERVER.get",
+    "layers.sampler.Sampler",
+    "layers.sampler.register_sampler_backend",
+    "managers.auxiliary_output.CommittedTokens",
+    "managers.io_struct.GenerateReqInput",
+    "managers.schedule_batch.Req",
+    "managers.schedule_batch.ScheduleBatch",
+    "managers.schedule_policy.AddReqResult.NO_TOKEN",
+    "managers.schedule_policy.CLIP_MAX_NEW_TOKENS",
+    "managers.schedule_policy.PrefillAdder",
+    "managers.scheduler.Scheduler",
+    "managers.scheduler.run_scheduler_process",
+    "managers.tokenizer_manager.TokenizerManager",
+    "managers.tp_worker.TpModelWorker",
+    "mem_cache.allocation.alloc_token_slots",
+    "mem_cache.base_prefix_cache.BasePrefixCache",
+    "mem_cache.base_prefix_cache.InsertParams",
+    "mem_cache.base_prefix_cache.MatchPrefixParams",
+    "mem_cache.cache_init_params.CacheInitParams",
+    "mem_cache.common.evict_from_tree_cache",
+    "mem_cache.radix_cache.RadixCache",
+    "mem_cache.radix_cache.RadixKey",
+    "mem_cache.registry.TreeCacheBuildContext",
+    "mem_cache.registry.create_unified_radix_cache",
+    "mem_cache.registry.register_radix_cache_backend",
+    "mem_cache.unified_radix_cache.UnifiedRadixCache",
+    "model_executor.forward_batch_info.CaptureHiddenMode.NULL",
+    "model_executor.forward_batch_info.ForwardBatch",
+    "platforms.cpu.CpuDeviceMixin",
+    "platforms.device_mixin.PlatformEnum.OOT",
+    "platforms.interface.SRTPlatform.get_default_attention_backend",
+    "plugins.load_plugins",
+    "plugins.hook_registry.HookRegistry.register",
+    "plugins.hook_registry.HookType.AROUND",
+    "plugins.hook_registry.HookType.REPLACE",
+    "runtime_context.get_context",
+    "runtime_context.get_device",
+    "runtime_context.get_exec",
+    "runtime_context.get_memory",
+    "runtime_context.get_parallel",
+    "runtime_context.get_schedule",
+    "sampling.sampling_batch_info.SamplingBatchInfo",
+    "sampling.sampling_params.SamplingParams.__struct_fields__",
+    "server_args.ServerArgs.add_cli_args",
+    "server_args.ServerArgs.resolve_once",
+    "server_args.prepare_server_args",
+    "utils.common.is_flashinfer_available",
+    "utils.hf_transformers_utils.get_tokenizer",
+    "utils.kill_process_tree",
+)
+
+
+@pytest.mark.parametrize("path", IMPORTED)
+def test_imported(path):
+    resolve(path)
+
+
+# Callable: the parameters that we pass by name or override by position, in SGLang's order.
+SIGNATURES = {
+    "configs.model_config.ModelConfig.from_server_args": ("server_args", "model_path", "model_revision"),
+    "entrypoints.engine.Engine.async_generate": ("sampling_params", "input_ids", "stream"),
+    "entrypoints.engine.Engine.generate": ("sampling_params", "input_ids", "stream"),
+    "entrypoints.engine.init_tokenizer_manager": ("server_args", "port_args", "TokenizerManagerClass"),
+    "entrypoints.http_server.launch_server": (
+        "server_args", "init_tokenizer_manager_func", "run_scheduler_process_func",
+    ),
+    "layers.sampler.Sampler.forward": ("self", "logits_output", "sampling_info"),
+    "layers.sampler.register_sampler_backend": ("backend", "factory"),
+    "managers.schedule_batch.Req.set_finish_with_abort": ("self", "error_msg"),
+    "managers.schedule_batch.ScheduleBatch.check_decode_mem": ("self", "selected_indices"),
+    "managers.schedule_policy.PrefillAdder.add_one_req": (
+        "self", "req", "has_chunked_req", "truncation_align_size",
+    ),
+    "managers.scheduler.Scheduler._add_request_to_queue": ("self", "req", "is_retracted"),
+    "managers.scheduler.Scheduler._create_generation_req": ("self", "recv_req"),
+    "managers.scheduler.Scheduler.get_internal_state": ("self", "recv_req"),
+    "managers.scheduler.Scheduler.get_prefill_adder_class": ("self",),
+    "managers.scheduler.Scheduler.init_chunked_prefill": ("self",),
+    "managers.scheduler.Scheduler.init_req_max_new_tokens": ("self", "req"),
+    "managers.scheduler.Scheduler.init_tp_model_worker": ("self",),
+    "managers.scheduler.Scheduler.is_fully_idle": ("self",),
+    "managers.scheduler.Scheduler.on_idle": ("self",),
+    "managers.scheduler.Scheduler.run_batch": ("self", "batch"),
+    "managers.tokenizer_manager.TokenizerManager._create_tokenized_object": ("self", "obj"),
+    "managers.tokenizer_manager.TokenizerManager.init_tokenizer_and_processor": ("self",),
+    "managers.tokenizer_manager.TokenizerManager.update_request_meta_info": (
+        "self", "meta_info", "state", "customized_info", "index", "finish_reason",
+    ),
+    "managers.tp_worker.TpModelWorker.__init__": ("self", "server_args", "gpu_id", "nccl_port"),
+    "managers.tp_worker.TpModelWorker._init_model_config": ("self",),
+    "managers.tp_worker.TpModelWorker.alloc_memory_pool": ("self",),
+    "managers.tp_worker.TpModelWorker.forward_batch_generation": ("self", "batch"),
+    "managers.tp_worker.TpModelWorker.get_memory_pool": ("self",),
+    "managers.tp_worker.TpModelWorker.init_attention_backends": ("self",),
+    "managers.tp_worker.TpModelWorker.init_cuda_graphs": ("self", "capture_decode_cuda_graph"),
+    "mem_cache.allocation.alloc_token_slots": ("tree_cache", "num_tokens"),
+    "mem_cache.base_prefix_cache.InsertParams": ("key", "value", "prev_prefix_len", "inserted_len", "priority"),
+    "mem_cache.base_prefix_cache.MatchPrefixParams": ("key",),
+    "mem_cache.cache_init_params.CacheInitParams": (
+        "disable", "req_to_token_pool", "token_to_kv_pool_allocator", "page_size", "eviction_policy",
+    ),
+    "mem_cache.common.evict_from_tree_cache": ("tree_cache", "num_tokens"),
+    "mem_cache.radix_cache.RadixCache.insert": ("self", "params"),
+    "mem_cache.radix_cache.RadixCache.lock": ("self", "node"),
+    "mem_cache.radix_cache.RadixCache.match_prefix": ("self", "params"),
+    "mem_cache.radix_cache.RadixCache.path_device_indices": ("self", "node"),
+    "mem_cache.radix_cache.RadixKey": ("token_ids", "extra_key", "cache_salt"),
+    "mem_cache.registry.create_unified_radix_cache": ("ctx", "cache_class"),
+    "mem_cache.registry.register_radix_cache_backend": ("name", "factory"),
+    "mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint": ("self", "req", "up_to"),
+    "mem_cache.unified_radix_cache.UnifiedRadixCache.on_release": ("self", "req", "checkpointed"),
+    "mem_cache.unified_radix_cache.UnifiedRadixCache.reset": ("self",),
+    "model_executor.forward_batch_info.ForwardBatch.init_new": (
+        "batch", "model_runner", "return_hidden_states_before_norm",
+    ),
+    "model_executor.model_runner.ModelRunner.forward": ("self", "forward_batch"),
+    "plugins.hook_registry.HookRegistry.register": ("target", "hook", "hook_type"),
+    "sampling.sampling_batch_info.SamplingBatchInfo.apply_logits_bias": ("self", "logits"),
+    "utils.hf_transformers_utils.get_tokenizer": (
+        "tokenizer_name", "tokenizer_mode", "trust_remote_code", "revision",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_signature(path):
+    wanted = SIGNATURES[path]
+    parameters = inspect.signature(resolve(path)).parameters
+    missing = [p for p in wanted if p not in parameters]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    assert not missing or (takes_any and path in FORWARDED), f"{path} has no {missing}; it takes {list(parameters)}"
+    present = [p for p in parameters if p in wanted]
+    assert present == [p for p in wanted if p in present], f"{path} takes them in another order: {present}"
+
+
+FORWARDED = frozenset({"utils.hf_transformers_utils.get_tokenizer"})
+"""Callables that pass **kwargs on."""
+
+
+# Class: what is read or set on its instances.
+MEMBERS = {
+    "entrypoints.engine.Engine": (
+        "generate", "async_generate", "shutdown", "tokenizer_manager", "flush_cache", "get_server_info", "loop",
+        "init_tokenizer_manager_func", "run_scheduler_process_func",
+    ),
+    "managers.schedule_batch.Req": (
+        "sampling_params", "output_ids", "origin_input_ids", "full_untruncated_fill_ids", "extend_end", "extra_key",
+        "cache_salt", "kv", "to_finish", "finished", "customized_info", "owned_kv_len",
+    ),
+    "managers.schedule_batch.ScheduleBatch": (
+        "reqs", "forward_mode", "device", "input_ids", "req_pool_indices", "req_pool_indices_cpu", "seq_lens",
+        "seq_lens_cpu", "seq_lens_sum", "orig_seq_lens", "out_cache_loc", "prefix_lens", "extend_lens",
+        "extend_num_tokens", "extend_logprob_start_lens", "sampling_info", "has_grammar", "return_logprob",
+        "top_logprobs_nums", "token_ids_logprobs", "extend_input_logprob_token_ids", "return_hidden_states_mode",
+        "decoding_reqs", "multimodal_inputs", "tree_cache",
+    ),
+    "managers.schedule_policy.PrefillAdder": (
+        "running_batch", "can_run_list", "rem_input_tokens", "_get_running_request_total_token_offset",
+    ),
+    "managers.scheduler.Scheduler": (
+        "server_args", "nccl_port", "tp_worker", "tree_cache", "token_to_kv_pool_allocator", "chunked_prefill_size",
+        "invariant_checker",
+    ),
+    "managers.tokenizer_manager.TokenizerManager": (
+        "server_args", "model_config", "tokenizer", "_create_tokenized_object", "abort_request",
+    ),
+    "managers.tp_worker.TpModelWorker": ("model_config", "model_runner", "random_seed"),
+    "mem_cache.radix_cache.RadixCache": (
+        "disable", "insert", "match_prefix", "lock", "unlock", "reset", "evictable_size", "protected_size",
+        "path_device_indices",
+    ),
+    "mem_cache.registry.TreeCacheBuildContext": ("tp_worker",),
+    "mem_cache.base_prefix_cache.MatchResult": ("last_device_node", "device_prefix_len"),
+    "mem_cache.base_prefix_cache.InsertResult": ("prefix_len",),
+    "mem_cache.allocator.TokenToKVPoolAllocator": (
+        "size", "page_size", "available_size", "free_segment", "clear",
+    ),
+    "mem_cache.memory_pool.ReqToTokenPool": ("size", "write", "req_to_token"),
+    "model_executor.model_runner.ModelRunner": (
+        "sampler", "sampling_observer", "req_to_token_pool", "max_running_requests", "max_total_num_tokens",
+        "pre_model_load_memory", "init_kv_cache_configurator", "kv_cache_configurator", "forward",
+    ),
+    "sampling.sampling_batch_info.SamplingBatchInfo": (
+        "temperatures", "penalizer_orchestrator", "acc_additive_penalties", "acc_scaling_penalties", "grammar_mask",
+        "logit_bias", "apply_logits_bias", "__len__",
+    ),
+    "server_args.ServerArgs": (
+        "model_path", "tokenizer_path", "revision", "trust_remote_code", "sampling_backend", "radix_cache_backend",
+        "pp_size", "page_size", "tokenizer_worker_num", "disaggregation_mode", "enable_mixed_chunk",
+        "speculative_algorithm", "enable_dp_attention", "enable_lora", "lora_paths", "enable_hierarchical_cache",
+        "enable_streaming_session", "enable_pdmux", "dllm_algorithm", "enable_two_batch_overlap", "enable_lmcache",
+        "enable_flexkv", "enable_unified_cache_external_linker", "encoder_only", "grpc_mode", "smg_grpc_mode",
+        "use_ray", "attn_dp_size", "attn_cp_size", "dcp_size",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path,name", [(path, name) for path, names in MEMBERS.items() for name in names], ids=lambda value: value
+)
+def test_member(path, name):
+    assert name in members(resolve(path)), f"SGLang's {path} has no {name}"
+
+
+# (callable, pattern in its source, what we rely on)
+CONVENTIONS = (
+    ("managers.scheduler.Scheduler._handle_generate_request", r"init_req_max_new_tokens\(req\)",
+     "the scheduler bounds every request's length before it queues it"),
+    ("managers.scheduler.Scheduler._handle_generate_request", r"set_finish_with_abort\([\s\S]*?_add_request_to_queue\(",
+     "a refused request is queued"),
+    ("managers.schedule_batch.Req.set_finish_with_abort", r"self\.to_finish = FINISH_ABORT\(", "… and marked"),
+    ("managers.schedule_batch.ScheduleBatch.retract_decode", r"check_decode_mem\(",
+     "retraction goes on until check_decode_mem is satisfied"),
+    ("mem_cache.common.release_kv_cache", r"tree_cache\.on_release\(req, checkpointed=checkpoint\)",
+     "the tree cache hears of every release"),
+    ("mem_cache.common.release_kv_cache", r"tree_cache\.checkpoint\(req, up_to=[\s\S]*on_release\(",
+     "a finished request is checkpointed before it is released"),
+    ("sampling.sampling_batch_info.SamplingBatchInfo.apply_logits_bias_with_observer",
+     r"observer\.before_grammar\(logits, self\)", "the observer comes before the grammar mask"),
+    ("model_executor.model_runner.ModelRunner.sample",
+     r"self\.sampler\(\s*logits_output,\s*forward_batch\.sampling_info,[\s\S]*observer\.after_sample\(\s*observer_state,"
+     r"\s*next_token_ids", "the sampler runs between the observer's two calls"),
+    ("managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor.consume_auxiliary_output",
+     r"output\.consume\(batch, ", "extras are handed out with the committed tokens"),
+    ("layers.sampler.create_sampler", r"get_exec\(\)\.kernel\.sampling_backend", "the factory is found by name"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path,pattern,meaning", CONVENTIONS, ids=[c[2] for c in CONVENTIONS])
+def test_convention(path, pattern, meaning):
+    source = inspect.getsource(resolve(path))
+    assert re.search(pattern, source), f"{path}: not seen any more: {meaning}"
+
+
+def test_entry_point_groups():
+    from sglang.srt import plugins
+
+    wanted = {"GENERAL_PLUGINS_GROUP": "sglang.srt.plugins", "PLATFORM_PLUGINS_GROUP": "sglang.srt.platforms"}
+    for constant, group in wanted.items():
+        assert getattr(plugins, constant, None) == group, f"SGLang's {constant} is not {group}"
+        ours = importlib.metadata.entry_points(group=group)
+        assert any(point.value.startswith("sglang_optimal.") for point in ours), f"{group}: not installed"
