@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 MODEL := models/smollm2-135m-instruct
 
-# One seed of noise less: every target runs off-line once .venv is there.
+# The demo and the tests use local models; nothing is looked up on a model hub.
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
@@ -37,7 +37,7 @@ serve-demo: $(MODEL)/config.json  ## a server with the small model as teacher an
 	$(BIN)/python -m sglang_optimal.launch_server --model-path $(MODEL) --student-model-path $(MODEL) --config configs/base.yaml
 
 test: $(READY)  ## the whole suite but the slow tests; under 15 minutes on two cores, no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not slow'
 
 test-slow: $(READY)  ## the tests marked slow
 	$(BIN)/python -m pytest -m slow
