@@ -39,8 +39,9 @@ serve-demo: $(MODEL)/config.json  ## a server with the small model as teacher an
 test: $(READY)  ## the whole suite but the slow tests; under 15 minutes on two cores, no GPU
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-slow: $(READY)  ## the tests marked slow
+test-slow: $(READY)  ## minutes of random traffic, and new random examples for the property tests
 	$(BIN)/python -m pytest -m slow
+	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest tests/mixing tests/test_config.py
 
 bench: $(MODEL)/config.json  ## throughput of mixed, teacher-only, student-only and stock SGLang, in one run
 	$(BIN)/python bench/throughput.py --model-path $(MODEL)

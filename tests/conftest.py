@@ -1,10 +1,18 @@
-"""Tiny models shared by the whole session."""
+"""Tiny models shared by the whole session, and hypothesis's profiles."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+from hypothesis import settings
 from oracle import MixedOracle
 from tiny_models import build_tiny_tokenizer_model
+
+# `make test` tries the same examples everywhere; HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore", derandomize=False)
+settings.load_profile(os.getenv("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(scope="session")

@@ -93,27 +93,23 @@ def problem_table(tokenizer, number: int, problem: Problem, columns: Sequence[Co
 
 
 def summary_table(problems: Sequence[Problem], columns: Sequence[Column], rates: Sequence[float]) -> Table:
-    """Means over all tokens. KL and log-probabilities in nats a token; ``rates`` in tokens a second, one a column."""
-    table = Table(title="All problems, means over tokens", title_justify="left", title_style="bold")
-    table.add_column("")
-    heads = (
-        "solved",
-        "alpha",
-        "KL to student",
-        "KL to teacher",
-        "ESS ratio",
-        "log p student",
-        "log p teacher",
-        "tok/s",
-    )
-    for head in heads:
-        table.add_column(head, justify="right")
-    for column, rate in zip(columns, rates, strict=True):
-        solved = sum(p.solved_by(r.text) for p, r in zip(problems, column.results, strict=True))
-        names = ("alpha", "kl_to_student", "kl_to_teacher", "ess_ratio", "student_logprob", "teacher_logprob")
-        table.add_row(
-            column.title, f"{solved}/{len(problems)}", *(f"{column.mean(n):.3f}" for n in names), f"{rate:.0f}"
-        )
+    """One line a measure, one column a way to generate; ``rates`` in tokens a second."""
+    table = Table(title="All problems", title_justify="left", title_style="bold")
+    table.add_column("mean over tokens, in nats")
+    for column in columns:
+        table.add_column(column.title, justify="right")
+    for label, name in (
+        ("alpha", "alpha"),
+        ("KL(q* || student)", "kl_to_student"),
+        ("KL(q* || teacher)", "kl_to_teacher"),
+        ("log-probability under the student", "student_logprob"),
+        ("log-probability under the teacher", "teacher_logprob"),
+        ("ESS ratio, student to teacher", "ess_ratio"),
+    ):
+        table.add_row(label, *(f"{column.mean(name):.3f}" for column in columns))
+    solved = [sum(p.solved_by(r.text) for p, r in zip(problems, c.results, strict=True)) for c in columns]
+    table.add_row("tokens/s", *(f"{rate:.0f}" for rate in rates), end_section=True)
+    table.add_row("problems solved", *(f"{n} of {len(problems)}" for n in solved), style="bold")
     return table
 
 

@@ -23,6 +23,9 @@ _MAX_STEPS_HOST = 40
 _STEPS_DEVICE = 12
 # Squared: below this root-mean-square of r under the middle mixture (float32 noise of the logits) alpha has no meaning.
 _EQUAL = 1e-10
+# … unless some token's |r| is beyond float32 noise: two models certain of one token may still differ in the tail, on
+# which the effective sample sizes depend.
+_EQUAL_TAIL = 1e-2
 
 
 class AlphaMethod(enum.IntEnum):
@@ -193,7 +196,10 @@ def entropies(pair: LogPair) -> tuple[Tensor, Tensor]:
 
 def _is_equal(pair: LogPair) -> Tensor:
     _, mean, variance = pair.derivatives(torch.full_like(pair.student_log_z, 0.5))
-    return variance + mean * mean <= _EQUAL
+    equal = variance + mean * mean <= _EQUAL
+    if not equal.is_cuda and not equal.any():
+        return equal
+    return equal & (pair.delta.abs().amax(-1) <= _EQUAL_TAIL)
 
 
 def _newton(pair: LogPair, f: Callable[[LogPair, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -15,19 +15,21 @@ from sglang_optimal import OptimalSampler
 TIE = 2e-4
 FIRST_TEXT_ID, VOCAB = 7, 64
 
+# SGLang's server arguments for the tiny pair: float32, small pools.
+SMALL: dict[str, Any] = {
+    "dtype": "float32",
+    "max_total_tokens": 6000,
+    "context_length": 1024,
+    "max_running_requests": 64,
+    "random_seed": 11,
+    "mem_fraction_static": 0.3,
+    "sleep_on_idle": True,
+}
+
 
 def start(pair, **server_args) -> OptimalSampler:
-    """An engine over the tiny pair, float32, small pools."""
-    arguments = {
-        "dtype": "float32",
-        "max_total_tokens": 6000,
-        "context_length": 1024,
-        "max_running_requests": 64,
-        "random_seed": 11,
-        "mem_fraction_static": 0.3,
-        "sleep_on_idle": True,
-    }
-    return OptimalSampler(str(pair[0]), str(pair[1]), **{**arguments, **server_args})
+    """An engine over the tiny pair; ``server_args`` over SMALL."""
+    return OptimalSampler(str(pair[0]), str(pair[1]), **{**SMALL, **server_args})
 
 
 @dataclasses.dataclass

@@ -305,3 +305,11 @@ def test_method_names_are_the_configurations():
 
     assert names == ALPHA_METHODS
     assert [AlphaMethod[n.upper()] for n in names] == list(AlphaMethod)
+
+
+@pytest.mark.parametrize("method", SOLVED)
+def test_certain_of_the_same_token_with_other_tails(method):
+    """Not equal distributions: their tails differ, and the effective sample sizes depend on them."""
+    teacher, student = torch.tensor([[30.0, 14.0, 2.0]]), torch.tensor([[118.0, 0.0, 30.0]])
+    alpha = mix(teacher, student, torch.ones(1), AlphaParams.uniform(1, method)).alpha.item()
+    assert_alpha_is_right(alpha, method, teacher[0], student[0])

@@ -18,17 +18,6 @@ import httpx
 
 START_DEADLINE, STOP_DEADLINE = 150, 20  # seconds; a start takes half a minute on two cores
 
-# The engine tests' small pools (see harness.start), as SGLang's server arguments.
-SMALL: dict[str, Any] = {
-    "dtype": "float32",
-    "max_total_tokens": 6000,
-    "context_length": 1024,
-    "max_running_requests": 64,
-    "random_seed": 11,
-    "mem_fraction_static": 0.3,
-    "sleep_on_idle": True,
-}
-
 
 def as_argv(values: dict[str, Any]) -> list[str]:
     argv = []

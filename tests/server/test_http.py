@@ -9,8 +9,8 @@ import time
 import httpx
 import pytest
 import yaml
-from harness import Case, check_greedy, random_ids
-from serving import SMALL, events, generate, message_of, serve
+from harness import SMALL, Case, check_greedy, random_ids
+from serving import events, generate, message_of, serve
 from tiny_models import ASSISTANT, BOS, SMALL_CHARACTERS, SMALL_SPECIAL_TOKENS, SYSTEM, USER
 
 from sglang_optimal.runtime.observer import SERIES

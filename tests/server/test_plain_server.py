@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from harness import Case, check_greedy
-from serving import SMALL, as_argv, generate, message_of, serve
+from harness import SMALL, Case, check_greedy
+from serving import as_argv, generate, message_of, serve
 
 CASE = Case([20, 31, 9, 44, 15, 60, 23], None, 16)
 
