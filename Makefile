@@ -30,8 +30,8 @@ $(MODEL)/config.json: $(READY)
 
 model: $(MODEL)/config.json  ## prepare SmolLM2-135M-Instruct under models/
 
-demo: $(MODEL)/config.json  ## mixed text from the real small model, beside teacher and student alone
-	$(BIN)/python -m sglang_optimal.demo --model-path $(MODEL)
+demo: $(MODEL)/config.json  ## mixed text from the real small model, beside teacher and student alone (ARGS=--help for more)
+	$(BIN)/python -m sglang_optimal.demo --model-path $(MODEL) $(ARGS)
 
 serve-demo: $(MODEL)/config.json  ## a server with the small model as teacher and student
 	$(BIN)/python -m sglang_optimal.launch_server --model-path $(MODEL) --student-model-path $(MODEL) --config configs/base.yaml
