@@ -140,15 +140,18 @@ def serve(server_args, config: MixingConfig) -> None:
     from sglang_optimal.runtime import launch
     from sglang_optimal.runtime.tokenizer import tokenizer_manager_init
 
-    kwargs = {}
+    kwargs: dict[str, Any] = {}
     if config.student_model_path is None:
         if any(getattr(server_args, name) for name in launch.OTHER_FRONT_ENDS):
             from sglang.launch_server import run_server
 
             return run_server(server_args)
     else:
+        from sglang_optimal.runtime import openai_api, routes
         from sglang_optimal.runtime.scheduler import scheduler_process
 
+        openai_api.install()
+        routes.install()
         kwargs["run_scheduler_process_func"] = scheduler_process(config)
     launch_server(server_args, init_tokenizer_manager_func=tokenizer_manager_init(config), **kwargs)
 

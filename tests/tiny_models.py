@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -148,6 +149,28 @@ def build_small_tokenizer(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, path)
     return path
+
+
+def small_ids(text: str) -> list[int]:
+    """Token ids of the 64-token tokenizer for plain text."""
+    return [len(SMALL_SPECIAL_TOKENS) + SMALL_CHARACTERS.index(character) for character in text]
+
+
+def small_text(tokens: Sequence[int]) -> str:
+    """The text of token ids of the 64-token tokenizer, without the special ones."""
+    first = len(SMALL_SPECIAL_TOKENS)
+    return "".join(SMALL_CHARACTERS[token - first] for token in tokens if token >= first)
+
+
+def small_chat_ids(*messages: tuple[str, str]) -> list[int]:
+    """Token ids of (role, content) messages in the 64-token tokenizer's chat template, ready for the assistant."""
+    names = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+    ids = [SMALL_SPECIAL_TOKENS.index(BOS)]
+    for role, content in messages:
+        ids += [SMALL_SPECIAL_TOKENS.index(names[role]), *small_ids(content)]
+        if role == "assistant":
+            ids.append(SMALL_SPECIAL_TOKENS.index(EOS))
+    return [*ids, SMALL_SPECIAL_TOKENS.index(ASSISTANT)]
 
 
 def build_tiny_tokenizer_model(

@@ -105,7 +105,9 @@ class MixingStep:
 
 
 class MixingObserver:
-    """SGLang's SamplingObserver for batches with mixed rows."""
+    """SGLang's SamplingObserver for batches with mixed rows. ``on_tokens``: told the values of every sampled token."""
+
+    on_tokens: Callable[[list[list[float]]], None] | None = None
 
     def is_active(self, sampling_info: SamplingBatchInfo) -> bool:
         return getattr(sampling_info, "mixing", None) is not None
@@ -115,7 +117,7 @@ class MixingObserver:
         return sampling_info.mixing
 
     def after_sample(self, state: MixingStep, token_ids: torch.Tensor) -> MixingDeviceOutput:
-        output = MixingDeviceOutput(state.rows.host, state.extras(token_ids))
+        output = MixingDeviceOutput(state.rows.host, state.extras(token_ids), self.on_tokens)
         # Free both models' logits now: the step lives on with the batch for two more iterations.
         state.teacher_logits = state.student_logits = state.mixture = None
         return output
@@ -127,9 +129,10 @@ class MixingDeviceOutput:
 
     host_rows: list[int]
     values: torch.Tensor
+    on_tokens: Callable[[list[list[float]]], None] | None = None
 
     def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> MixingHostOutput:
-        return MixingHostOutput(self.host_rows, copy_tensor(self.values))
+        return MixingHostOutput(self.host_rows, copy_tensor(self.values), self.on_tokens)
 
 
 @dataclasses.dataclass
@@ -138,14 +141,19 @@ class MixingHostOutput:
 
     host_rows: list[int]
     values: torch.Tensor
+    on_tokens: Callable[[list[list[float]]], None] | None = None
 
     def consume(self, batch: ScheduleBatch, commits: Sequence[CommittedTokens | None]) -> None:
+        sampled = []
         for row, values in zip(self.host_rows, self.values.tolist(), strict=True):
             if commits[row] is None:  # chunk in flight, or a request that had already finished
                 continue
+            sampled.append(values)
             req: Any = batch.reqs[row]
             if req.customized_info is None:
                 req.customized_info = {}
             names = SERIES if req.student.return_mixing_info else SERIES[:1]
             for name, value in zip(names, values, strict=False):
                 req.customized_info.setdefault(name, []).append(value)
+        if sampled and self.on_tokens is not None:
+            self.on_tokens(sampled)

@@ -8,11 +8,31 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_optimal.config import AlphaSettings, MixingConfig, check_known
+from sglang_optimal.runtime.messages import (
+    checked_messages,
+    checked_system_prompt,
+    checked_template_kwargs,
+    with_system_prompt,
+)
 
 STUDENT_FIELDS = ("student_text", "student_input_ids", "student_messages")
-MIXING_FIELDS = STUDENT_FIELDS + MixingConfig.ALPHA_KEYS + ("return_mixing_info",)
+TEACHER_FIELDS = ("teacher_messages", "teacher_only_messages", "teacher_system_prompt", "teacher_chat_template_kwargs")
+"""Fields about the teacher's messages; none of them is left when the request reaches the scheduler."""
+MIXING_FIELDS = (
+    STUDENT_FIELDS
+    + TEACHER_FIELDS
+    + ("student_system_prompt", "student_chat_template_kwargs", "return_mixing_info")
+    + MixingConfig.ALPHA_KEYS
+)
 # Keys with these beginnings can only be meant for us: a typo must not quietly give plain teacher samples.
 _OUR_PREFIXES = ("student", "alpha", "fixed_alpha", "return_mixing", "teacher")
+
+_TEACHER_ONLY_WITH = {
+    "teacher_messages": "only /generate reads it, in place of text and input_ids.",
+    "teacher_only_messages": "only /v1/chat/completions reads it, beside messages.",
+    "teacher_system_prompt": "needs messages for the teacher: teacher_messages, or /v1/chat/completions.",
+    "teacher_chat_template_kwargs": "only read with teacher_messages; a chat request has chat_template_kwargs.",
+}
 
 
 @dataclasses.dataclass
@@ -45,12 +65,45 @@ def mixing_fields(custom_params: Any) -> dict[str, Any]:
     return ours
 
 
+def check_has_student(fields: dict[str, Any], config: MixingConfig) -> None:
+    """Raise ValueError for mixing fields sent to a server without a student."""
+    if config.student_model_path is None:
+        raise ValueError(
+            f"{next(iter(fields))}: this server has no student model; start it with --student-model-path to mix."
+        )
+
+
+def take_teacher_messages(
+    custom_params: dict[str, Any], config: MixingConfig
+) -> tuple[list[dict], dict[str, Any], dict[str, Any]] | None:
+    """Split off the messages that the teacher reads on ``/generate``.
+
+    Returns:
+        (messages, extra variables for the chat template, custom_params without the teacher's fields); None where the
+        request has no ``teacher_messages``.
+
+    Raises:
+        ValueError: names the field and the fix.
+    """
+    fields = mixing_fields(custom_params)
+    if fields.get("teacher_messages") is None:
+        return None
+    check_has_student(fields, config)
+    messages = checked_messages(fields["teacher_messages"], "teacher_messages")
+    if fields.get("teacher_system_prompt") is not None:
+        system = checked_system_prompt(fields["teacher_system_prompt"], "teacher_system_prompt")
+        messages = with_system_prompt(messages, system)
+    kwargs = checked_template_kwargs(fields.get("teacher_chat_template_kwargs") or {}, "teacher_chat_template_kwargs")
+    used = ("teacher_messages", "teacher_system_prompt", "teacher_chat_template_kwargs")
+    return messages, kwargs, {k: v for k, v in custom_params.items() if k not in used}
+
+
 def to_wire(
     custom_params: dict[str, Any],
     config: MixingConfig,
     *,
     encode_text: Callable[[str], Sequence[int]],
-    encode_messages: Callable[[list[dict]], Sequence[int]],
+    encode_messages: Callable[[list[dict], dict], Sequence[int]],
     vocab_size: int,
     context_length: int,
     max_new_tokens: int | None,
@@ -59,7 +112,7 @@ def to_wire(
 
     Args:
         custom_params: as the client sent them.
-        encode_text, encode_messages: the student's tokenizer and chat template.
+        encode_text, encode_messages: the student's tokenizer; and its chat template, with extra variables for it.
         vocab_size: number of ids both models know; ids must lie in [0, vocab_size).
         context_length: the student's context length, in tokens.
         max_new_tokens: the request's limit, or None.
@@ -73,10 +126,10 @@ def to_wire(
     fields = mixing_fields(custom_params)
     if not fields:
         return None
-    if config.student_model_path is None:
-        raise ValueError(
-            f"{next(iter(fields))}: this server has no student model; start it with --student-model-path to mix."
-        )
+    check_has_student(fields, config)
+    for name in TEACHER_FIELDS:
+        if fields.get(name) is not None:
+            raise ValueError(f"{name}: {_TEACHER_ONLY_WITH[name]}")
     given = [name for name in STUDENT_FIELDS if fields.get(name) is not None]
     if len(given) != 1:
         what = "none was given" if not given else f"got {' and '.join(given)}"
@@ -88,9 +141,20 @@ def to_wire(
             raise ValueError("student_text: must be a non-empty string.")
         ids = list(encode_text(value))
     elif name == "student_messages":
-        ids = list(encode_messages(_checked_messages(value)))
+        messages = checked_messages(value, name)
+        if fields.get("student_system_prompt") is not None:
+            system = checked_system_prompt(fields["student_system_prompt"], "student_system_prompt")
+            messages = with_system_prompt(messages, system)
+        kwargs = checked_template_kwargs(
+            fields.get("student_chat_template_kwargs") or {}, "student_chat_template_kwargs"
+        )
+        ids = list(encode_messages(messages, kwargs))
     else:
         ids = _checked_ids(value, vocab_size)
+    if name != "student_messages":
+        for extra in ("student_system_prompt", "student_chat_template_kwargs"):
+            if fields.get(extra) is not None:
+                raise ValueError(f"{extra}: only read with student_messages, not with {name}.")
     if not ids:
         raise ValueError(f"{name}: the student context has no tokens.")
     wanted = len(ids) + max(max_new_tokens or 1, 1)
@@ -132,13 +196,4 @@ def _checked_ids(value: Any, vocab_size: int) -> list[int]:
             raise ValueError(f"student_input_ids[{position}]: must be an integer, got {token!r}.")
         if not 0 <= token < vocab_size:
             raise ValueError(f"student_input_ids[{position}]: {token} is outside the vocabulary [0, {vocab_size}).")
-    return list(value)
-
-
-def _checked_messages(value: Any) -> list[dict]:
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError("student_messages: must be a non-empty list of {'role': …, 'content': …}.")
-    for position, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise ValueError(f"student_messages[{position}]: must be a mapping with 'role' and 'content'.")
     return list(value)

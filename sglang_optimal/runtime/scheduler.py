@@ -6,16 +6,19 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput, UpdateWeightFromDiskReqOutput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_device
+from sglang.utils import TypeBasedDispatcher
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.plan import Planner
 from sglang_optimal.runtime.request import from_wire
 from sglang_optimal.runtime.student_kv import StudentKV, student_of
+from sglang_optimal.runtime.student_weights import is_for_student
 from sglang_optimal.runtime.worker import MixedTpWorker
 
 
@@ -66,6 +69,22 @@ class MixedScheduler(Scheduler):
         super().init_chunked_prefill()
         self.student_planner = Planner(self.tp_worker.student_kv, self.chunked_prefill_size)
 
+    def init_metrics_reporter(self) -> None:
+        super().init_metrics_reporter()
+        self.mixing_metrics = None
+        context = self.metrics_reporter.metrics_collector_context
+        if context.current_scheduler_metrics_enabled:
+            from sglang_optimal.runtime.metrics import MixingMetrics
+
+            self.mixing_metrics = MixingMetrics(context.collector.labels, self.tp_worker.student_kv)
+            self.tp_worker.model_runner.sampling_observer.on_tokens = self.mixing_metrics.observe
+
+    def init_request_dispatcher(self) -> None:
+        super().init_request_dispatcher()
+        ours = TypeBasedDispatcher([(UpdateWeightFromDiskReqInput, self.update_weights_from_disk)])
+        ours += self._request_dispatcher
+        self._request_dispatcher = ours
+
     def get_prefill_adder_class(self) -> type[PrefillAdder]:
         MixedPrefillAdder.student_kv = self.tp_worker.student_kv
         return MixedPrefillAdder
@@ -73,6 +92,8 @@ class MixedScheduler(Scheduler):
     def _create_generation_req(self, recv_req, *args, **kwargs) -> Req:
         req = super()._create_generation_req(recv_req, *args, **kwargs)
         req.student = from_wire(req.sampling_params.custom_params)
+        if req.student is not None and self.mixing_metrics is not None:
+            self.mixing_metrics.requests.inc()
         return req
 
     def init_req_max_new_tokens(self, req: Req) -> None:
@@ -98,10 +119,30 @@ class MixedScheduler(Scheduler):
 
     def run_batch(self, batch: ScheduleBatch, *args, **kwargs):
         batch.student_plan = self.student_planner.plan(batch)
+        if self.mixing_metrics is not None:
+            self.mixing_metrics.refresh()
         return super().run_batch(batch, *args, **kwargs)
+
+    def update_weights_from_disk(self, recv_req: UpdateWeightFromDiskReqInput) -> UpdateWeightFromDiskReqOutput:
+        """SGLang's update of the teacher, or, so marked, of the student alone."""
+        if not is_for_student(recv_req):
+            return self.weight_updater.update_weights_from_disk(recv_req)
+        kv = self.tp_worker.student_kv
+        if recv_req.flush_cache and kv.held:
+            message = (
+                f"{kv.held} running requests hold student KV of the old weights. Let them finish, abort or retract "
+                "them, or update with flush_cache=false."
+            )
+            return UpdateWeightFromDiskReqOutput(success=False, message=message)
+        success, message = self.tp_worker.student.update_weights_from_disk(recv_req)
+        if success and recv_req.flush_cache:
+            kv.reset()
+        return UpdateWeightFromDiskReqOutput(success=success, message=message)
 
     def on_idle(self) -> None:
         super().on_idle()
+        if self.mixing_metrics is not None:
+            self.mixing_metrics.refresh()
         if self.is_fully_idle():
             leak = self.tp_worker.student_kv.leak_report()
             if leak is not None:
@@ -111,7 +152,9 @@ class MixedScheduler(Scheduler):
         output = super().get_internal_state(recv_req)
         teacher, tree = self.token_to_kv_pool_allocator, self.tree_cache
         output.internal_state["mixing"] = {
-            "student_model_path": self.mixing_config.student_model_path,
+            "teacher_model_path": self.tp_worker.model_config.model_path,
+            "student_model_path": self.tp_worker.student.weights_path,
+            "student_weight_version": self.tp_worker.student.weight_version,
             "alpha": dataclasses.asdict(self.mixing_config.alpha),
             "teacher_pool": {
                 "size": teacher.size,

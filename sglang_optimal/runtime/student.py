@@ -6,12 +6,19 @@ import copy
 
 import torch
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.plan import DecodePlan, PrefillPlan
+from sglang_optimal.runtime.student_weights import (
+    check_checkpoint,
+    checkpoint_layout,
+    student_version,
+    update_from_disk,
+)
 
 
 class StudentWorker(TpModelWorker):
@@ -19,6 +26,9 @@ class StudentWorker(TpModelWorker):
 
     def __init__(self, config: MixingConfig, **worker_kwargs):
         self._mixing = config
+        self.weights_path = config.student_model_path
+        self.weight_version: str | None = None
+        self._layout = checkpoint_layout(self.weights_path)
         super().__init__(**worker_kwargs)
 
     def _init_model_config(self) -> None:
@@ -27,6 +37,19 @@ class StudentWorker(TpModelWorker):
             model_path=self._mixing.student_model_path,
             model_revision=self._mixing.student_revision,
         )
+
+    def update_weights_from_disk(self, request: UpdateWeightFromDiskReqInput) -> tuple[bool, str]:
+        """New weights of the same shapes, in place. Returns (success, message); on failure the old weights stay."""
+        try:
+            check_checkpoint(request.model_path, self._layout)
+        except ValueError as error:
+            return False, str(error)
+        success, message = update_from_disk(
+            self.model_runner, request.model_path, request.load_format, request.recapture_cuda_graph
+        )
+        if success:
+            self.weights_path, self.weight_version = request.model_path, student_version(request)
+        return success, message
 
     def forward_decode(self, batch: ScheduleBatch, plan: DecodePlan) -> torch.Tensor:
         """Run the mixed rows of a decode batch. Returns logits [n, V_student]."""

@@ -7,13 +7,16 @@ from collections.abc import Callable
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.entrypoints.engine import init_tokenizer_manager
-from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.io_struct import GenerateReqInput, UpdateWeightFromDiskReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime.messages import render
 from sglang_optimal.runtime.observer import SERIES
-from sglang_optimal.runtime.request import mixing_fields, to_wire
+from sglang_optimal.runtime.request import mixing_fields, take_teacher_messages, to_wire
+from sglang_optimal.runtime.student_weights import is_for_student, mark_for_student
+from sglang_optimal.runtime.tap import MIXING_TAP
 
 # Request features whose meaning for two contexts is not defined; refused rather than answered by the teacher alone.
 _UNSUPPORTED = ("input_embeds", "image_data", "video_data", "audio_data", "session_params", "session_id", "lora_path")
@@ -42,6 +45,65 @@ class MixedTokenizerManager(TokenizerManager):
                 trust_remote_code=self.server_args.trust_remote_code,
                 revision=config.student_revision,
             )
+
+    @property
+    def serving_chat_class(self):
+        if self.mixing_config.student_model_path is None:
+            return super().serving_chat_class
+        from sglang_optimal.runtime.openai_api import MixedServingChat
+
+        return MixedServingChat
+
+    def generate_request(self, obj, request=None):
+        if isinstance(obj, GenerateReqInput):
+            self._render_teacher_messages(obj)
+        outputs = super().generate_request(obj, request)
+        tap = MIXING_TAP.get()
+        return outputs if tap is None else tap.follow(outputs)
+
+    async def update_student_weights_from_disk(
+        self, obj: UpdateWeightFromDiskReqInput, request=None
+    ) -> tuple[bool, str, int]:
+        """SGLang's ``update_weights_from_disk`` for the student: waits for running requests, then updates.
+
+        Returns:
+            (success, message, number of paused requests)
+        """
+        if self.mixing_config.student_model_path is None:
+            return False, "this server has no student model; start it with --student-model-path.", 0
+        if not isinstance(obj.model_path, str) or not obj.model_path:
+            return False, "model_path: must be a folder or a Hugging Face id.", 0
+        mark_for_student(obj)
+        return await self.update_weights_from_disk(obj, request)
+
+    async def _wait_for_model_update_from_disk(self, obj: UpdateWeightFromDiskReqInput):
+        # What SGLang serves by name is the teacher.
+        teacher = self.model_path, self.served_model_name
+        result = await super()._wait_for_model_update_from_disk(obj)
+        if is_for_student(obj):
+            self.model_path, self.served_model_name = teacher
+        return result
+
+    def _render_teacher_messages(self, obj: GenerateReqInput) -> None:
+        """``teacher_messages`` become the request's token ids, before SGLang looks at its text."""
+        batch = isinstance(obj.sampling_params, list)
+        params = obj.sampling_params if batch else [obj.sampling_params]
+        customs = [p.get("custom_params") if isinstance(p, dict) else None for p in params]
+        parts = [take_teacher_messages(c, self.mixing_config) if isinstance(c, dict) else None for c in customs]
+        if not any(parts):
+            return
+        if not all(parts):
+            raise ValueError(
+                f"teacher_messages: sampling_params[{parts.index(None)}] has none; give it in each or none."
+            )
+        if obj.text or obj.input_ids is not None or obj.input_embeds is not None:
+            raise ValueError("teacher_messages: takes the place of text and input_ids; send one of them.")
+        if self.tokenizer is None:
+            raise ValueError("teacher_messages: the server runs with --skip-tokenizer-init; send input_ids.")
+        ids = [render(self.tokenizer, messages, "teacher_messages", kwargs) for messages, kwargs, _ in parts]
+        params = [{**p, "custom_params": rest} for p, (_, _, rest) in zip(params, parts, strict=True)]
+        obj.text = None
+        obj.input_ids, obj.sampling_params = (ids, params) if batch else (ids[0], params[0])
 
     def _create_tokenized_object(self, obj, *args, **kwargs):
         if isinstance(obj, GenerateReqInput):
@@ -72,13 +134,8 @@ class MixedTokenizerManager(TokenizerManager):
     def _encode_student_text(self, text: str) -> list[int]:
         return self._student_tokenizer("student_text").encode(text)
 
-    def _encode_student_messages(self, messages: list[dict]) -> list[int]:
-        tokenizer = self._student_tokenizer("student_messages")
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # jinja raises whatever the template raises
-            raise ValueError(f"student_messages: the student's chat template refused them: {error}") from None
-        return tokenizer.encode(text, add_special_tokens=False)
+    def _encode_student_messages(self, messages: list[dict], kwargs: dict) -> list[int]:
+        return render(self._student_tokenizer("student_messages"), messages, "student_messages", kwargs)
 
     def _student_tokenizer(self, field: str):
         if self.student_tokenizer is None:

@@ -111,3 +111,24 @@ def message_of(response: httpx.Response) -> str:
     """The text of a refusal, which must be a 400 of SGLang's form."""
     assert response.status_code == 400, (response.status_code, response.text)
     return response.json()["error"]["message"]
+
+
+def server_info(client: httpx.Client) -> dict[str, Any]:
+    response = client.get("/get_server_info")
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def wait_until_free(client: httpx.Client, seconds: float = 20) -> None:
+    """Flush both caches; every slot of both pools must be free then."""
+    deadline = time.monotonic() + seconds
+    while True:
+        # Refused while something runs; the requests of the tests before have all been answered.
+        flushed = client.post("/flush_cache").status_code == 200
+        mixing = server_info(client)["internal_states"][0]["mixing"]
+        pools = mixing["teacher_pool"], mixing["student_pool"]
+        if flushed and all(pool["free"] == pool["size"] for pool in pools):
+            break
+        assert time.monotonic() < deadline, f"slots are missing: {mixing}"
+        time.sleep(0.2)
+    assert mixing["student_pool"]["requests"] == 0

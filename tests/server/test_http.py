@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import time
 
 import httpx
 import pytest
 import yaml
 from harness import SMALL, Case, check_greedy, random_ids
-from serving import events, generate, message_of, serve
-from tiny_models import ASSISTANT, BOS, SMALL_CHARACTERS, SMALL_SPECIAL_TOKENS, SYSTEM, USER
+from serving import events, generate, message_of, serve, server_info, wait_until_free
+from tiny_models import small_chat_ids as chat_ids
+from tiny_models import small_ids as ids
+from tiny_models import small_text as text_of
 
 from sglang_optimal.runtime.observer import SERIES
 
 API_KEY = "a-key-for-this-test"
 # What the server is started with; the file says more than that, see `client`.
 DEFAULTS = {"alpha_method": "kl_symmetry", "alpha_min": 0.1, "alpha_max": 0.3}
-VOCABULARY = {token: i for i, token in enumerate((*SMALL_SPECIAL_TOKENS, *SMALL_CHARACTERS))}
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +48,6 @@ def client(tiny_pair, tmp_path_factory):
         yield ready
 
 
-def ids(text: str) -> list[int]:
-    return [VOCABULARY[character] for character in text]
-
-
-def text_of(tokens: list[int]) -> str:
-    names = list(VOCABULARY)
-    return "".join(names[token] for token in tokens if names[token] not in SMALL_SPECIAL_TOKENS)
-
-
 def check(oracle, case: Case, output: dict) -> None:
     """The output is the oracle's, under the server's defaults where the case has no setting of its own."""
     if case.student is not None:
@@ -76,9 +67,7 @@ def body(case: Case, **more) -> dict:
 
 TEACHER_TEXT, STUDENT_TEXT = "what is 12+30? (it is 42)", "what is 12+30?"
 MESSAGES = [{"role": "system", "content": "be brief."}, {"role": "user", "content": STUDENT_TEXT}]
-MESSAGE_IDS = [
-    VOCABULARY[BOS], VOCABULARY[SYSTEM], *ids("be brief."), VOCABULARY[USER], *ids(STUDENT_TEXT), VOCABULARY[ASSISTANT],
-]  # fmt: skip
+MESSAGE_IDS = chat_ids(("system", "be brief."), ("user", STUDENT_TEXT))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +198,7 @@ def test_openai_endpoints(client, tiny_oracle):
     chat = {**common, "messages": [{"role": "user", "content": TEACHER_TEXT}]}
     response = client.post("/v1/chat/completions", json=chat)
     assert response.status_code == 200, response.text
-    teacher = [VOCABULARY[BOS], VOCABULARY[USER], *ids(TEACHER_TEXT), VOCABULARY[ASSISTANT]]
+    teacher = chat_ids(("user", TEACHER_TEXT))
     expected = tiny_oracle.generate_greedy(teacher, MESSAGE_IDS, 12, **DEFAULTS)
     assert response.json()["choices"][0]["message"]["content"] == text_of(expected.token_ids)
 
@@ -266,12 +255,6 @@ def test_api_key(client):
 # -- what the server says about itself -------------------------------------------------------------------------------
 
 
-def server_info(client) -> dict:
-    response = client.get("/get_server_info")
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
 def test_file_and_flags_reach_the_server(client, tiny_pair):
     info = server_info(client)
     mixing = info["internal_states"][0]["mixing"]
@@ -288,14 +271,4 @@ def test_file_and_flags_reach_the_server(client, tiny_pair):
 
 
 def test_every_slot_is_free_at_the_end(client):
-    deadline = time.monotonic() + 20
-    while True:
-        # Refused while something runs; the requests of the tests before this one have all been answered.
-        flushed = client.post("/flush_cache").status_code == 200
-        mixing = server_info(client)["internal_states"][0]["mixing"]
-        pools = mixing["teacher_pool"], mixing["student_pool"]
-        if flushed and all(pool["free"] == pool["size"] for pool in pools):
-            break
-        assert time.monotonic() < deadline, f"slots are missing: {mixing}"
-        time.sleep(0.2)
-    assert mixing["student_pool"]["requests"] == 0
+    wait_until_free(client)

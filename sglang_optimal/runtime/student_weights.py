@@ -1,0 +1,106 @@
+"""New weights for a running student, read from disk; the teacher and its caches are not touched.
+
+Travels as SGLang's own ``UpdateWeightFromDiskReqInput``, marked in its ``manifest``: the scheduler process decodes no
+message types but SGLang's.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+logger = logging.getLogger(__name__)
+
+_TARGET = "sglang_optimal"
+
+
+def mark_for_student(request: Any) -> None:
+    """Address an ``UpdateWeightFromDiskReqInput`` to the student. A version it brings is the student's."""
+    request.manifest = {_TARGET: "student", "weight_version": request.weight_version}
+    request.weight_version = None
+
+
+def is_for_student(request: Any) -> bool:
+    return (request.manifest or {}).get(_TARGET) == "student"
+
+
+def student_version(request: Any) -> str | None:
+    return request.manifest["weight_version"]
+
+
+def checkpoint_layout(path: str) -> dict[str, list[int]] | None:
+    """{tensor name: shape} of a local checkpoint; None for a model that is not a local folder of safetensors.
+
+    Raises:
+        ValueError: a file is truncated or no safetensors file.
+    """
+    files = sorted(Path(path).expanduser().glob("*.safetensors"))
+    if not files:
+        return None
+    layout = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                layout.update({name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file.name} cannot be read: {error}") from None
+    return layout
+
+
+def check_checkpoint(path: str, expected: dict[str, list[int]] | None) -> None:
+    """Refuse a checkpoint that would leave the student half updated, before any weight is touched.
+
+    Args:
+        path: folder or Hugging Face id of the new weights.
+        expected: layout of the checkpoint that the student was loaded from, if known.
+
+    Raises:
+        ValueError: no such folder, not safetensors, truncated, or other tensors than the student has.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+            raise ValueError(f"model_path: no folder at {path}.")
+        return  # an id on the hub
+    layout = checkpoint_layout(path)
+    if layout is None:
+        raise ValueError(f"model_path: no *.safetensors in {path}; other formats are not read (they can run code).")
+    if expected is None:
+        return
+    for name in sorted(expected.keys() | layout.keys()):
+        old, new = expected.get(name), layout.get(name)
+        # Models with tied embeddings may or may not store the second copy.
+        if old != new and not (name == "lm_head.weight" and (old is None or new is None)):
+            raise ValueError(f"model_path: tensor {name!r} has shape {new} in {path}, but {old} in the student.")
+
+
+def update_from_disk(runner: Any, path: str, load_format: str | None, recapture_cuda_graph: bool) -> tuple[bool, str]:
+    """Load new weights into a model runner; on failure the old ones are put back.
+
+    SGLang's own rollback reads the checkpoint that has just failed once more, so the old weights are kept here.
+
+    Returns:
+        (success, message)
+    """
+    model, config = runner.model, runner.model_config
+    old_path = config.model_path
+    with torch.no_grad():
+        backup = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    try:
+        success, message = runner.weight_updater.update_weights_from_disk(
+            path, load_format, recapture_cuda_graph=recapture_cuda_graph
+        )
+    except Exception as error:  # whatever the loader raises; the server goes on with the old weights
+        logger.exception("student weights")
+        success, message = False, f"Failed to update the student's weights: {error}"
+    if not success:
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(backup[name])
+        config.model_path = old_path
+        return False, f"{message} The student's old weights are in place."
+    return True, "Succeeded to update the student's weights."
