@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Body, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
@@ -19,7 +20,9 @@ async def mixing_page() -> HTMLResponse:
 
 
 @auth_level(AuthLevel.ADMIN_OPTIONAL)
-async def update_student_weights_from_disk(obj: UpdateWeightFromDiskReqInput, request: Request) -> JSONResponse:
+async def update_student_weights_from_disk(
+    obj: Annotated[UpdateWeightFromDiskReqInput, Body()], request: Request
+) -> JSONResponse:
     """New weights for the student; the body is that of SGLang's ``/update_weights_from_disk``."""
     manager = http_server._global_state.tokenizer_manager
     success, message, paused = await manager.update_student_weights_from_disk(obj, request)
