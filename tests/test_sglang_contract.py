@@ -22,8 +22,9 @@ SRT = "sglang.srt."
 
 
 def resolve(path: str) -> Any:
-    """The object at a dotted path such as ``managers.scheduler.Scheduler.run_batch``, below ``sglang.srt``."""
-    parts = (SRT + path).split(".")
+    """The object at a dotted path such as ``managers.scheduler.Scheduler.run_batch``, below ``sglang.srt`` unless the
+    path begins with ``sglang.``."""
+    parts = (path if path.startswith("sglang.") else SRT + path).split(".")
     for cut in range(len(parts), 0, -1):
         try:
             found = importlib.import_module(".".join(parts[:cut]))
@@ -68,12 +69,20 @@ IMPORTED = (
     "configs.model_config.ModelConfig.from_server_args",
     "entrypoints.engine.Engine",
     "entrypoints.engine.init_tokenizer_manager",
+    "entrypoints.http_server._global_state",
+    "entrypoints.http_server.app.add_api_route",
     "entrypoints.http_server.launch_server",
+    "entrypoints.openai.protocol.ChatCompletionRequest",
+    "entrypoints.openai.protocol.ChatCompletionResponse",
+    "entrypoints.openai.protocol.CompletionResponse",
+    "entrypoints.openai.serving_chat.OpenAIServingChat",
     "environ.envs.SGLANG_RUST_SERVER.get",
     "layers.sampler.Sampler",
     "layers.sampler.register_sampler_backend",
     "managers.auxiliary_output.CommittedTokens",
     "managers.io_struct.GenerateReqInput",
+    "managers.io_struct.UpdateWeightFromDiskReqInput",
+    "managers.io_struct.UpdateWeightFromDiskReqOutput",
     "managers.schedule_batch.Req",
     "managers.schedule_batch.ScheduleBatch",
     "managers.schedule_policy.AddReqResult.NO_TOKEN",
@@ -101,6 +110,7 @@ IMPORTED = (
     "platforms.device_mixin.PlatformEnum.OOT",
     "platforms.interface.SRTPlatform.get_default_attention_backend",
     "plugins.load_plugins",
+    "plugins.hook_registry.HookRegistry.apply_hooks",
     "plugins.hook_registry.HookRegistry.register",
     "plugins.hook_registry.HookType.AROUND",
     "plugins.hook_registry.HookType.REPLACE",
@@ -115,9 +125,12 @@ IMPORTED = (
     "server_args.ServerArgs.add_cli_args",
     "server_args.ServerArgs.resolve_once",
     "server_args.prepare_server_args",
+    "utils.auth.AuthLevel.ADMIN_OPTIONAL",
+    "utils.auth.auth_level",
     "utils.common.is_flashinfer_available",
     "utils.hf_transformers_utils.get_tokenizer",
     "utils.kill_process_tree",
+    "sglang.utils.TypeBasedDispatcher.__iadd__",
 )
 
 
@@ -141,6 +154,30 @@ SIGNATURES = {
     "managers.schedule_batch.ScheduleBatch.check_decode_mem": ("self", "selected_indices"),
     "managers.schedule_policy.PrefillAdder.add_one_req": (
         "self", "req", "has_chunked_req", "truncation_align_size",
+    ),
+    "entrypoints.openai.serving_chat.OpenAIServingChat._build_chat_response": ("self", "request", "ret", "created"),
+    "entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request": (
+        "self", "request", "raw_request",
+    ),
+    "entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream": (
+        "self", "adapted_request", "request", "raw_request",
+    ),
+    "entrypoints.openai.serving_completions.OpenAIServingCompletion._build_completion_response": (
+        "self", "request", "ret", "created",
+    ),
+    "entrypoints.openai.serving_completions.OpenAIServingCompletion._generate_completion_stream": (
+        "self", "adapted_request", "request", "raw_request",
+    ),
+    "managers.scheduler.Scheduler.init_metrics_reporter": ("self",),
+    "managers.scheduler.Scheduler.init_request_dispatcher": ("self",),
+    "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.update_weights_from_disk": (
+        "self", "recv_req",
+    ),
+    "managers.tokenizer_manager.TokenizerManager._wait_for_model_update_from_disk": ("self", "obj"),
+    "managers.tokenizer_manager.TokenizerManager.generate_request": ("self", "obj", "request"),
+    "managers.tokenizer_manager.TokenizerManager.update_weights_from_disk": ("self", "obj", "request"),
+    "model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_disk": (
+        "self", "model_path", "load_format", "recapture_cuda_graph",
     ),
     "managers.scheduler.Scheduler._add_request_to_queue": ("self", "req", "is_retracted"),
     "managers.scheduler.Scheduler._create_generation_req": ("self", "recv_req"),
@@ -230,10 +267,20 @@ MEMBERS = {
     ),
     "managers.scheduler.Scheduler": (
         "server_args", "nccl_port", "tp_worker", "tree_cache", "token_to_kv_pool_allocator", "chunked_prefill_size",
-        "invariant_checker",
+        "invariant_checker", "metrics_reporter", "weight_updater", "_request_dispatcher",
     ),
+    "managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter": ("metrics_collector_context",),
+    "managers.io_struct.UpdateWeightFromDiskReqInput": (
+        "model_path", "load_format", "weight_version", "flush_cache", "recapture_cuda_graph", "manifest",
+    ),
+    "managers.io_struct.UpdateWeightFromDiskReqOutput": ("success", "message"),
+    "observability.metrics_collector.SchedulerMetricsCollectorContext": (
+        "current_scheduler_metrics_enabled", "collector",
+    ),
+    "observability.metrics_collector.SchedulerMetricsCollector": ("labels",),
     "managers.tokenizer_manager.TokenizerManager": (
         "server_args", "model_config", "tokenizer", "_create_tokenized_object", "abort_request",
+        "model_path", "served_model_name", "serving_chat_class",
     ),
     "managers.tp_worker.TpModelWorker": ("model_config", "model_runner", "random_seed"),
     "mem_cache.radix_cache.RadixCache": (
@@ -293,6 +340,12 @@ CONVENTIONS = (
      r"\s*next_token_ids", "the sampler runs between the observer's two calls"),
     ("managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor.consume_auxiliary_output",
      r"output\.consume\(batch, ", "extras are handed out with the committed tokens"),
+    ("entrypoints.http_server.lifespan", r"tokenizer_manager\.serving_chat_class\(",
+     "the tokenizer manager chooses the class of the chat route"),
+    ("managers.scheduler.Scheduler.__init__", r"init_tp_model_worker|init_model_worker[\s\S]*init_metrics_reporter\(\)"
+     r"[\s\S]*init_request_dispatcher\(\)", "metrics and dispatcher come after the workers"),
+    ("entrypoints.http_server._setup_and_run_http_server", r"app_has_admin_force_endpoints|add_api_key_middleware",
+     "api keys cover every route of the application"),
     ("layers.sampler.create_sampler", r"get_exec\(\)\.kernel\.sampling_backend", "the factory is found by name"),
 )  # fmt: skip
 
