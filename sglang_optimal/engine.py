@@ -6,12 +6,16 @@ import contextlib
 import dataclasses
 import json
 import math
+import tempfile
 from array import array
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_optimal.config import MixingConfig, check_known
+
+if TYPE_CHECKING:
+    import torch
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """Text, token ids, or chat messages."""
@@ -203,6 +207,39 @@ class OptimalSampler:
 
     def clear_alpha_history(self) -> None:
         self._history.clear()
+
+    # -- student weights -------------------------------------------------------------------------------------------
+
+    def update_student_weights(self, weights: str | Path | Mapping[str, torch.Tensor]) -> None:
+        """Give the student new weights; the teacher keeps its own, and the student's radix cache is cleared.
+
+        Args:
+            weights: a folder of safetensors, a Hugging Face id, or {name in the checkpoint: tensor}. The tensors must
+                be all that the student's checkpoint has, with the same shapes.
+
+        Raises:
+            ValueError: they do not fit the student or cannot be read; the old weights stay.
+        """
+        if isinstance(weights, str | Path):
+            return self._update_student_weights(str(weights))
+        from safetensors.torch import save_file
+
+        with tempfile.TemporaryDirectory(prefix="sglang-optimal-weights-") as folder:
+            # Copies: safetensors takes no two names for one memory, as tied embeddings have.
+            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+            save_file(tensors, Path(folder) / "model.safetensors")
+            self._update_student_weights(folder)
+
+    def _update_student_weights(self, path: str) -> None:
+        from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+
+        engine = self._running()
+        request = UpdateWeightFromDiskReqInput(model_path=path)
+        success, message, _ = engine.loop.run_until_complete(
+            engine.tokenizer_manager.update_student_weights_from_disk(request)
+        )
+        if not success:
+            raise ValueError(message)
 
     # -- life ------------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shutil
 
 import pytest
+import torch
 from harness import check_pools, start
+from oracle import MixedOracle
+from safetensors.torch import load_file, save_file
 
 from sglang_optimal import AlphaStats, GenerationResult, OptimalSampler
 
@@ -115,6 +119,24 @@ def test_asyncio(sampler):
     (one, two), chunks = sampler.engine.loop.run_until_complete(both())
     assert chunks[-1].token_ids == one.token_ids
     assert [r.token_ids for r in two] == [r.token_ids for r in sampler.generate(TEACHERS[1:], STUDENTS[1:], **GREEDY)]
+
+
+def test_new_student_weights(sampler, tiny_pair, tiny_oracle, tmp_path):
+    ids = {"prompts": [10, 11, 12], "student_prompts": [13, 14]}
+    old = load_file(tiny_pair[1] / "model.safetensors")
+    new = {name: tensor.flip(0) for name, tensor in old.items()}
+    sampler.update_student_weights(new)
+    shutil.copytree(tiny_pair[1], tmp_path / "student")
+    save_file({name: tensor.contiguous() for name, tensor in new.items()}, tmp_path / "student" / "model.safetensors")
+    oracle = MixedOracle(tiny_pair[0], tmp_path / "student")
+    answer = oracle.generate_greedy(*ids.values(), 10, alpha_max=0.9).token_ids
+    assert sampler.generate(**ids, **GREEDY).token_ids == answer
+    with pytest.raises(ValueError, match="tensor 'lm_head.extra' has shape"):
+        sampler.update_student_weights({**new, "lm_head.extra": torch.zeros(2)})
+    assert sampler.generate(**ids, **GREEDY).token_ids == answer
+    sampler.update_student_weights(tiny_pair[1])
+    answer = tiny_oracle.generate_greedy(*ids.values(), 10, alpha_max=0.9).token_ids
+    assert sampler.generate(**ids, **GREEDY).token_ids == answer
 
 
 def test_alpha_history(sampler, tmp_path):
