@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_optimal.config import MixingConfig, check_known
+from sglang_optimal.loop_thread import LoopThread
 
 if TYPE_CHECKING:
     import torch
@@ -179,12 +180,13 @@ class OptimalSampler:
         stream: bool = False,
         **sampling: Any,
     ) -> GenerationResult | list[GenerationResult] | AsyncIterator[GenerationResult]:
-        """`generate` for asyncio; with ``stream``, await it and iterate with ``async for``."""
+        """`generate` for asyncio, in any event loop; with ``stream``, await it and iterate with ``async for``."""
         request = self._request(
             prompts, student_prompts, sampling_params, sampling, return_mixing_info,
             alpha_method=alpha_method, alpha_min=alpha_min, alpha_max=alpha_max, fixed_alpha=fixed_alpha,
         )  # fmt: skip
-        output = await self._running().async_generate(**request.arguments, stream=stream)
+        engine = self._running()
+        output = await engine.loop.run(engine.async_generate(**request.arguments, stream=stream))
         if stream:
             return self._async_stream(request, output)
         return self._results(request, output)
@@ -247,6 +249,7 @@ class OptimalSampler:
         """Stop the engine and free its memory; safe to call again."""
         if self.engine is not None:
             engine, self.engine = self.engine, None
+            engine.loop.close()
             engine.shutdown()
 
     def __enter__(self) -> OptimalSampler:
@@ -342,7 +345,7 @@ class OptimalSampler:
                 yield self._result(request, chunk.get("index", 0), chunk)
 
     async def _async_stream(self, request: _Request, chunks) -> AsyncIterator[GenerationResult]:
-        async with contextlib.aclosing(chunks):
+        async with contextlib.aclosing(self._running().loop.iterate(chunks)) as chunks:
             async for chunk in chunks:
                 yield self._result(request, chunk.get("index", 0), chunk)
 
@@ -381,7 +384,9 @@ def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any
         init_tokenizer_manager_func = staticmethod(tokenizer_manager_init(config))
         run_scheduler_process_func = staticmethod(scheduler_process(config))
 
-    return MixedEngine(server_args=parsed)
+    engine = MixedEngine(server_args=parsed)
+    engine.loop = LoopThread()  # from any thread, and inside a notebook's running loop
+    return engine
 
 
 def _as_batch(prompts: Any, name: str) -> tuple[bool, list]:

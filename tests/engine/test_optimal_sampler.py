@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -116,9 +117,33 @@ def test_asyncio(sampler):
         chunks = [chunk async for chunk in stream]
         return whole, chunks
 
-    (one, two), chunks = sampler.engine.loop.run_until_complete(both())
+    (one, two), chunks = asyncio.run(both())
     assert chunks[-1].token_ids == one.token_ids
     assert [r.token_ids for r in two] == [r.token_ids for r in sampler.generate(TEACHERS[1:], STUDENTS[1:], **GREEDY)]
+
+
+def test_inside_a_running_loop_and_an_abandoned_stream(sampler):
+    """As in a notebook: blocking calls inside a running loop; then a stream that nobody reads to its end."""
+
+    async def cell():
+        result = sampler.generate(TEACHERS[0], STUDENTS[0], **GREEDY)
+        stream = await sampler.async_generate(
+            TEACHERS[0], STUDENTS[0], stream=True, max_new_tokens=900, ignore_eos=True
+        )
+        async for _ in stream:
+            break
+        await stream.aclose()
+        return result
+
+    result = asyncio.run(cell())
+    assert result.token_ids == sampler.generate(TEACHERS[0], STUDENTS[0], **GREEDY).token_ids
+
+
+def test_from_many_threads(sampler):
+    alone = [sampler.generate(t, s, **GREEDY).token_ids for t, s in zip(TEACHERS, STUDENTS, strict=True)]
+    with ThreadPoolExecutor(12) as pool:
+        jobs = [pool.submit(sampler.generate, TEACHERS[i % 3], STUDENTS[i % 3], **GREEDY) for i in range(24)]
+        assert [job.result().token_ids for job in jobs] == [alone[i % 3] for i in range(24)]
 
 
 def test_new_student_weights(sampler, tiny_pair, tiny_oracle, tmp_path):
