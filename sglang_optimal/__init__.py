@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sglang_optimal.engine import AlphaStats, GenerationResult, OptimalSampler
+    from sglang_optimal.lang import Runtime, mixed_gen, state_text, state_var
 
-__all__ = ["AlphaStats", "GenerationResult", "OptimalSampler", "__version__"]
+_MODULES = {
+    "AlphaStats": "engine",
+    "GenerationResult": "engine",
+    "OptimalSampler": "engine",
+    "Runtime": "lang",
+    "mixed_gen": "lang",
+    "state_text": "lang",
+    "state_var": "lang",
+}
+
+__all__ = [
+    "AlphaStats",
+    "GenerationResult",
+    "OptimalSampler",
+    "Runtime",
+    "__version__",
+    "mixed_gen",
+    "state_text",
+    "state_var",
+]
 
 
 def __getattr__(name: str):
-    # Importing the engine imports SGLang; the plugin entry points must stay light.
-    if name in ("AlphaStats", "GenerationResult", "OptimalSampler"):
-        from sglang_optimal import engine
-
-        return getattr(engine, name)
+    # These import SGLang; the plugin entry points must stay light.
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"sglang_optimal.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

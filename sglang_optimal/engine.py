@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import tempfile
@@ -245,6 +246,13 @@ class OptimalSampler:
 
     # -- life ------------------------------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def endpoint(self):
+        """The backend of SGLang's frontend language, which looks for this name: give the sampler as ``backend``."""
+        from sglang_optimal.lang.engine_backend import EngineBackend
+
+        return EngineBackend(self._running())
+
     def shutdown(self) -> None:
         """Stop the engine and free its memory; safe to call again."""
         if self.engine is not None:
@@ -362,23 +370,12 @@ class _Request:
 
 def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any]):
     from sglang.srt.entrypoints.engine import Engine
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import ServerArgs
 
-    from sglang_optimal.runtime import launch, plugin
+    from sglang_optimal.runtime import launch
     from sglang_optimal.runtime.scheduler import scheduler_process
     from sglang_optimal.runtime.tokenizer import tokenizer_manager_init
 
-    check_known(server_args, ServerArgs.__struct_fields__, "OptimalSampler")
-    if "model_path" in server_args:
-        raise ValueError("model_path: is the teacher; give it as the first argument.")
-    load_plugins()
-    plugin.register()
-    arguments = {"log_level": "error", **launch.server_defaults(config), **server_args}
-    parsed = ServerArgs(model_path=teacher, **arguments)
-    launch.check_server_args(parsed, config)
-    launch.check_models(parsed, config)
-    launch.resolve(parsed, config)
+    parsed = launch.checked_server_args(teacher, config, {"log_level": "error", **server_args}, "OptimalSampler")
 
     class MixedEngine(Engine):
         init_tokenizer_manager_func = staticmethod(tokenizer_manager_init(config))

@@ -156,6 +156,29 @@ def serve(server_args, config: MixingConfig) -> None:
     launch_server(server_args, init_tokenizer_manager_func=tokenizer_manager_init(config), **kwargs)
 
 
+def start_server_process(context, teacher: str, config: MixingConfig, arguments: dict[str, Any]):
+    """Check everything here, then serve in a process of its own.
+
+    Args:
+        context: a multiprocessing context.
+        teacher: the teacher's path.
+        config: the student and the defaults.
+        arguments: of SGLang's ServerArgs.
+
+    Returns:
+        (resolved ServerArgs, the started process)
+
+    Raises:
+        ValueError: as `sglang_optimal.runtime.launch.check`.
+    """
+    from sglang_optimal.runtime import launch
+
+    server_args = launch.checked_server_args(teacher, config, arguments, "Runtime")
+    process = context.Process(target=serve, args=(server_args, config))
+    process.start()
+    return server_args, process
+
+
 def main(argv: list[str] | None = None) -> int:
     from sglang_optimal.runtime import launch
 

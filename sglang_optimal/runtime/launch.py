@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sglang_optimal.config import MixingConfig
+from sglang_optimal.config import MixingConfig, check_known
 
 OTHER_FRONT_ENDS = ("encoder_only", "grpc_mode", "smg_grpc_mode", "use_ray")
 """ServerArgs fields that start something else than SGLang's HTTP server."""
@@ -35,6 +35,35 @@ def server_defaults(config: MixingConfig) -> dict[str, Any]:
     if config.student_model_path is None:
         return {}
     return {"sampling_backend": "optimal", "radix_cache_backend": "optimal"}
+
+
+def checked_server_args(teacher: str, config: MixingConfig, arguments: dict[str, Any], where: str):
+    """SGLang's ServerArgs from Python arguments, resolved, and checked together with both models.
+
+    Args:
+        teacher: the teacher's path.
+        config: the student and the defaults.
+        arguments: of SGLang's ServerArgs, over what mixing needs.
+        where: who was given them, for the message of an error.
+
+    Raises:
+        ValueError: names the argument and the fix.
+    """
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_optimal.runtime import plugin
+
+    check_known(arguments, ServerArgs.__struct_fields__, where)
+    if "model_path" in arguments:
+        raise ValueError("model_path: is the teacher; give it as the first argument.")
+    load_plugins()
+    plugin.register()
+    parsed = ServerArgs(model_path=teacher, **{**server_defaults(config), **arguments})
+    check_server_args(parsed, config)
+    check_models(parsed, config)
+    resolve(parsed, config)
+    return parsed
 
 
 def check_server_args(server_args, config: MixingConfig) -> None:

@@ -1,0 +1,124 @@
+"""The expression `mixed_gen`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from sglang.lang.ir import SglGen
+
+from sglang_optimal.config import AlphaSettings
+from sglang_optimal.lang.contexts import Context, checked
+
+
+class MixedGen(SglGen):
+    """A generation from the mixture of two models; to SGLang a kind of ``sgl.gen``, which it runs, streams and traces.
+
+    Attributes:
+        teacher_ctx, student_ctx: see `mixed_gen`.
+        mixing: the alpha settings that were given, and ``return_mixing_info``.
+    """
+
+    def __init__(
+        self, name: str | None, teacher_ctx: Context, student_ctx: Context, mixing: dict[str, Any], **gen: Any
+    ):
+        super().__init__(name, **gen)
+        self.teacher_ctx = checked(teacher_ctx, "teacher_ctx", token_ids=False)
+        self.student_ctx = checked(student_ctx, "student_ctx", token_ids=True)
+        self.mixing = mixing
+
+    def __repr__(self) -> str:
+        return f"MixedGen({self.name!r})"
+
+
+def mixed_gen(
+    name: str | None = None,
+    teacher_ctx: Context = None,
+    student_ctx: Context = None,
+    *,
+    alpha_method: str | None = None,
+    alpha_min: float | None = None,
+    alpha_max: float | None = None,
+    fixed_alpha: float | None = None,
+    return_mixing_info: bool = True,
+    max_tokens: int | None = None,
+    min_tokens: int | None = None,
+    n: int | None = None,
+    stop: str | list[str] | None = None,
+    stop_token_ids: list[int] | None = None,
+    stop_regex: str | list[str] | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    frequency_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    ignore_eos: bool | None = None,
+    return_logprob: bool | None = None,
+    logprob_start_len: int | None = None,
+    top_logprobs_num: int | None = None,
+    return_text_in_logprobs: bool | None = None,
+    dtype: type | str | None = None,
+    choices: Any = None,
+    choices_method: Any = None,
+    regex: str | None = None,
+    json_schema: str | None = None,
+) -> MixedGen:
+    """Generate from q* ∝ π_student^(1−α)·π_teacher^α, each model reading its own context.
+
+    The text extends the state as that of ``sgl.gen`` does, whatever the two contexts were; ``s[name]`` is the text and
+    ``s.get_meta_info(name)`` has ``alpha`` and, unless switched off, the other series, one value for each token.
+
+    Args:
+        name: variable of the state that gets the text.
+        teacher_ctx, student_ctx: what each model reads: text; chat messages, rendered on the server with that model's
+            own chat template; for the student also token ids; or an expression of text, roles (``sgl.user(…) +
+            sgl.assistant_begin()``), `state_text` and `state_var`. None: the text of this state so far.
+        alpha_method, alpha_min, alpha_max, fixed_alpha: over the server's defaults, see AlphaSettings.
+        return_mixing_info: all series in the meta info, not alpha alone.
+        max_tokens, …, json_schema: as in ``sgl.gen``; they act on the mixture.
+
+    Raises:
+        ValueError: names the argument and the fix. What only the server knows is refused there; the state then has it
+            as ``s.error()``.
+    """
+    given = {"alpha_method": alpha_method, "alpha_min": alpha_min, "alpha_max": alpha_max, "fixed_alpha": fixed_alpha}
+    given = {key: value for key, value in given.items() if value is not None}
+    AlphaSettings().updated(given)
+    if not isinstance(return_mixing_info, bool):
+        raise ValueError(f"return_mixing_info: must be true or false, got {return_mixing_info!r}.")
+    if choices is not None or choices_method is not None:
+        raise ValueError("choices: a choice is scored by one model; use sgl.select.")
+    if n not in (None, 1):
+        raise ValueError(f"n: SGLang's frontend reads one sample a call, not {n}; use s.fork(n).")
+    if regex is not None:
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise ValueError(f"regex: {error}.") from None
+    return MixedGen(
+        name,
+        teacher_ctx,
+        student_ctx,
+        {**given, "return_mixing_info": return_mixing_info},
+        max_new_tokens=max_tokens,
+        min_new_tokens=min_tokens,
+        n=n,
+        stop=stop,
+        stop_token_ids=stop_token_ids,
+        stop_regex=stop_regex,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        ignore_eos=ignore_eos,
+        return_logprob=return_logprob,
+        logprob_start_len=logprob_start_len,
+        top_logprobs_num=top_logprobs_num,
+        return_text_in_logprobs=return_text_in_logprobs,
+        dtype=dtype,
+        regex=regex,
+        json_schema=json_schema,
+    )
