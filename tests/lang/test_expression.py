@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import sglang as sgl
@@ -28,6 +29,7 @@ class Recorder(RuntimeEndpoint):
 
     def generate_stream(self, s, sampling_params):
         text, meta = self.generate(s, sampling_params)
+        time.sleep(0.1)  # text_iter gives nothing when the program ends before it begins
         yield from ((character, meta) for character in text)
 
     def cache_prefix(self, prefix_str):
