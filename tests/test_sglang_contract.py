@@ -130,7 +130,21 @@ IMPORTED = (
     "utils.common.is_flashinfer_available",
     "utils.hf_transformers_utils.get_tokenizer",
     "utils.kill_process_tree",
+    "sglang.lang.backend.base_backend.BaseBackend",
+    "sglang.lang.backend.runtime_endpoint.Runtime",
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint",
+    "sglang.lang.chat_template.get_chat_template_by_model_path",
+    "sglang.lang.global_config.global_config.skip_special_tokens_in_output",
+    "sglang.lang.global_config.global_config.spaces_between_special_tokens_in_out",
+    "sglang.lang.ir.SglArgument",
+    "sglang.lang.ir.SglConstantText",
+    "sglang.lang.ir.SglExprList",
+    "sglang.lang.ir.SglRoleBegin",
+    "sglang.lang.ir.SglRoleEnd",
+    "sglang.lang.ir.SglSamplingParams.to_srt_kwargs",
+    "sglang.lang.ir.SglVariable",
     "sglang.utils.TypeBasedDispatcher.__iadd__",
+    "utils.network.is_port_available",
 )
 
 
@@ -223,6 +237,18 @@ SIGNATURES = {
     ),
     "model_executor.model_runner.ModelRunner.forward": ("self", "forward_batch"),
     "plugins.hook_registry.HookRegistry.register": ("target", "hook", "hook_type"),
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint._generate_http_request": ("self", "s", "data"),
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint.generate": ("self", "s", "sampling_params"),
+    "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint.generate_stream": ("self", "s", "sampling_params"),
+    "sglang.lang.interpreter.StreamExecutor": (
+        "backend", "arguments", "default_sampling_para", "chat_template", "stream", "use_thread",
+    ),
+    "sglang.lang.interpreter.StreamExecutor._execute_gen": ("self", "expr"),
+    "sglang.lang.ir.SglGen": (
+        "name", "max_new_tokens", "min_new_tokens", "n", "stop", "stop_token_ids", "stop_regex", "temperature", "top_p",
+        "top_k", "min_p", "frequency_penalty", "presence_penalty", "ignore_eos", "return_logprob", "logprob_start_len",
+        "top_logprobs_num", "return_text_in_logprobs", "dtype", "regex", "json_schema",
+    ),
     "sampling.sampling_batch_info.SamplingBatchInfo.apply_logits_bias": ("self", "logits"),
     "utils.hf_transformers_utils.get_tokenizer": (
         "tokenizer_name", "tokenizer_mode", "trust_remote_code", "revision",
@@ -302,6 +328,9 @@ MEMBERS = {
         "temperatures", "penalizer_orchestrator", "acc_additive_penalties", "acc_scaling_penalties", "grammar_mask",
         "logit_bias", "apply_logits_bias", "__len__",
     ),
+    "sglang.lang.interpreter.StreamExecutor": (
+        "backend", "text_", "images_", "variables", "chat_template", "default_sampling_para", "num_api_spec_tokens",
+    ),
     "server_args.ServerArgs": (
         "model_path", "tokenizer_path", "revision", "trust_remote_code", "sampling_backend", "radix_cache_backend",
         "pp_size", "page_size", "tokenizer_worker_num", "disaggregation_mode", "enable_mixed_chunk",
@@ -346,6 +375,11 @@ CONVENTIONS = (
      r"[\s\S]*init_request_dispatcher\(\)", "metrics and dispatcher come after the workers"),
     ("entrypoints.http_server._setup_and_run_http_server", r"app_has_admin_force_endpoints|add_api_key_middleware",
      "api keys cover every route of the application"),
+    ("sglang.lang.interpreter.StreamExecutor._execute_gen", r"self\.backend\.generate\(\s*self,\s*sampling_params=",
+     "a gen asks the executor's backend, with the executor"),
+    ("sglang.lang.interpreter.StreamExecutor._execute",
+     r"isinstance\(other, SglGen\)[\s\S]*self\._execute_gen\(other\)", "kinds of SglGen are executed as one"),
+    ("sglang.lang.interpreter.run_program", r'hasattr\(backend, "endpoint"\)', "a backend may name its endpoint"),
     ("layers.sampler.create_sampler", r"get_exec\(\)\.kernel\.sampling_backend", "the factory is found by name"),
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 
@@ -122,6 +123,11 @@ def test_sampling_arguments_and_defaults_of_the_run(backend):
     assert (params["json_schema"], params["regex"]) == ("{}", "a+")
     assert params["custom_params"]["fixed_alpha"] == 1.5
     assert "alpha_method" not in params["custom_params"]  # the server's default stays one
+
+
+def test_every_argument_of_gen():
+    arguments = inspect.signature(so.mixed_gen).parameters
+    assert set(inspect.signature(sgl.gen).parameters) <= set(arguments)
 
 
 def test_plain_gen_is_left_alone(backend):
