@@ -92,16 +92,23 @@ class MixingConfig:
         student_model_path: Hugging Face id or folder of the student; None: the server takes no mixed requests.
         student_revision: revision of the student on the hub.
         student_max_total_tokens: upper bound on the student's KV pool, in tokens; None: as many as the teacher's.
+        student_weights: ``shared``: the student is the teacher, whose weights are loaded once; both contexts are rows
+            of one forward and share one KV pool and radix cache. ``separate``: weights and KV of its own, which can be
+            updated. ``auto``: shared when both paths are the same.
         alpha: defaults for requests that do not say.
+        shared_weights: what ``student_weights`` came to, see `settled`.
     """
 
     student_model_path: str | None = None
     student_revision: str | None = None
     student_max_total_tokens: int | None = None
+    student_weights: str = "auto"
     alpha: AlphaSettings = AlphaSettings()
+    shared_weights: bool = False
 
     ALPHA_KEYS = ("alpha_method", "alpha_min", "alpha_max", "fixed_alpha")
-    STUDENT_KEYS = ("student_model_path", "student_revision", "student_max_total_tokens")
+    STUDENT_KEYS = ("student_model_path", "student_revision", "student_max_total_tokens", "student_weights")
+    STUDENT_WEIGHTS = ("auto", "shared", "separate")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "mixing") -> MixingConfig:
@@ -114,12 +121,33 @@ class MixingConfig:
         limit = values.get("student_max_total_tokens")
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit <= 0):
             raise ValueError(f"student_max_total_tokens: must be a positive integer, got {limit!r}.")
+        kind = values.get("student_weights")
+        if kind is not None and kind not in cls.STUDENT_WEIGHTS:
+            raise ValueError(f"student_weights: {kind!r} is not one of {', '.join(cls.STUDENT_WEIGHTS)}.")
         if values.get("student_model_path") is None:
             for name in cls.STUDENT_KEYS:
                 if values.get(name) is not None:
                     raise ValueError(f"{name}: has no effect without student_model_path.")
         alpha = AlphaSettings().updated({k: v for k, v in values.items() if k in cls.ALPHA_KEYS})
-        return cls(**{k: v for k, v in values.items() if k in cls.STUDENT_KEYS}, alpha=alpha)
+        return cls(**{k: v for k, v in values.items() if k in cls.STUDENT_KEYS and v is not None}, alpha=alpha)
+
+    def settled(self, teacher_path: str, teacher_revision: str | None) -> MixingConfig:
+        """The configuration with ``shared_weights`` decided, once the teacher is known.
+
+        Raises:
+            ValueError: shared weights of two different models, or with a pool of the student's own.
+        """
+        if self.student_model_path is None:
+            return self
+        same = self.student_model_path == teacher_path and self.student_revision in (None, teacher_revision)
+        if self.student_weights == "shared" and not same:
+            raise ValueError("student_weights: 'shared' needs the teacher's own path as student_model_path.")
+        shared = same and self.student_weights != "separate"
+        if shared and self.student_max_total_tokens is not None:
+            if self.student_weights == "shared":
+                raise ValueError("student_max_total_tokens: a student with shared weights has no pool of its own.")
+            shared = False
+        return dataclasses.replace(self, shared_weights=shared)
 
 
 def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -74,12 +74,12 @@ class OptimalSampler:
 
     Args:
         teacher: Hugging Face id or folder of the teacher.
-        student: the same for the student; None: the teacher's weights, loaded a second time (self-distillation).
+        student: the same for the student; None: the teacher itself (self-distillation).
         alpha_method, alpha_min, alpha_max, fixed_alpha: defaults for every generation, see AlphaSettings.
         teacher_system_prompt, student_system_prompt: put before the prompts of each side: as a system message with
             ``enable_chat_template``, else as a first paragraph. Not used for token ids.
         enable_chat_template: wrap text prompts as a user message in each model's own chat template.
-        student_revision, student_max_total_tokens: see MixingConfig.
+        student_revision, student_max_total_tokens, student_weights: see MixingConfig.
         **server_args: any argument of SGLang's ServerArgs (``mem_fraction_static``, ``context_length``, …).
 
     Raises:
@@ -105,6 +105,7 @@ class OptimalSampler:
         enable_chat_template: bool = False,
         student_revision: str | None = None,
         student_max_total_tokens: int | None = None,
+        student_weights: str | None = None,
         **server_args: Any,
     ):
         self.config = MixingConfig.from_dict(
@@ -112,6 +113,7 @@ class OptimalSampler:
                 "student_model_path": str(student if student is not None else teacher),
                 "student_revision": student_revision,
                 "student_max_total_tokens": student_max_total_tokens,
+                "student_weights": student_weights,
                 "alpha_method": alpha_method,
                 "alpha_min": alpha_min,
                 "alpha_max": alpha_max,
@@ -375,6 +377,7 @@ def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any
     from sglang_optimal.runtime.scheduler import scheduler_process
     from sglang_optimal.runtime.tokenizer import tokenizer_manager_init
 
+    config = config.settled(teacher, server_args.get("revision"))
     parsed = launch.checked_server_args(teacher, config, {"log_level": "error", **server_args}, "OptimalSampler")
 
     class MixedEngine(Engine):

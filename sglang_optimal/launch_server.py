@@ -20,6 +20,7 @@ def mixing_parser() -> argparse.ArgumentParser:
     group.add_argument("--student-model-path", help="Hugging Face id or folder of the student model.")
     group.add_argument("--student-revision", help="Revision of the student model.")
     group.add_argument("--student-max-total-tokens", type=int, help="Upper bound on the student's KV pool, in tokens.")
+    group.add_argument("--student-weights", help="auto (default), shared (the teacher's, loaded once) or separate.")
     group.add_argument("--alpha-method", help=f"Default for requests: {', '.join(ALPHA_METHODS)}.")
     group.add_argument("--alpha-min", type=float, help="Default lower bound on alpha.")
     group.add_argument("--alpha-max", type=float, help="Default upper bound on alpha.")
@@ -57,7 +58,7 @@ def parse(argv: list[str]):
     defaults = _as_flags({**launch.server_defaults(config), **server}, f"{config_path}: server")
     server_args = prepare_server_args(defaults + rest)
     launch.check_server_args(server_args, config)
-    return server_args, config
+    return server_args, config.settled(server_args.model_path, server_args.revision)
 
 
 def _mixing_config(mixing: dict[str, Any], flags: dict[str, Any], config_path: str | None) -> MixingConfig:
@@ -173,6 +174,7 @@ def start_server_process(context, teacher: str, config: MixingConfig, arguments:
     """
     from sglang_optimal.runtime import launch
 
+    config = config.settled(teacher, arguments.get("revision"))
     server_args = launch.checked_server_args(teacher, config, arguments, "Runtime")
     process = context.Process(target=serve, args=(server_args, config))
     process.start()

@@ -28,3 +28,9 @@ def tiny_pair(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_oracle(tiny_pair):
     return MixedOracle(*tiny_pair)
+
+
+@pytest.fixture(scope="session")
+def self_oracle(tiny_pair):
+    """The oracle where the student is the teacher."""
+    return MixedOracle(tiny_pair[0], tiny_pair[0])

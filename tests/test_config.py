@@ -95,7 +95,7 @@ def test_updated_is_valid_or_refused(low, high, new_low, new_high):
 def test_from_dict():
     values = {"student_model_path": "s", "student_max_total_tokens": 100, "alpha_max": 0.4, "student_revision": None}
     config = MixingConfig.from_dict(values)
-    assert config == MixingConfig("s", None, 100, AlphaSettings(alpha_max=0.4))
+    assert config == MixingConfig("s", student_max_total_tokens=100, alpha=AlphaSettings(alpha_max=0.4))
     assert MixingConfig.from_dict({}) == MixingConfig()
     assert MixingConfig.from_dict({"fixed_alpha": 1.2}).alpha == AlphaSettings("fixed", fixed_alpha=1.2)
 
@@ -114,12 +114,47 @@ def test_from_dict():
         ({"student_model_path": "s", "student_max_total_tokens": 0}, "student_max_total_tokens: must be a positive"),
         ({"student_model_path": "s", "student_max_total_tokens": 2.5}, "student_max_total_tokens: must be a positive"),
         ({"student_model_path": "s", "student_max_total_tokens": True}, "student_max_total_tokens: must be a positive"),
+        ({"student_model_path": "s", "student_weights": "both"}, "student_weights: 'both' is not one of auto, shared"),
+        ({"student_weights": "shared"}, "student_weights: has no effect without student_model_path"),
         ({"alpha_min": 2}, "alpha_min, alpha_max: must lie in"),
     ],
 )
 def test_from_dict_refuses(values, message):
     with pytest.raises(ValueError, match=message):
         MixingConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "values,shared",
+    [
+        ({"student_model_path": "t"}, True),
+        ({"student_model_path": "t", "student_revision": "main"}, True),
+        ({"student_model_path": "t", "student_revision": "old"}, False),
+        ({"student_model_path": "s"}, False),
+        ({"student_model_path": "t", "student_weights": "shared"}, True),
+        ({"student_model_path": "t", "student_weights": "separate"}, False),
+        ({"student_model_path": "t", "student_max_total_tokens": 100}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_weights_are_shared_when_both_are_one_model(values, shared):
+    assert MixingConfig.from_dict(values).settled("t", "main").shared_weights is shared
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"student_model_path": "s", "student_weights": "shared"}, "student_weights: 'shared' needs the teacher's own"),
+        (
+            {"student_model_path": "t", "student_weights": "shared", "student_max_total_tokens": 9},
+            "student_max_total_tokens: a student with shared weights has no pool",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_shared(values, message):
+    with pytest.raises(ValueError, match=message):
+        MixingConfig.from_dict(values).settled("t", None)
 
 
 # -- the YAML file ---------------------------------------------------------------------------------------------------
@@ -199,7 +234,7 @@ def test_flags_win_over_the_file(write):
     argv = ["--student-model-path", "s2", "--alpha-max", "0.6", "--max-running-requests=9", "--gc-threshold", "7"]
     # SGLang's field tp_size has another flag, and the flag an alias.
     server_args, config = launch_server.parse([*argv, "--tensor-parallel-size", "1", "--config", str(path)])
-    assert config == MixingConfig("s2", None, 50, AlphaSettings("entropy", alpha_max=0.6))
+    assert config == MixingConfig("s2", student_max_total_tokens=50, alpha=AlphaSettings("entropy", alpha_max=0.6))
     assert (server_args.model_path, server_args.dtype, server_args.port) == ("m", "float16", 1234)
     assert (server_args.max_running_requests, server_args.tp_size, server_args.gc_threshold) == (9, 1, [7])
     # Where the flag stands makes no difference, nor how it is written.

@@ -40,4 +40,6 @@ def create_mixed_radix_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     """Factory of ``--radix-cache-backend optimal``."""
     cache = create_unified_radix_cache(ctx, cache_class=MixedRadixCache)
     cache.student_kv = getattr(ctx.tp_worker, "student_kv", None)
+    if cache.student_kv is not None:
+        cache.student_kv.attach(cache)
     return cache

@@ -17,13 +17,14 @@ from sglang.utils import TypeBasedDispatcher
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.plan import Planner
 from sglang_optimal.runtime.request import from_wire
-from sglang_optimal.runtime.student_kv import StudentKV, student_of
+from sglang_optimal.runtime.shared_worker import SharedTpWorker
+from sglang_optimal.runtime.student_kv import SharedStudentKV, StudentKV, student_of
 from sglang_optimal.runtime.student_weights import is_for_student
 from sglang_optimal.runtime.worker import MixedTpWorker
 
 
 class MixedPrefillAdder(PrefillAdder):
-    """Admits a mixed request only when its student context fits the student's pool too, and reserves it there."""
+    """Admits a mixed request only when its student context fits too, and reserves it there."""
 
     student_kv: StudentKV
 
@@ -31,9 +32,12 @@ class MixedPrefillAdder(PrefillAdder):
         super().__init__(*args, **kwargs)
         running = self.running_batch.reqs if self.running_batch is not None else []
         # Tokens that admitted requests will still decode, estimated as SGLang does for the teacher's pool.
-        self._student_future = sum(
-            self._get_running_request_total_token_offset(req) for req in running if student_of(req) is not None
-        )
+        mixed = [req for req in running if student_of(req) is not None]
+        future = sum(self._get_running_request_total_token_offset(req) for req in mixed)
+        self._one_pool = isinstance(self.student_kv, SharedStudentKV)
+        self._student_future = future
+        if self._one_pool:
+            self.memory_budget.total_offset += future
 
     def add_one_req(self, req: Req, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
         if student_of(req) is None:
@@ -41,18 +45,27 @@ class MixedPrefillAdder(PrefillAdder):
         kv = self.student_kv
         state = kv.match(req)
         max_new = min(max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS)
-        if state.extend_len + max_new > kv.available() - self._student_future:
+        if not self._one_pool and state.extend_len + max_new > kv.available() - self._student_future:
             kv.unmatch(state)
             return AddReqResult.NO_TOKEN
+        self._reserve(state.extend_len, max_new)
         result = super().add_one_req(req, has_chunked_req, truncation_align_size)
         if self.can_run_list and self.can_run_list[-1] is req:
             kv.allocate(req, state)
+            self._reserve(-state.extend_len, 0)  # taken from the pool now
             self._student_future += max_new
             # The step computes the student's prompt as well: let it use up the same compute budget.
             self.rem_input_tokens -= state.extend_len
         else:
+            self._reserve(-state.extend_len, -max_new)
             kv.unmatch(state)
         return result
+
+    def _reserve(self, now: int, later: int) -> None:
+        """Tokens that the student takes from the teacher's budget, where both have one pool."""
+        if self._one_pool:
+            self.memory_budget.current_offset += now
+            self.memory_budget.total_offset += now + later
 
 
 class MixedScheduler(Scheduler):
@@ -61,7 +74,8 @@ class MixedScheduler(Scheduler):
     mixing_config: MixingConfig
 
     def init_tp_model_worker(self) -> None:
-        self.tp_worker = MixedTpWorker(
+        worker_class = SharedTpWorker if self.mixing_config.shared_weights else MixedTpWorker
+        self.tp_worker = worker_class(
             self.mixing_config, server_args=self.server_args, gpu_id=get_device().gpu_id, nccl_port=self.nccl_port
         )
 
@@ -100,11 +114,12 @@ class MixedScheduler(Scheduler):
         super().init_req_max_new_tokens(req)
         if student_of(req) is None:
             return
-        room = self.tp_worker.student_max_req_len - len(req.student.prompt_ids) - 1
+        longest = min(self.tp_worker.student_context_len - 1, self.tp_worker.student_kv.max_req_len(req))
+        room = longest - len(req.student.prompt_ids) - 1
         if room < 1:
             req.set_finish_with_abort(
                 f"student context too long: {len(req.student.prompt_ids)} tokens, but the student's context length and "
-                f"KV pool allow {self.tp_worker.student_max_req_len - 2}."
+                f"KV pool allow {longest - 2}."
             )
             return
         params = req.sampling_params
@@ -162,6 +177,7 @@ class MixedScheduler(Scheduler):
                 "evictable": tree.evictable_size(),
                 "protected": tree.protected_size(),
             },
+            "shared_weights": self.mixing_config.shared_weights,
             "student_pool": self.tp_worker.student_kv.stats(),
         }
         return output
@@ -173,7 +189,7 @@ def _check_decode_mem(original: Callable[..., bool], batch: ScheduleBatch, selec
         return False
     reqs = batch.reqs if selected_indices is None else [batch.reqs[i] for i in selected_indices]
     mixed = sum(student_of(req) is not None for req in reqs)
-    return mixed == 0 or batch.tree_cache.student_kv.can_decode(mixed)
+    return mixed == 0 or batch.tree_cache.student_kv.can_decode(mixed, len(reqs))
 
 
 def run_mixed_scheduler_process(config: MixingConfig, *args, **kwargs) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from sglang.srt.configs.model_config import ModelConfig
@@ -12,7 +13,7 @@ from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch
 
 from sglang_optimal.config import MixingConfig
-from sglang_optimal.runtime.plan import DecodePlan, PrefillPlan
+from sglang_optimal.runtime.plan import DecodePlan, PrefillChunk, PrefillPlan
 from sglang_optimal.runtime.student_weights import (
     check_checkpoint,
     checkpoint_layout,
@@ -53,17 +54,7 @@ class StudentWorker(TpModelWorker):
 
     def forward_decode(self, batch: ScheduleBatch, plan: DecodePlan) -> torch.Tensor:
         """Run the mixed rows of a decode batch. Returns logits [n, V_student]."""
-        rows = plan.rows
-        part = _student_batch(batch, [batch.reqs[i] for i in rows.host])
-        part.input_ids = rows.select(batch.input_ids)
-        part.req_pool_indices = rows.select(batch.req_pool_indices)
-        part.req_pool_indices_cpu = None
-        part.seq_lens = plan.seq_lens
-        part.seq_lens_cpu = plan.seq_lens_cpu
-        part.seq_lens_sum = None
-        part.orig_seq_lens = plan.seq_lens.to(torch.int32)
-        part.out_cache_loc = plan.out_cache_loc
-        return self._logits(part)
+        return self._logits(decode_part(batch, plan))
 
     def forward_prefill(self, batch: ScheduleBatch, plan: PrefillPlan) -> torch.Tensor:
         """Prefill the student contexts, in pieces of at most the chunk size.
@@ -71,37 +62,64 @@ class StudentWorker(TpModelWorker):
         Returns:
             logits [n, V_student] of each context's last token, in the order of ``plan.rows``.
         """
-        finished: list[torch.Tensor] = []
-        for piece in plan.pieces:
-            part = _student_batch(batch, [chunk.req for chunk in piece])
-            ends = [chunk.end for chunk in piece]
-            lens = [chunk.end - chunk.start for chunk in piece]
-            ids = torch.cat([torch.tensor(c.ids[c.start : c.end], dtype=torch.int64) for c in piece])
-            rows = torch.tensor([chunk.row for chunk in piece], dtype=torch.int64)
-            part.input_ids = ids.to(batch.device, non_blocking=True)
-            part.req_pool_indices_cpu = rows
-            part.req_pool_indices = rows.to(batch.device, non_blocking=True)
-            part.seq_lens_cpu = torch.tensor(ends, dtype=torch.int64)
-            part.seq_lens = part.seq_lens_cpu.to(batch.device, non_blocking=True)
-            part.seq_lens_sum = sum(ends)
-            part.orig_seq_lens = part.seq_lens.to(torch.int32)
-            part.out_cache_loc = torch.cat([chunk.slots for chunk in piece])
-            part.prefix_lens = [chunk.start for chunk in piece]
-            part.extend_lens = lens
-            part.extend_num_tokens = sum(lens)
-            part.extend_logprob_start_lens = lens
-            logits = self._logits(part)
-            done = [i for i, chunk in enumerate(piece) if chunk.last]
-            if len(done) == len(piece):
-                # The logits of a graph replay live in its static buffer, which the next piece overwrites.
-                finished.append(logits.clone() if len(plan.pieces) > 1 else logits)
-            elif done:
-                finished.append(logits[done])
-        return finished[0] if len(finished) == 1 else torch.cat(finished)
+        return prefill_pieces(batch, plan, self._logits)
 
     def _logits(self, part: ScheduleBatch) -> torch.Tensor:
         forward_batch = ForwardBatch.init_new(part, self.model_runner, return_hidden_states_before_norm=False)
         return self.model_runner.forward(forward_batch).logits_output.next_token_logits
+
+
+def decode_part(batch: ScheduleBatch, plan: DecodePlan, row_offset: int = 0) -> ScheduleBatch:
+    """The student's decode batch of the mixed rows. ``row_offset``: added to the row numbers."""
+    rows = plan.rows
+    part = _student_batch(batch, [batch.reqs[i] for i in rows.host])
+    part.input_ids = rows.select(batch.input_ids)
+    part.req_pool_indices = rows.select(batch.req_pool_indices) + row_offset
+    part.req_pool_indices_cpu = None
+    part.seq_lens = plan.seq_lens
+    part.seq_lens_cpu = plan.seq_lens_cpu
+    part.seq_lens_sum = None
+    part.orig_seq_lens = plan.seq_lens.to(torch.int32)
+    part.out_cache_loc = plan.out_cache_loc
+    return part
+
+
+def prefill_part(batch: ScheduleBatch, piece: list[PrefillChunk], row_offset: int = 0) -> ScheduleBatch:
+    """The extend batch of one piece of the students' prompts. ``row_offset``: added to the row numbers."""
+    part = _student_batch(batch, [chunk.req for chunk in piece])
+    ends = [chunk.end for chunk in piece]
+    lens = [chunk.end - chunk.start for chunk in piece]
+    ids = torch.cat([torch.tensor(c.ids[c.start : c.end], dtype=torch.int64) for c in piece])
+    rows = torch.tensor([chunk.row + row_offset for chunk in piece], dtype=torch.int64)
+    part.input_ids = ids.to(batch.device, non_blocking=True)
+    part.req_pool_indices_cpu = rows
+    part.req_pool_indices = rows.to(batch.device, non_blocking=True)
+    part.seq_lens_cpu = torch.tensor(ends, dtype=torch.int64)
+    part.seq_lens = part.seq_lens_cpu.to(batch.device, non_blocking=True)
+    part.seq_lens_sum = sum(ends)
+    part.orig_seq_lens = part.seq_lens.to(torch.int32)
+    part.out_cache_loc = torch.cat([chunk.slots for chunk in piece])
+    part.prefix_lens = [chunk.start for chunk in piece]
+    part.extend_lens = lens
+    part.extend_num_tokens = sum(lens)
+    part.extend_logprob_start_lens = lens
+    return part
+
+
+def prefill_pieces(
+    batch: ScheduleBatch, plan: PrefillPlan, forward: Callable[[ScheduleBatch], torch.Tensor], row_offset: int = 0
+) -> torch.Tensor:
+    """Forward the pieces one after another. Returns logits [n, V] of each context's last token."""
+    finished: list[torch.Tensor] = []
+    for piece in plan.pieces:
+        logits = forward(prefill_part(batch, piece, row_offset))
+        done = [i for i, chunk in enumerate(piece) if chunk.last]
+        if len(done) == len(piece):
+            # The logits of a graph replay live in its static buffer, which the next piece overwrites.
+            finished.append(logits.clone() if len(plan.pieces) > 1 else logits)
+        elif done:
+            finished.append(logits[done])
+    return finished[0] if len(finished) == 1 else torch.cat(finished)
 
 
 def _student_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:

@@ -13,7 +13,7 @@ from array import array
 import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.allocation import alloc_token_slots
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
@@ -67,19 +67,25 @@ class StudentKV:
     def __init__(self, req_to_token_pool, allocator, *, disable_radix_cache: bool, eviction_policy: str):
         self.req_to_token_pool = req_to_token_pool
         self.allocator = allocator
-        self.tree = RadixCache(
-            CacheInitParams(
-                disable=disable_radix_cache,
-                req_to_token_pool=req_to_token_pool,
-                token_to_kv_pool_allocator=allocator,
-                page_size=allocator.page_size,
-                eviction_policy=eviction_policy,
-            )
-        )
+        self.tree = self._make_tree(disable_radix_cache, eviction_policy)
         self.size = allocator.size
         self.held = 0  # requests that hold slots; 0 means that every slot is free or in the tree
         self.prompt_tokens = 0
         self.cached_tokens = 0
+
+    def _make_tree(self, disable: bool, eviction_policy: str) -> BasePrefixCache | None:
+        return RadixCache(
+            CacheInitParams(
+                disable=disable,
+                req_to_token_pool=self.req_to_token_pool,
+                token_to_kv_pool_allocator=self.allocator,
+                page_size=self.allocator.page_size,
+                eviction_policy=eviction_policy,
+            )
+        )
+
+    def attach(self, teacher_tree: BasePrefixCache) -> None:
+        """Told of the teacher's radix cache, once it exists."""
 
     # -- accounting ------------------------------------------------------------------------------------------------
 
@@ -107,10 +113,15 @@ class StudentKV:
             return None
         return f"student KV pool leak while idle: {stats}"
 
-    def can_decode(self, num_requests: int) -> bool:
-        """Whether ``num_requests`` more tokens fit, evicting if needed."""
-        evict_from_tree_cache(self.tree, num_requests)
-        return self.allocator.available_size() >= num_requests
+    def can_decode(self, mixed: int, requests: int) -> bool:
+        """Whether one more token fits for each of ``mixed`` students, evicting if needed. ``requests``: all that decode
+        (their teacher tokens have been seen to fit)."""
+        evict_from_tree_cache(self.tree, mixed)
+        return self.allocator.available_size() >= mixed
+
+    def max_req_len(self, req: Req) -> int:
+        """Longest student context, new tokens included, that the pool can ever hold for this request."""
+        return self.size - 1
 
     # -- life of a request -----------------------------------------------------------------------------------------
 
@@ -207,17 +218,78 @@ class StudentKV:
         row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         key = self._key(req, state.ids[:length])
         values = row[:length].to(torch.int64, copy=True)
-        known = self.tree.insert(
-            InsertParams(
-                key=key, value=values, inserted_len=state.protected_len, prev_prefix_len=state.protected_len, priority=0
-            )
-        ).prefix_len
-        if known > state.protected_len:
-            self.allocator.free_segment(values[state.protected_len : known], start_pos=state.protected_len)
-        node = self.tree.match_prefix(MatchPrefixParams(key=key)).last_device_node
+        node = self._insert_key(key, values, state.protected_len)
         slots = self.tree.path_device_indices(node)
         moved = slice(state.protected_len, length)
         self.req_to_token_pool.write((req.kv.req_pool_idx, moved), slots[moved].to(torch.int32))
         lock = self.tree.lock(node)
         self.tree.unlock(state.lock)
         state.node, state.lock, state.protected_len = node, lock, length
+
+    def _insert_key(self, key: RadixKey, values: torch.Tensor, protected_len: int):
+        """Insert into the tree, free what it had already beyond ``protected_len``, and return the last node."""
+        params = InsertParams(key=key, value=values, inserted_len=protected_len, prev_prefix_len=protected_len)
+        known = self.tree.insert(params).prefix_len
+        if known > protected_len:
+            self.allocator.free_segment(values[protected_len:known], start_pos=protected_len)
+        return self.tree.match_prefix(MatchPrefixParams(key=key)).last_device_node
+
+
+class SharedStudentKV(StudentKV):
+    """The student's KV where both sides have one model: slots from the teacher's pool, and the teacher's radix cache,
+    so that a prefix which both contexts have is stored once.
+
+    Args:
+        rows: the student's half of the table of rows, see `StudentRows`.
+        allocator: the teacher's.
+    """
+
+    def __init__(self, rows: StudentRows, allocator):
+        super().__init__(rows, allocator, disable_radix_cache=False, eviction_policy="lru")
+
+    def _make_tree(self, disable: bool, eviction_policy: str) -> None:
+        return None  # comes with `attach`
+
+    def attach(self, teacher_tree: BasePrefixCache) -> None:
+        self.tree = teacher_tree
+
+    def leak_report(self) -> str | None:
+        # SGLang checks the pool itself, which is one.
+        return None if self.held == 0 else f"student KV leak while idle: {self.held} requests hold slots"
+
+    def can_decode(self, mixed: int, requests: int) -> bool:
+        evict_from_tree_cache(self.tree, requests + mixed)
+        return self.allocator.available_size() >= requests + mixed
+
+    def max_req_len(self, req: Req) -> int:
+        # T + S + 2 n tokens in one pool: the n that fits, as a length of the student's context.
+        both = len(req.origin_input_ids) + len(req.student.prompt_ids)
+        return len(req.student.prompt_ids) + max((self.size - 2 - both) // 2, 0)
+
+    def reset(self) -> None:
+        """The teacher's own reset clears the pool and the tree."""
+
+    def _insert_key(self, key: RadixKey, values: torch.Tensor, protected_len: int):
+        # This kind of tree frees duplicates itself.
+        params = InsertParams(key=key, value=values, inserted_len=protected_len, prev_prefix_len=protected_len)
+        return self.tree.insert(params).last_device_node
+
+
+class StudentRows:
+    """A second table of rows behind the teacher's, in the same tensor, so that one forward can read rows of both.
+
+    Attributes:
+        offset: what to add to a request's row number to find its student's row.
+        req_to_token: [rows, max context] view of the student's half.
+    """
+
+    def __init__(self, req_to_token_pool):
+        table = req_to_token_pool.req_to_token
+        self.offset = table.shape[0]
+        self.size = req_to_token_pool.size
+        # The pool itself goes on handing out rows of its own half only.
+        req_to_token_pool.req_to_token = table.new_zeros((2 * self.offset, table.shape[1]))
+        self.req_to_token = req_to_token_pool.req_to_token[self.offset :]
+
+    def write(self, indices, values: torch.Tensor) -> None:
+        self.req_to_token[indices] = values

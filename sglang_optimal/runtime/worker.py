@@ -92,9 +92,9 @@ class MixedTpWorker(TpModelWorker):
         self.student.init_cuda_graphs(capture_decode_cuda_graph)
 
     @property
-    def student_max_req_len(self) -> int:
-        """Longest student context, new tokens included, that can be served."""
-        return min(self.student.model_config.context_len - 1, self.student_kv.size - 1)
+    def student_context_len(self) -> int:
+        """The student's context length, in tokens."""
+        return self.student.model_config.context_len
 
     # -- forward ---------------------------------------------------------------------------------------------------
 

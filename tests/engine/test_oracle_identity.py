@@ -1,7 +1,8 @@
 """Greedy output of the real engine is token-identical to a plain transformers loop, whatever the scheduler does.
 
 Every scenario runs on three engines: roomy with overlap scheduling; overlap with tiny chunks and a pool so small that
-requests are retracted; and the same without overlap, and without radix caches.
+requests are retracted; and the same without overlap, and without radix caches. Each of them with two models, and with
+one whose weights both sides share.
 """
 
 from __future__ import annotations
@@ -20,11 +21,24 @@ ENGINES = {
 }
 
 
-@pytest.fixture(scope="module", params=list(ENGINES))
+# One pool holds both contexts there.
+SHARED = {"roomy": {}, **{name: {**ENGINES[name], "max_total_tokens": 520} for name in ENGINES if name != "roomy"}}
+
+
+@pytest.fixture(scope="module", params=[*ENGINES, *(f"shared-{name}" for name in SHARED)])
 def sampler(request, tiny_pair):
-    with start(tiny_pair, **ENGINES[request.param]) as engine:
-        engine.name = request.param
+    shared = request.param.startswith("shared-")
+    name = request.param.removeprefix("shared-")
+    pair = (tiny_pair[0], tiny_pair[0]) if shared else tiny_pair
+    with start(pair, **(SHARED if shared else ENGINES)[name]) as engine:
+        assert mixing_state(engine)["shared_weights"] is shared
+        engine.name, engine.shared = name, shared
         yield engine
+
+
+@pytest.fixture
+def oracle(sampler, tiny_oracle, self_oracle):
+    return self_oracle if sampler.shared else tiny_oracle
 
 
 @pytest.fixture(autouse=True)
@@ -33,36 +47,36 @@ def pools_are_full_again(sampler):
     check_pools(sampler)
 
 
-def test_one_mixed_request(sampler, tiny_oracle):
+def test_one_mixed_request(sampler, oracle):
     cases = random_cases(1, 1, 0)
-    check_all(tiny_oracle, cases, run(sampler, cases))
+    check_all(oracle, cases, run(sampler, cases))
 
 
-def test_batch_of_mixed_and_plain(sampler, tiny_oracle):
+def test_batch_of_mixed_and_plain(sampler, oracle):
     cases = random_cases(2, 10, 4)
-    check_all(tiny_oracle, cases, run(sampler, cases))
+    check_all(oracle, cases, run(sampler, cases))
 
 
-def test_only_plain(sampler, tiny_oracle):
+def test_only_plain(sampler, oracle):
     cases = random_cases(3, 0, 5)
-    check_all(tiny_oracle, cases, run(sampler, cases))
+    check_all(oracle, cases, run(sampler, cases))
 
 
-def test_long_prompts_are_chunked(sampler, tiny_oracle):
+def test_long_prompts_are_chunked(sampler, oracle):
     """Both contexts, the teacher's alone, and the student's alone need many chunks of 16."""
     rng = random.Random(4)
     lengths = ((150, 170), (120, 3), (2, 140), (33, 32))
     cases = [Case(random_ids(rng, t), random_ids(rng, s), 8) for t, s in lengths]
-    check_all(tiny_oracle, cases, run(sampler, cases))
+    check_all(oracle, cases, run(sampler, cases))
 
 
-def test_prefix_hits(sampler, tiny_oracle):
+def test_prefix_hits(sampler, oracle):
     """Contexts that share prefixes with earlier ones: on both sides, on one side, completely, and within a batch."""
     rng = random.Random(5)
     shared_t, shared_s = random_ids(rng, 40), random_ids(rng, 30)
     first = [Case(shared_t, shared_s, 10)]
     first_output = run(sampler, first)
-    check_all(tiny_oracle, first, first_output)
+    check_all(oracle, first, first_output)
     before = mixing_state(sampler)["student_pool"]["cached_prompt_tokens_total"]
     grown_s = shared_s + first_output[0]["output_ids"]
     cases = [
@@ -73,24 +87,24 @@ def test_prefix_hits(sampler, tiny_oracle):
         Case(random_ids(rng, 9), grown_s + random_ids(rng, 3), 8),  # generated tokens were cached too
         Case(shared_t, None, 8),
     ]
-    check_all(tiny_oracle, cases, run(sampler, cases))
+    check_all(oracle, cases, run(sampler, cases))
     hits = mixing_state(sampler)["student_pool"]["cached_prompt_tokens_total"] - before
     if sampler.name == "small-no-overlap":
         assert hits == 0
     else:
         assert hits >= 3 * len(shared_s) + len(grown_s) - 5
     again = run(sampler, cases)
-    check_all(tiny_oracle, cases, again)
+    check_all(oracle, cases, again)
 
 
-def test_retraction(sampler, tiny_oracle):
+def test_retraction(sampler, oracle):
     """Many long generations: the small pools overflow, and retracted requests come back with both contexts."""
     cases = random_cases(6, 9, 3, longest=25, tokens=(60, 70))
     for case in cases:
         case.bias = {2: -100.0}
     # Not ignore_eos: SGLang reserves the full length of such requests, and never has to retract.
     outputs = run(sampler, cases, ignore_eos=False)
-    check_all(tiny_oracle, cases, outputs)
+    check_all(oracle, cases, outputs)
     retracted = sum(
         o["meta_info"]["num_retractions"] > 0 for o, c in zip(outputs, cases, strict=True) if c.student is not None
     )
@@ -100,7 +114,7 @@ def test_retraction(sampler, tiny_oracle):
         assert retracted > 0
 
 
-def test_aborts_in_flight(sampler, tiny_oracle):
+def test_aborts_in_flight(sampler, oracle):
     """Requests aborted in the queue, in prefill and in decode leave nothing behind and disturb nobody."""
     cases = random_cases(7, 8, 3, longest=80, tokens=(40, 50))
 
@@ -139,11 +153,11 @@ def test_aborts_in_flight(sampler, tiny_oracle):
             if case.student is not None:
                 assert len(output["meta_info"]["alpha"]) == len(output["output_ids"]) < case.n
         else:
-            check_greedy(tiny_oracle, case, output)
+            check_greedy(oracle, case, output)
     assert aborted >= 2
 
 
-def test_staggered_arrivals(sampler, tiny_oracle):
+def test_staggered_arrivals(sampler, oracle):
     """Requests join and leave the running batch at different steps."""
     cases = random_cases(9, 10, 4, tokens=(3, 30))
 
@@ -154,10 +168,10 @@ def test_staggered_arrivals(sampler, tiny_oracle):
     async def everything() -> list[dict]:
         return await asyncio.gather(*[late(i, case) for i, case in enumerate(cases)])
 
-    check_all(tiny_oracle, cases, sampler.engine.loop.run_until_complete(everything()))
+    check_all(oracle, cases, sampler.engine.loop.run_until_complete(everything()))
 
 
-def test_eos_ends_both_contexts(sampler, tiny_oracle):
+def test_eos_ends_both_contexts(sampler, oracle):
     """A stop token is kept in token_ids and ends the request in the middle of others."""
     cases = random_cases(10, 6, 2, tokens=(30, 40))
     greedy = run(sampler, cases)

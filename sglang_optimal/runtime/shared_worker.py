@@ -1,0 +1,145 @@
+"""The scheduler's model worker where student and teacher are one model: both contexts are rows of one forward."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+
+import torch
+from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime import sampler
+from sglang_optimal.runtime.observer import MixingObserver, MixingStep
+from sglang_optimal.runtime.plan import DecodePlan, PrefillPlan
+from sglang_optimal.runtime.student import decode_part, prefill_part, prefill_pieces
+from sglang_optimal.runtime.student_kv import SharedStudentKV, StudentRows
+
+logger = logging.getLogger(__name__)
+
+
+class SharedTpWorker(TpModelWorker):
+    """SGLang's worker, whose forward takes a mixed request's two contexts as two rows.
+
+    The scheduler knows one row. The other is added just before the forward, and its logits are taken off just after it,
+    so that sampling sees the batch that was scheduled.
+    """
+
+    def __init__(self, config: MixingConfig, **worker_kwargs):
+        sampler.announce_student()
+        super().__init__(**worker_kwargs)
+        sampler.install(self.model_runner)
+        self.student = SharedStudent(self)
+        self.student_kv: SharedStudentKV | None = None
+        self.vocab_size = self.model_config.vocab_size
+        self._chunk_size = worker_kwargs["server_args"].chunked_prefill_size
+        self._pending: tuple[ScheduleBatch, MixingStep] | None = None
+        self._forward_one = self.model_runner.forward
+        self.model_runner.forward = self._forward
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def alloc_memory_pool(self, *args, **kwargs) -> None:
+        super().alloc_memory_pool(*args, **kwargs)
+        runner = self.model_runner
+        # Before the attention backends look at the table.
+        self._rows = StudentRows(runner.req_to_token_pool)
+        self.student_kv = SharedStudentKV(self._rows, runner.token_to_kv_pool_allocator)
+        runner.sampling_observer = MixingObserver()
+        if get_parallel().tp_rank == 0:
+            logger.info("KV pool: %d tokens for both contexts (shared weights)", runner.max_total_num_tokens)
+
+    @property
+    def student_context_len(self) -> int:
+        return self.model_config.context_len
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def forward_batch_generation(self, batch: ScheduleBatch | None, *args, **kwargs):
+        if batch is not None and batch.sampling_info is not None:
+            plan = getattr(batch, "student_plan", None)
+            step = None if plan is None else MixingStep(plan.rows, None, self.vocab_size)
+            batch.sampling_info.mixing = step
+            self._pending = None if step is None else (batch, step)
+        return super().forward_batch_generation(batch, *args, **kwargs)
+
+    def _forward(self, forward_batch: ForwardBatch, *args, **kwargs):
+        """In place of ``ModelRunner.forward``: what it gives for the scheduled rows; the students' logits are kept."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return self._forward_one(forward_batch, *args, **kwargs)
+        batch, step = pending
+        plan = batch.student_plan
+        part = self._part_beside(batch, plan)
+        if part is None:
+            logits = functools.partial(prefill_pieces, batch, plan, self._logits, self._rows.offset)()
+            # What comes next may overwrite the static buffer of a graph.
+            step.student_logits = logits.clone()
+            return self._forward_one(forward_batch, *args, **kwargs)
+        both = _joined(batch, part)
+        output = self._forward_one(self._forward_batch(both), *args, **kwargs)
+        logits = output.logits_output.next_token_logits
+        n = len(batch.reqs)
+        step.student_logits = logits[n:]
+        output.logits_output.next_token_logits = logits[:n]
+        return output
+
+    def _part_beside(self, batch: ScheduleBatch, plan: DecodePlan | PrefillPlan) -> ScheduleBatch | None:
+        """The students' rows for the same forward; None where they need forwards of their own."""
+        if isinstance(plan, DecodePlan):
+            return decode_part(batch, plan, self._rows.offset)
+        if batch.return_logprob or len(plan.pieces) != 1:
+            return None
+        part = prefill_part(batch, plan.pieces[0], self._rows.offset)
+        limit = self._chunk_size
+        if limit and limit > 0 and part.extend_num_tokens + batch.extend_num_tokens > limit:
+            return None
+        return part
+
+    def _forward_batch(self, batch: ScheduleBatch) -> ForwardBatch:
+        return ForwardBatch.init_new(batch, self.model_runner, return_hidden_states_before_norm=False)
+
+    def _logits(self, part: ScheduleBatch) -> torch.Tensor:
+        return self._forward_one(self._forward_batch(part)).logits_output.next_token_logits
+
+
+def _joined(batch: ScheduleBatch, part: ScheduleBatch) -> ScheduleBatch:
+    """One batch with the rows of ``batch`` and then those of ``part``; nothing of the sampling."""
+    both = copy.copy(part)
+    both.reqs = [*batch.reqs, *part.reqs]
+    for name in ("input_ids", "req_pool_indices", "seq_lens", "orig_seq_lens", "out_cache_loc", "seq_lens_cpu"):
+        setattr(both, name, torch.cat([getattr(batch, name), getattr(part, name)]))
+    if part.req_pool_indices_cpu is not None and batch.req_pool_indices_cpu is not None:
+        both.req_pool_indices_cpu = torch.cat([batch.req_pool_indices_cpu, part.req_pool_indices_cpu])
+    else:
+        both.req_pool_indices_cpu = None
+    both.seq_lens_sum = None if part.seq_lens_sum is None else batch.seq_lens_sum + part.seq_lens_sum
+    both.multimodal_inputs = [None] * len(both.reqs)
+    if batch.forward_mode.is_extend():
+        for name in ("prefix_lens", "extend_lens", "extend_logprob_start_lens"):
+            setattr(both, name, [*getattr(batch, name), *getattr(part, name)])
+        both.extend_num_tokens = batch.extend_num_tokens + part.extend_num_tokens
+    return both
+
+
+class SharedStudent:
+    """What the scheduler asks of a student, where it is the teacher itself."""
+
+    def __init__(self, worker: SharedTpWorker):
+        self._worker = worker
+        self.weight_version: str | None = None
+
+    @property
+    def weights_path(self) -> str:
+        return self._worker.model_config.model_path
+
+    def update_weights_from_disk(self, request: UpdateWeightFromDiskReqInput) -> tuple[bool, str]:
+        """Refused: it would change the teacher."""
+        return False, (
+            "the student shares the teacher's weights; start the server with --student-weights separate to update it."
+        )
