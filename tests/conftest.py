@@ -34,3 +34,15 @@ def tiny_oracle(tiny_pair):
 def self_oracle(tiny_pair):
     """The oracle where the student is the teacher."""
     return MixedOracle(tiny_pair[0], tiny_pair[0])
+
+
+@pytest.fixture(scope="session")
+def mixed_server(tiny_pair, tmp_path_factory):
+    """A client of one server with both tiny models and no settings of its own, for every module that needs no other."""
+    from harness import SMALL  # imports SGLang, which the tests of the mathematics do without
+    from serving import as_argv, serve
+
+    teacher, student = map(str, tiny_pair)
+    argv = ["--model-path", teacher, "--student-model-path", student, *as_argv(SMALL)]
+    with serve("sglang_optimal.launch_server", argv, tmp_path_factory.mktemp("server") / "log") as ready:
+        yield ready

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import SMALL
-from serving import as_argv, serve, wait_until_free
+from serving import wait_until_free
 
 FRONTEND = Path(__file__).parents[2] / "frontend"
 FAST = ("--max-tokens", "8")
@@ -25,12 +24,9 @@ PROGRAMS = {
 
 
 @pytest.fixture(scope="module")
-def client(tiny_pair, tmp_path_factory):
-    teacher, student = map(str, tiny_pair)
-    argv = ["--model-path", teacher, "--student-model-path", student, *as_argv(SMALL)]
-    with serve("sglang_optimal.launch_server", argv, tmp_path_factory.mktemp("frontend") / "log") as ready:
-        yield ready
-        wait_until_free(ready)
+def client(mixed_server):
+    yield mixed_server
+    wait_until_free(mixed_server)
 
 
 def test_every_program_is_tried():

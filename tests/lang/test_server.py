@@ -6,8 +6,7 @@ import asyncio
 
 import pytest
 import sglang as sgl
-from harness import SMALL
-from serving import as_argv, generate, serve, wait_until_free
+from serving import generate, wait_until_free
 from tiny_models import small_chat_ids, small_ids, small_text
 
 import sglang_optimal as so
@@ -17,12 +16,9 @@ GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def client(tiny_pair, tmp_path_factory):
-    teacher, student = map(str, tiny_pair)
-    argv = ["--model-path", teacher, "--student-model-path", student, *as_argv(SMALL)]
-    with serve("sglang_optimal.launch_server", argv, tmp_path_factory.mktemp("lang") / "log") as ready:
-        yield ready
-        wait_until_free(ready)
+def client(mixed_server):
+    yield mixed_server
+    wait_until_free(mixed_server)
 
 
 @pytest.fixture(scope="module")

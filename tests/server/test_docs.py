@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from harness import SMALL
-from serving import as_argv, serve, wait_until_free
+from serving import wait_until_free
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/api.md")
@@ -54,12 +54,9 @@ def test_offline_example(tiny_pair, tmp_path, code):
 
 
 @pytest.fixture(scope="module")
-def client(tiny_pair, tmp_path_factory):
-    teacher, student = map(str, tiny_pair)
-    argv = ["--model-path", teacher, "--student-model-path", student, *as_argv(SMALL)]
-    with serve("sglang_optimal.launch_server", argv, tmp_path_factory.mktemp("docs") / "log") as ready:
-        yield ready
-        wait_until_free(ready)
+def client(mixed_server):
+    yield mixed_server
+    wait_until_free(mixed_server)
 
 
 @pytest.mark.parametrize("command", CURL)

@@ -6,21 +6,18 @@ import json
 from collections import Counter
 
 import pytest
-from harness import SMALL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import as_argv, generate, serve, wait_until_free
+from serving import generate, wait_until_free
 
 from sglang_optimal.config import ALPHA_METHODS
 from sglang_optimal.runtime.request import MIXING_FIELDS
 
 
 @pytest.fixture(scope="module")
-def client(tiny_pair, tmp_path_factory):
-    teacher, student = map(str, tiny_pair)
-    argv = ["--model-path", teacher, "--student-model-path", student, *as_argv(SMALL)]
-    with serve("sglang_optimal.launch_server", argv, tmp_path_factory.mktemp("fuzz") / "log") as ready:
-        yield ready
+def client(mixed_server):
+    yield mixed_server
+    wait_until_free(mixed_server)
 
 
 # -- what a client may send ------------------------------------------------------------------------------------------

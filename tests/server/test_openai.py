@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import openai
 import pytest
-from harness import SMALL
-from serving import events, generate, message_of, serve, wait_until_free
+from serving import events, generate, message_of, wait_until_free
 from tiny_models import small_chat_ids, small_ids, small_text
 
 from sglang_optimal.runtime.observer import SERIES
@@ -18,15 +17,9 @@ INFO = {"return_mixing_info": True}
 
 
 @pytest.fixture(scope="module")
-def client(tiny_pair, tmp_path_factory):
-    teacher, student = map(str, tiny_pair)
-    argv = ["--model-path", teacher, "--student-model-path", student, "--served-model-name", "tiny"]
-    for name, value in SMALL.items():
-        argv += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    log = tmp_path_factory.mktemp("openai") / "log"
-    with serve("sglang_optimal.launch_server", argv, log) as ready:
-        yield ready
-        wait_until_free(ready)
+def client(mixed_server):
+    yield mixed_server
+    wait_until_free(mixed_server)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from harness import SMALL
-from serving import as_argv, events, serve, wait_until_free
+from serving import events, wait_until_free
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 from browser import CHROMEDRIVER, CHROMIUM, Page, chromium
@@ -17,12 +16,9 @@ TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def client(tiny_pair, tmp_path_factory):
-    teacher, student = map(str, tiny_pair)
-    argv = ["--model-path", teacher, "--student-model-path", student, *as_argv(SMALL)]
-    with serve("sglang_optimal.launch_server", argv, tmp_path_factory.mktemp("page") / "log") as ready:
-        yield ready
-        wait_until_free(ready)
+def client(mixed_server):
+    yield mixed_server
+    wait_until_free(mixed_server)
 
 
 @pytest.fixture(scope="module")
