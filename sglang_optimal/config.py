@@ -89,12 +89,12 @@ class MixingConfig:
     """What a server knows about mixing, beside SGLang's own ServerArgs.
 
     Attributes:
-        student_model_path: Hugging Face id or folder of the student; None: the server takes no mixed requests.
+        student_model_path: Hugging Face id or folder of the student; None: the teacher, see `settled`.
         student_revision: revision of the student on the hub.
         student_max_total_tokens: upper bound on the student's KV pool, in tokens; None: as many as the teacher's.
         student_weights: ``shared``: the student is the teacher, whose weights are loaded once; both contexts are rows
             of one forward and share one KV pool and radix cache. ``separate``: weights and KV of its own, which can be
-            updated. ``auto``: shared when both paths are the same.
+            updated. ``auto``: shared when both paths are the same. ``none``: no student; SGLang's own server.
         alpha: defaults for requests that do not say.
         shared_weights: what ``student_weights`` came to, see `settled`.
     """
@@ -108,7 +108,7 @@ class MixingConfig:
 
     ALPHA_KEYS = ("alpha_method", "alpha_min", "alpha_max", "fixed_alpha")
     STUDENT_KEYS = ("student_model_path", "student_revision", "student_max_total_tokens", "student_weights")
-    STUDENT_WEIGHTS = ("auto", "shared", "separate")
+    STUDENT_WEIGHTS = ("auto", "shared", "separate", "none")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "mixing") -> MixingConfig:
@@ -125,20 +125,30 @@ class MixingConfig:
         if kind is not None and kind not in cls.STUDENT_WEIGHTS:
             raise ValueError(f"student_weights: {kind!r} is not one of {', '.join(cls.STUDENT_WEIGHTS)}.")
         if values.get("student_model_path") is None:
-            for name in cls.STUDENT_KEYS:
+            for name in ("student_revision", "student_max_total_tokens"):
                 if values.get(name) is not None:
                     raise ValueError(f"{name}: has no effect without student_model_path.")
+        elif kind == "none":
+            raise ValueError("student_weights: 'none' does not go with student_model_path; give one of them.")
         alpha = AlphaSettings().updated({k: v for k, v in values.items() if k in cls.ALPHA_KEYS})
         return cls(**{k: v for k, v in values.items() if k in cls.STUDENT_KEYS and v is not None}, alpha=alpha)
 
+    @property
+    def mixes(self) -> bool:
+        """Whether there is to be a student."""
+        return self.student_weights != "none"
+
     def settled(self, teacher_path: str, teacher_revision: str | None) -> MixingConfig:
-        """The configuration with ``shared_weights`` decided, once the teacher is known.
+        """The configuration with the student and ``shared_weights`` decided, once the teacher is known.
 
         Raises:
             ValueError: shared weights of two different models, or with a pool of the student's own.
         """
-        if self.student_model_path is None:
+        if not self.mixes:
             return self
+        if self.student_model_path is None:
+            itself = {"student_model_path": teacher_path, "student_revision": teacher_revision}
+            return dataclasses.replace(self, **itself, shared_weights=self.student_weights != "separate")
         same = self.student_model_path == teacher_path and self.student_revision in (None, teacher_revision)
         if self.student_weights == "shared" and not same:
             raise ValueError("student_weights: 'shared' needs the teacher's own path as student_model_path.")

@@ -17,10 +17,12 @@ def mixing_parser() -> argparse.ArgumentParser:
     """The parser of our own flags; SGLang parses the rest."""
     parser = argparse.ArgumentParser(prog="sglang_optimal.launch_server", add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("mixing")
-    group.add_argument("--student-model-path", help="Hugging Face id or folder of the student model.")
+    group.add_argument(
+        "--student-model-path", help="Hugging Face id or folder of the student model; default: the teacher itself."
+    )
     group.add_argument("--student-revision", help="Revision of the student model.")
     group.add_argument("--student-max-total-tokens", type=int, help="Upper bound on the student's KV pool, in tokens.")
-    group.add_argument("--student-weights", help="auto (default), shared (the teacher's, loaded once) or separate.")
+    group.add_argument("--student-weights", help=f"{', '.join(MixingConfig.STUDENT_WEIGHTS)}; see docs/api.md.")
     group.add_argument("--alpha-method", help=f"Default for requests: {', '.join(ALPHA_METHODS)}.")
     group.add_argument("--alpha-min", type=float, help="Default lower bound on alpha.")
     group.add_argument("--alpha-max", type=float, help="Default upper bound on alpha.")
@@ -57,8 +59,9 @@ def parse(argv: list[str]):
     # argparse keeps the last value of a flag: the command line wins over the file, and the file over our defaults.
     defaults = _as_flags({**launch.server_defaults(config), **server}, f"{config_path}: server")
     server_args = prepare_server_args(defaults + rest)
+    config = config.settled(server_args.model_path, server_args.revision)
     launch.check_server_args(server_args, config)
-    return server_args, config.settled(server_args.model_path, server_args.revision)
+    return server_args, config
 
 
 def _mixing_config(mixing: dict[str, Any], flags: dict[str, Any], config_path: str | None) -> MixingConfig:
@@ -69,8 +72,9 @@ def _mixing_config(mixing: dict[str, Any], flags: dict[str, Any], config_path: s
         sources = names + ([f"the section 'mixing' of {config_path}"] if mixing else [])
         raise ValueError(f"{error} Set by {', '.join(sources)}.") from None
     # Defaults in a file may stay there for a server without a student; a flag asks for something now.
-    if flags and config.student_model_path is None:
-        raise ValueError(f"{', '.join(names)}: no effect without --student-model-path; add it to mix.")
+    idle = [name for name in names if name != "--student-weights"]
+    if idle and not config.mixes:
+        raise ValueError(f"{', '.join(idle)}: no effect with student_weights 'none'.")
     return config
 
 

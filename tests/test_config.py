@@ -115,7 +115,6 @@ def test_from_dict():
         ({"student_model_path": "s", "student_max_total_tokens": 2.5}, "student_max_total_tokens: must be a positive"),
         ({"student_model_path": "s", "student_max_total_tokens": True}, "student_max_total_tokens: must be a positive"),
         ({"student_model_path": "s", "student_weights": "both"}, "student_weights: 'both' is not one of auto, shared"),
-        ({"student_weights": "shared"}, "student_weights: has no effect without student_model_path"),
         ({"alpha_min": 2}, "alpha_min, alpha_max: must lie in"),
     ],
 )
@@ -134,7 +133,9 @@ def test_from_dict_refuses(values, message):
         ({"student_model_path": "t", "student_weights": "shared"}, True),
         ({"student_model_path": "t", "student_weights": "separate"}, False),
         ({"student_model_path": "t", "student_max_total_tokens": 100}, False),
-        ({}, False),
+        ({}, True),
+        ({"student_weights": "separate"}, False),
+        ({"student_weights": "none"}, False),
     ],
     ids=str,
 )
@@ -220,9 +221,15 @@ def test_flags_alone():
     assert (server_args.sampling_backend, server_args.radix_cache_backend) == ("optimal", "optimal")
 
 
-def test_without_a_student_the_server_is_stock():
+def test_without_a_path_the_student_is_the_teacher():
     server_args, config = launch_server.parse(MODEL)
-    assert config == MixingConfig()
+    assert config == MixingConfig("the-teacher", shared_weights=True)
+    assert (server_args.sampling_backend, server_args.radix_cache_backend) == ("optimal", "optimal")
+
+
+def test_without_a_student_the_server_is_stock():
+    server_args, config = launch_server.parse([*MODEL, "--student-weights", "none"])
+    assert config == MixingConfig(student_weights="none")
     assert (server_args.sampling_backend, server_args.radix_cache_backend) == (None, None)
 
 
@@ -257,8 +264,9 @@ def test_method_flags_over_the_file(write, mixing, argv, alpha):
 
 def test_alpha_defaults_in_a_file_need_no_student(write):
     """One file serves the baseline without a student too."""
-    _, config = launch_server.parse([*MODEL, "--config", str(write("mixing: {alpha_max: 0.3}"))])
-    assert config == MixingConfig(alpha=AlphaSettings(alpha_max=0.3))
+    argv = [*MODEL, "--student-weights", "none", "--config", str(write("mixing: {alpha_max: 0.3}"))]
+    _, config = launch_server.parse(argv)
+    assert config == MixingConfig(student_weights="none", alpha=AlphaSettings(alpha_max=0.3))
 
 
 def test_config_of_sglang_is_not_ours(write, tmp_path):
@@ -405,8 +413,9 @@ def test_refused_server_key_in_the_file(write, capfd):
 
 
 def test_refused_mixing_flag_without_a_student(capfd):
-    error = refused([*MODEL, "--alpha-min", "0.2", "--alpha-method", "entropy"], capfd)
-    assert "--alpha-method, --alpha-min: no effect without --student-model-path" in error
+    error = refused([*MODEL, "--student-weights", "none", "--alpha-min", "0.2", "--alpha-method", "entropy"], capfd)
+    assert "--alpha-method, --alpha-min: no effect with student_weights 'none'" in error
+    assert "student_weights: 'none' does not go with" in refused([*STUDENT, "--student-weights", "none"], capfd)
     assert "student_revision: has no effect without student_model_path" in refused(
         [*MODEL, "--student-revision", "main"], capfd
     )
@@ -489,7 +498,7 @@ def test_what_sglang_resolves_is_checked_too(tiny_pair):
 
     server_args, config = launch_server.parse(argv)
     declare_resolution(server_args, "test", page_size=16)
-    with pytest.raises(ValueError, match="--page-size: only 1 is supported.*got 16. SGLang chose this"):
+    with pytest.raises(ValueError, match="--page-size: only 1 is supported.*got 16.*SGLang chose this"):
         launch.resolve(server_args, config)
 
     server_args, config = launch_server.parse(["--model-path", str(tiny_pair[0] / "nothing")])

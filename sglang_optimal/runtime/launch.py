@@ -27,12 +27,13 @@ _REFUSED = (
     ("dllm_algorithm", "diffusion language models"),
     *((name, "a front end other than the HTTP server") for name in OTHER_FRONT_ENDS),
 )
+_PLAIN = "give --student-weights none for a server that does not mix"
 _ONLY_ONE = ("pp_size", "attn_dp_size", "attn_cp_size", "dcp_size", "tokenizer_worker_num", "page_size")
 
 
 def server_defaults(config: MixingConfig) -> dict[str, Any]:
     """ServerArgs values that mixing needs; empty without a student, so that the server is SGLang's own."""
-    if config.student_model_path is None:
+    if not config.mixes:
         return {}
     return {"sampling_backend": "optimal", "radix_cache_backend": "optimal"}
 
@@ -72,7 +73,7 @@ def check_server_args(server_args, config: MixingConfig) -> None:
     Raises:
         ValueError: names the flag and the fix.
     """
-    if config.student_model_path is None:
+    if not config.mixes:
         return
     _check_features(server_args)
     for name in ("sampling_backend", "radix_cache_backend"):
@@ -88,13 +89,13 @@ def check_server_args(server_args, config: MixingConfig) -> None:
 def _check_features(server_args) -> None:
     for name, what in _REFUSED:
         if getattr(server_args, name, None):
-            raise ValueError(f"{_flag(name)}: {what} is not supported beside a student; remove the flag.")
+            raise ValueError(f"{_flag(name)}: {what} is not supported beside a student; remove the flag, or {_PLAIN}.")
     for name in _ONLY_ONE:
         value = getattr(server_args, name, 1)
         if value not in (None, 1):
-            raise ValueError(f"{_flag(name)}: only 1 is supported beside a student, got {value}.")
+            raise ValueError(f"{_flag(name)}: only 1 is supported beside a student, got {value}; or {_PLAIN}.")
     if getattr(server_args, "disaggregation_mode", "null") not in (None, "null"):
-        raise ValueError("--disaggregation-mode: PD disaggregation is not supported beside a student.")
+        raise ValueError(f"--disaggregation-mode: PD disaggregation is not supported beside a student; {_PLAIN}.")
 
 
 def _flag(name: str) -> str:

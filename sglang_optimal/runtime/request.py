@@ -69,7 +69,7 @@ def check_has_student(fields: dict[str, Any], config: MixingConfig) -> None:
     """Raise ValueError for mixing fields sent to a server without a student."""
     if config.student_model_path is None:
         raise ValueError(
-            f"{next(iter(fields))}: this server has no student model; start it with --student-model-path to mix."
+            f"{next(iter(fields))}: this server has no student model; start it without --student-weights none to mix."
         )
 
 

@@ -70,7 +70,7 @@ class MixedTokenizerManager(TokenizerManager):
             (success, message, number of paused requests)
         """
         if self.mixing_config.student_model_path is None:
-            return False, "this server has no student model; start it with --student-model-path.", 0
+            return False, "this server has no student model; start it without --student-weights none.", 0
         if not isinstance(obj.model_path, str) or not obj.model_path:
             return False, "model_path: must be a folder or a Hugging Face id.", 0
         mark_for_student(obj)

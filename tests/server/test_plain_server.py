@@ -12,6 +12,8 @@ CASE = Case([20, 31, 9, 44, 15, 60, 23], None, 16)
 @pytest.mark.parametrize("module", ["sglang_optimal.launch_server", "sglang.launch_server"])
 def test_server_without_a_student(module, tiny_pair, tiny_oracle, tmp_path):
     argv = ["--model-path", str(tiny_pair[0]), *as_argv(SMALL)]
+    if module != "sglang.launch_server":
+        argv += ["--student-weights", "none"]
     with serve(module, argv, tmp_path / "log") as client:
         request = {"input_ids": CASE.teacher, "sampling_params": CASE.params()}
         check_greedy(tiny_oracle, CASE, generate(client, **request))
@@ -26,7 +28,7 @@ def test_server_without_a_student(module, tiny_pair, tiny_oracle, tmp_path):
             mixed = {**request, "sampling_params": {**CASE.params(), "custom_params": fields}}
             message = message_of(client.post("/generate", json=mixed))
             assert message.startswith(f"{name}: this server has no student model")
-            assert "--student-model-path" in message
+            assert "--student-weights none" in message
         # custom_params belongs to custom logit processors too.
         other = {**request, "sampling_params": {**CASE.params(), "custom_params": {"mine": 1}}}
         check_greedy(tiny_oracle, CASE, generate(client, **other))
