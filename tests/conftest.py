@@ -38,7 +38,10 @@ def self_oracle(tiny_pair):
 
 @pytest.fixture(scope="session")
 def mixed_server(tiny_pair, tmp_path_factory):
-    """A client of one server with both tiny models and no settings of its own, for every module that needs no other."""
+    """A client of one server with both tiny models and no settings of its own, for every module that needs no other.
+
+    Not for tests/engine, which runs before: an engine that shuts down kills every child process of pytest's.
+    """
     from harness import SMALL  # imports SGLang, which the tests of the mathematics do without
     from serving import as_argv, serve
 
