@@ -61,6 +61,17 @@ def statistics(meta: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def solved(problems: Sequence[Any], states: Sequence[Any]) -> int:
+    """How many of the problems the states' texts solve."""
+    return sum(problem.solved_by(state["text"]) for problem, state in zip(problems, states, strict=True))
+
+
+def means(states: Sequence[Any]) -> dict[str, float]:
+    """Alpha, KL and student logprob of the states' texts, averaged over tokens and then over texts."""
+    found = [statistics(state.get_meta_info("text")) for state in states]
+    return {key: mean([f[key] for f in found]) for key in ("alpha", "kl", "student_logprob")}
+
+
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """One line a row; the keys of the first row are the columns."""
     table = Table(title=title)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import sglang as sgl
-from common import connect, finished, mean, parser, print_table, statistics, user
+from common import connect, finished, means, parser, print_table, solved, user
 
 import sglang_optimal as so
 from sglang_optimal.demo.problems import Problem, load_problems, numbers
@@ -46,12 +46,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for name, strategy in STRATEGIES.items():
         batch = [{"problem": p, "teacher_ctx": strategy(p), "max_tokens": args.max_tokens} for p in problems]
         states = [finished(s, "text") for s in solve.run_batch(batch, backend=backend)]
-        found = [statistics(state.get_meta_info("text")) for state in states]
         rows.append(
             {
                 "the teacher is told": name,
-                "solved": sum(p.solved_by(s["text"]) for p, s in zip(problems, states, strict=True)),
-                **{key: mean([f[key] for f in found]) for key in ("alpha", "kl", "student_logprob")},
+                "solved": solved(problems, states),
+                **means(states),
             }
         )
     print_table(f"{len(problems)} problems", rows)

@@ -7,7 +7,7 @@ mixture to take on the form of the examples, a short sum with "The answer is", m
 from __future__ import annotations
 
 import sglang as sgl
-from common import connect, finished, parser, print_table, statistics, user
+from common import connect, finished, parser, print_table, solved, statistics, user
 
 import sglang_optimal as so
 from sglang_optimal.demo.problems import Problem, load_problems
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         rows.append(
             {
                 "sampler": sampler,
-                "solved": sum(p.solved_by(s["text"]) for p, s in zip(problems, states, strict=True)),
+                "solved": solved(problems, states),
                 "in the examples' form": sum("The answer is" in s["text"] for s in states),
                 "student_logprob": statistics(states[0].get_meta_info("text"))["student_logprob"],
                 "first_answer": states[0]["text"],

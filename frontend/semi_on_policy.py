@@ -7,7 +7,7 @@ and a mean student logprob between that of the teacher's text and that of the st
 from __future__ import annotations
 
 import sglang as sgl
-from common import connect, finished, mean, parser, print_table, statistics, user
+from common import connect, finished, means, parser, print_table, solved, user
 
 import sglang_optimal as so
 from sglang_optimal.demo.problems import Problem, load_problems
@@ -36,12 +36,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for sampler, fixed_alpha in (("teacher", 1.0), ("mixture", None), ("student", 0.0)):
         batch = [{"problem": p, "max_tokens": args.max_tokens, "fixed_alpha": fixed_alpha} for p in problems]
         states = [finished(s, "text") for s in solve.run_batch(batch, backend=backend, progress_bar=True)]
-        found = [statistics(state.get_meta_info("text")) for state in states]
         rows.append(
             {
                 "sampler": sampler,
-                "solved": sum(p.solved_by(s["text"]) for p, s in zip(problems, states, strict=True)),
-                **{key: mean([f[key] for f in found]) for key in ("alpha", "kl", "student_logprob")},
+                "solved": solved(problems, states),
+                **means(states),
                 "first_answer": states[0]["text"],
             }
         )

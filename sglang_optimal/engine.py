@@ -377,8 +377,9 @@ def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any
     from sglang_optimal.runtime.scheduler import scheduler_process
     from sglang_optimal.runtime.tokenizer import tokenizer_manager_init
 
-    config = config.settled(teacher, server_args.get("revision"))
-    parsed = launch.checked_server_args(teacher, config, {"log_level": "error", **server_args}, "OptimalSampler")
+    parsed, config = launch.checked_server_args(
+        teacher, config, {"log_level": "error", **server_args}, "OptimalSampler"
+    )
 
     class MixedEngine(Engine):
         init_tokenizer_manager_func = staticmethod(tokenizer_manager_init(config))

@@ -174,12 +174,11 @@ def start_server_process(context, teacher: str, config: MixingConfig, arguments:
         (resolved ServerArgs, the started process)
 
     Raises:
-        ValueError: as `sglang_optimal.runtime.launch.check`.
+        ValueError: as `sglang_optimal.runtime.launch.checked_server_args`.
     """
     from sglang_optimal.runtime import launch
 
-    config = config.settled(teacher, arguments.get("revision"))
-    server_args = launch.checked_server_args(teacher, config, arguments, "Runtime")
+    server_args, config = launch.checked_server_args(teacher, config, arguments, "Runtime")
     process = context.Process(target=serve, args=(server_args, config))
     process.start()
     return server_args, process

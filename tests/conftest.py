@@ -49,3 +49,12 @@ def mixed_server(tiny_pair, tmp_path_factory):
     argv = ["--model-path", teacher, "--student-model-path", student, *as_argv(SMALL)]
     with serve("sglang_optimal.launch_server", argv, tmp_path_factory.mktemp("server") / "log") as ready:
         yield ready
+
+
+@pytest.fixture(scope="module")
+def client(mixed_server):
+    """The same for one module, which must leave every slot of both pools free."""
+    from serving import wait_until_free
+
+    yield mixed_server
+    wait_until_free(mixed_server)

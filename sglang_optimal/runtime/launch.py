@@ -39,13 +39,16 @@ def server_defaults(config: MixingConfig) -> dict[str, Any]:
 
 
 def checked_server_args(teacher: str, config: MixingConfig, arguments: dict[str, Any], where: str):
-    """SGLang's ServerArgs from Python arguments, resolved, and checked together with both models.
+    """What a Python caller asks for, resolved, and checked together with both models.
 
     Args:
         teacher: the teacher's path.
         config: the student and the defaults.
         arguments: of SGLang's ServerArgs, over what mixing needs.
         where: who was given them, for the message of an error.
+
+    Returns:
+        (SGLang's ServerArgs, the settled config)
 
     Raises:
         ValueError: names the argument and the fix.
@@ -55,6 +58,7 @@ def checked_server_args(teacher: str, config: MixingConfig, arguments: dict[str,
 
     from sglang_optimal.runtime import plugin
 
+    config = config.settled(teacher, arguments.get("revision"))
     check_known(arguments, ServerArgs.__struct_fields__, where)
     if "model_path" in arguments:
         raise ValueError("model_path: is the teacher; give it as the first argument.")
@@ -64,7 +68,7 @@ def checked_server_args(teacher: str, config: MixingConfig, arguments: dict[str,
     check_server_args(parsed, config)
     check_models(parsed, config)
     resolve(parsed, config)
-    return parsed
+    return parsed, config
 
 
 def check_server_args(server_args, config: MixingConfig) -> None:

@@ -58,17 +58,6 @@ def _as_text(content: Any, where: str) -> str:
     return "\n".join(texts)
 
 
-def checked_system_prompt(value: Any, name: str) -> str:
-    """The system prompt of one side.
-
-    Raises:
-        ValueError: not a non-empty string.
-    """
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name}: must be a non-empty string.")
-    return value
-
-
 def checked_template_kwargs(value: Any, name: str) -> dict[str, Any]:
     """Extra variables for a chat template, such as ``enable_thinking``.
 
@@ -83,10 +72,17 @@ def checked_template_kwargs(value: Any, name: str) -> dict[str, Any]:
     return dict(value)
 
 
-def with_system_prompt(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
-    """The messages with ``system`` as their system message, in place of one that is there."""
+def with_system_prompt(messages: list[dict[str, Any]], fields: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The messages with ``fields[name]``, if given, as their system message, in place of one that is there.
+
+    Raises:
+        ValueError: not a non-empty string.
+    """
+    system = fields.get(name)
     if system is None:
         return messages
+    if not isinstance(system, str) or not system:
+        raise ValueError(f"{name}: must be a non-empty string.")
     rest = messages[1:] if messages and messages[0]["role"] == "system" else messages
     return [{"role": "system", "content": system}, *rest]
 

@@ -64,10 +64,10 @@ class MixingMetrics:
         for column, tally in self._histograms.items():
             tally.add(values[:, column])
 
-    def refresh(self, *, force: bool = False) -> None:
+    def refresh(self) -> None:
         """Publish, unless that was done within the last second."""
         now = time.monotonic()
-        if now - self._published < REFRESH_SECONDS and not force:
+        if now - self._published < REFRESH_SECONDS:
             return
         self._published = now
         alpha = self._histograms[_ALPHA]

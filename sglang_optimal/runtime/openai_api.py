@@ -17,13 +17,7 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, ChatCo
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_optimal.runtime.messages import (
-    checked_messages,
-    checked_system_prompt,
-    checked_template_kwargs,
-    joined,
-    with_system_prompt,
-)
+from sglang_optimal.runtime.messages import checked_messages, checked_template_kwargs, joined, with_system_prompt
 from sglang_optimal.runtime.request import STUDENT_FIELDS, check_has_student, mixing_fields
 from sglang_optimal.runtime.tap import MIXING_TAP, MixingTap, series_of
 
@@ -66,10 +60,7 @@ class MixedServingChat(OpenAIServingChat):
         if fields.get("teacher_only_messages") is not None:
             own = checked_messages(fields["teacher_only_messages"], "teacher_only_messages")
             messages = joined(own, checked_messages(shared, "messages"))
-        if fields.get("teacher_system_prompt") is not None:
-            messages = with_system_prompt(
-                messages, checked_system_prompt(fields["teacher_system_prompt"], "teacher_system_prompt")
-            )
+        messages = with_system_prompt(messages, fields, "teacher_system_prompt")
         if messages is shared:
             return request.messages
         try:
@@ -124,14 +115,15 @@ class MixedCompletionResponse(CompletionResponse):
     sglext: dict[str, Any] | None = None
 
 
-async def _tapped_stream(chunks: Callable, openai_request, *args) -> AsyncIterator[str]:
+def _tapped_stream(chunks: Callable, openai_request, *args) -> AsyncIterator[str]:
     """SGLang's server-sent events; those of a mixed request carry the series of the tokens they bring."""
-    if not mixing_fields(openai_request.custom_params):
-        async for event in chunks(*args):
-            yield event
-        return
+    events = chunks(*args)
+    return _with_stream_series(events) if mixing_fields(openai_request.custom_params) else events
+
+
+async def _with_stream_series(events: AsyncIterator[str]) -> AsyncIterator[str]:
     tap = MixingTap()
-    async with contextlib.aclosing(chunks(*args)) as stream:
+    async with contextlib.aclosing(events) as stream:
         token = MIXING_TAP.set(tap)
         try:
             event = await anext(stream, None)  # starts the request, and so hands it the tap

@@ -8,12 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_optimal.config import AlphaSettings, MixingConfig, check_known
-from sglang_optimal.runtime.messages import (
-    checked_messages,
-    checked_system_prompt,
-    checked_template_kwargs,
-    with_system_prompt,
-)
+from sglang_optimal.runtime.messages import checked_messages, checked_template_kwargs, with_system_prompt
 
 STUDENT_FIELDS = ("student_text", "student_input_ids", "student_messages")
 TEACHER_FIELDS = ("teacher_messages", "teacher_only_messages", "teacher_system_prompt", "teacher_chat_template_kwargs")
@@ -89,13 +84,17 @@ def take_teacher_messages(
     if fields.get("teacher_messages") is None:
         return None
     check_has_student(fields, config)
-    messages = checked_messages(fields["teacher_messages"], "teacher_messages")
-    if fields.get("teacher_system_prompt") is not None:
-        system = checked_system_prompt(fields["teacher_system_prompt"], "teacher_system_prompt")
-        messages = with_system_prompt(messages, system)
-    kwargs = checked_template_kwargs(fields.get("teacher_chat_template_kwargs") or {}, "teacher_chat_template_kwargs")
+    messages, kwargs = _messages_of(fields, "teacher")
     used = ("teacher_messages", "teacher_system_prompt", "teacher_chat_template_kwargs")
     return messages, kwargs, {k: v for k, v in custom_params.items() if k not in used}
+
+
+def _messages_of(fields: dict[str, Any], side: str) -> tuple[list[dict], dict[str, Any]]:
+    """The messages of ``side`` with its own system prompt, and the extra variables for its chat template."""
+    messages = checked_messages(fields[f"{side}_messages"], f"{side}_messages")
+    messages = with_system_prompt(messages, fields, f"{side}_system_prompt")
+    name = f"{side}_chat_template_kwargs"
+    return messages, checked_template_kwargs(fields.get(name) or {}, name)
 
 
 def to_wire(
@@ -141,14 +140,7 @@ def to_wire(
             raise ValueError("student_text: must be a non-empty string.")
         ids = list(encode_text(value))
     elif name == "student_messages":
-        messages = checked_messages(value, name)
-        if fields.get("student_system_prompt") is not None:
-            system = checked_system_prompt(fields["student_system_prompt"], "student_system_prompt")
-            messages = with_system_prompt(messages, system)
-        kwargs = checked_template_kwargs(
-            fields.get("student_chat_template_kwargs") or {}, "student_chat_template_kwargs"
-        )
-        ids = list(encode_messages(messages, kwargs))
+        ids = list(encode_messages(*_messages_of(fields, "student")))
     else:
         ids = _checked_ids(value, vocab_size)
     if name != "student_messages":

@@ -11,11 +11,11 @@ from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
+from sglang_optimal import page
+
 
 async def mixing_page() -> HTMLResponse:
     """A page to try mixing in a browser."""
-    from sglang_optimal import page
-
     return HTMLResponse(page.html())
 
 

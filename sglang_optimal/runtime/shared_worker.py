@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 
 import torch
@@ -77,7 +76,7 @@ class SharedTpWorker(TpModelWorker):
         plan = batch.student_plan
         part = self._part_beside(batch, plan)
         if part is None:
-            logits = functools.partial(prefill_pieces, batch, plan, self._logits, self._rows.offset)()
+            logits = prefill_pieces(batch, plan, self._logits, self._rows.offset)
             # What comes next may overwrite the static buffer of a graph.
             step.student_logits = logits.clone()
             return self._forward_one(forward_batch, *args, **kwargs)

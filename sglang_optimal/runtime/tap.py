@@ -29,8 +29,7 @@ class MixingTap:
         """Yield what ``outputs`` yields."""
         async with contextlib.aclosing(outputs):
             async for output in outputs:
-                for item in output if isinstance(output, list) else [output]:
-                    self._meta[item.get("index", 0)] = item["meta_info"]
+                self._meta[output.get("index", 0)] = output["meta_info"]
                 yield output
 
     def take(self, index: int) -> dict[str, list[float]]:

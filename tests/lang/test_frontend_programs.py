@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving import wait_until_free
 
 FRONTEND = Path(__file__).parents[2] / "frontend"
 FAST = ("--max-tokens", "8")
@@ -21,12 +20,6 @@ PROGRAMS = {
     "contrastive_decoding": (*FAST, "--samples", "2"),
     "tree_of_forks": (*FAST, "--problems", "2", "--width", "3"),
 }
-
-
-@pytest.fixture(scope="module")
-def client(mixed_server):
-    yield mixed_server
-    wait_until_free(mixed_server)
 
 
 def test_every_program_is_tried():

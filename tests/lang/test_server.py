@@ -6,19 +6,13 @@ import asyncio
 
 import pytest
 import sglang as sgl
-from serving import generate, wait_until_free
+from serving import generate
 from tiny_models import small_chat_ids, small_ids, small_text
 
 import sglang_optimal as so
 
 PROBLEM, HINT = "what is 12+30? ", "it is 42. what is 12+30? "
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def client(mixed_server):
-    yield mixed_server
-    wait_until_free(mixed_server)
 
 
 @pytest.fixture(scope="module")

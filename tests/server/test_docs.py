@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from harness import SMALL
-from serving import wait_until_free
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/api.md")
@@ -51,12 +50,6 @@ def test_offline_example(tiny_pair, tmp_path, code):
     code, models = re.subn(r'"Qwen/[^"]*7B[^"]*", "Qwen/[^"]*"', f"{teacher!r}, {student!r}, {arguments}", code)
     assert models == 1
     assert re.search(r"0\.\d+", run(code, tmp_path))  # an alpha
-
-
-@pytest.fixture(scope="module")
-def client(mixed_server):
-    yield mixed_server
-    wait_until_free(mixed_server)
 
 
 @pytest.mark.parametrize("command", CURL)

@@ -13,13 +13,6 @@ from serving import generate, wait_until_free
 from sglang_optimal.config import ALPHA_METHODS
 from sglang_optimal.runtime.request import MIXING_FIELDS
 
-
-@pytest.fixture(scope="module")
-def client(mixed_server):
-    yield mixed_server
-    wait_until_free(mixed_server)
-
-
 # -- what a client may send ------------------------------------------------------------------------------------------
 
 any_text = st.text(st.characters(), max_size=20)  # lone surrogates too: JSON can carry them

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import openai
 import pytest
-from serving import events, generate, message_of, wait_until_free
+from serving import events, generate, message_of
 from tiny_models import small_chat_ids, small_ids, small_text
 
 from sglang_optimal.runtime.observer import SERIES
@@ -14,12 +14,6 @@ USER = {"role": "user", "content": PROBLEM}
 SYSTEM = {"role": "system", "content": "be brief."}
 COMMON = {"model": "tiny", "temperature": 0, "max_tokens": 12}
 INFO = {"return_mixing_info": True}
-
-
-@pytest.fixture(scope="module")
-def client(mixed_server):
-    yield mixed_server
-    wait_until_free(mixed_server)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from serving import events, wait_until_free
+from serving import events
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 from browser import CHROMEDRIVER, CHROMIUM, Page, chromium
@@ -13,12 +13,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def client(mixed_server):
-    yield mixed_server
-    wait_until_free(mixed_server)
 
 
 @pytest.fixture(scope="module")
