@@ -19,13 +19,13 @@ TOLERANCE = 1e-6
 """Iteration stops at |f| ≤ TOLERANCE or |Δα| ≤ TOLERANCE."""
 # Newton with bisection as the safeguard. On a GPU the count is fixed, because asking whether it has converged would
 # stall the overlap loop; a converged row stays where it is. 12 leaves room for a few bisections of the bracket.
-_MAX_STEPS_HOST = 40
+MAX_STEPS = 40
 _STEPS_DEVICE = 12
 # Squared: below this root-mean-square of r under the middle mixture (float32 noise of the logits) alpha has no meaning.
-_EQUAL = 1e-10
+EQUAL = 1e-10
 # … unless some token's |r| is beyond float32 noise: two models certain of one token may still differ in the tail, on
 # which the effective sample sizes depend.
-_EQUAL_TAIL = 1e-2
+EQUAL_TAIL = 1e-2
 
 
 class AlphaMethod(enum.IntEnum):
@@ -196,10 +196,10 @@ def entropies(pair: LogPair) -> tuple[Tensor, Tensor]:
 
 def _is_equal(pair: LogPair) -> Tensor:
     _, mean, variance = pair.derivatives(torch.full_like(pair.student_log_z, 0.5))
-    equal = variance + mean * mean <= _EQUAL
+    equal = variance + mean * mean <= EQUAL
     if not equal.is_cuda and not equal.any():
         return equal
-    return equal & (pair.delta.abs().amax(-1) <= _EQUAL_TAIL)
+    return equal & (pair.delta.abs().amax(-1) <= EQUAL_TAIL)
 
 
 def _newton(pair: LogPair, f: Callable[[LogPair, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -217,7 +217,7 @@ def _newton(pair: LogPair, f: Callable[[LogPair, Tensor], tuple[Tensor, Tensor]]
     step = torch.ones_like(alpha)
     done = equal.clone()
     part, rows = pair, None  # the rows that still iterate; None: all
-    for _ in range(_STEPS_DEVICE if on_device else _MAX_STEPS_HOST):
+    for _ in range(_STEPS_DEVICE if on_device else MAX_STEPS):
         a = alpha if rows is None else alpha[rows]
         lo, hi = (low, high) if rows is None else (low[rows], high[rows])
         last = step if rows is None else step[rows]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sglang_optimal.mixing.alpha import AlphaParams, solve_alpha
 from sglang_optimal.mixing.pair import LogPair
+
+IMPLEMENTATIONS = ("torch", "numba", "triton")
 
 # Rows are worked on in blocks of at most this many elements, which keeps the working set in a CPU's last-level cache.
 _BLOCK_ELEMENTS = 1 << 20
@@ -45,6 +50,7 @@ def mix(
     *,
     ess_ratio: bool = False,
     out: Tensor | None = None,
+    implementation: str | None = None,
 ) -> Mixture:
     """Solve alpha for every row and mix.
 
@@ -57,9 +63,11 @@ def mix(
         params: the rows' alpha settings.
         ess_ratio: whether to compute ``Mixture.ess_ratio`` (two more passes over the vocabulary).
         out: [B, V] float32 to write ``Mixture.logits`` into; must not share memory with the arguments.
+        implementation: one of ``IMPLEMENTATIONS``; None: the fused one of the device (``numba`` on a CPU, ``triton``
+            on a GPU), else ``torch``, plain PyTorch on any device. All give the same to float32 precision.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or an implementation that the device cannot run.
     """
     if teacher_logits.shape != student_logits.shape or teacher_logits.dim() != 2:
         raise ValueError(
@@ -73,6 +81,11 @@ def mix(
     logits = torch.empty((size, width), dtype=torch.float32, device=teacher_logits.device) if out is None else out
     if logits.shape != teacher_logits.shape or logits.dtype != torch.float32:
         raise ValueError(f"out: must be float32 {[size, width]}, got {logits.dtype} {list(logits.shape)}.")
+    fused = _fused(implementation, teacher_logits.device)
+    if fused is not None:
+        stats = fused(teacher_logits, student_logits, temperature, params, ess_ratio, logits)
+        alpha, kl_s, kl_t, teacher_z, student_z, mixture_z, ess = stats.unbind(-1)
+        return Mixture(logits, alpha, kl_s, kl_t, teacher_z, student_z, mixture_z, ess if ess_ratio else None)
     block = max(size, 1) if teacher_logits.is_cuda else max(1, _BLOCK_ELEMENTS // max(width, 1))
     parts = [
         _mix_block(teacher_logits[r], student_logits[r], temperature[r], params.rows(r), ess_ratio, logits[r])
@@ -83,6 +96,25 @@ def mix(
     rest = [field.name for field in dataclasses.fields(Mixture) if field.name != "logits"]
     columns = {name: [getattr(part, name) for part in parts] for name in rest}
     return Mixture(logits, **{name: None if v[0] is None else torch.cat(v) for name, v in columns.items()})
+
+
+def _fused(name: str | None, device: torch.device) -> Callable[..., Tensor] | None:
+    """The function that mixes rows into ``out`` and returns their statistics [B, 7]; None for plain PyTorch."""
+    if name is None:
+        name = {"cpu": "numba", "cuda": "triton"}.get(device.type, "torch")
+        if name == "triton" and importlib.util.find_spec("triton") is None:
+            name = "torch"
+    if name == "torch":
+        return None
+    if name == "numba" and device.type == "cpu":
+        from sglang_optimal.mixing.fused_cpu import mix_rows
+
+        return mix_rows
+    if name == "triton" and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
+        from sglang_optimal.mixing.fused_gpu import mix_rows
+
+        return mix_rows
+    raise ValueError(f"implementation: {name!r} cannot run on {device.type}; choose from {', '.join(IMPLEMENTATIONS)}.")
 
 
 def _mix_block(

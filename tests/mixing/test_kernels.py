@@ -1,0 +1,150 @@
+"""The fused implementations beside plain PyTorch: layouts, dtypes, threads; the GPU kernel in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_optimal.mixing import ALPHA_METHODS, AlphaParams, Mixture, mix
+
+FIELDS = ("logits", "alpha", "kl_to_student", "kl_to_teacher", "teacher_log_z", "student_log_z", "mixture_log_z")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rows(width=9001, dtype=torch.float32):
+    """Ordinary rows and every special one: masked, equal, without a common token, NaN, nearly disjoint."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = 3.0 * torch.randn(8, width, generator=generator)
+    student = 0.6 * teacher + 1.5 * torch.randn(8, width, generator=generator)
+    teacher[1, ::3], student[1, ::5] = -torch.inf, -torch.inf
+    student[2] = teacher[2]
+    teacher[3] = -torch.inf
+    student[4, 5] = torch.nan
+    teacher[5], student[5] = 0.0, 0.0
+    teacher[5, 1], student[5, 2] = 500.0, 500.0
+    teacher[6, ::2], student[6, 1::2] = -torch.inf, -torch.inf
+    temperatures = torch.tensor([1.0, 0.3, 1.0, 0.7, 1.0, 1.0, 0.9, 2.0])
+    return teacher.to(dtype), student.to(dtype), temperatures
+
+
+def assert_same(got, expected, ess_ratio=True):
+    common = [0, 1, 2, 5, 7]  # one model's log normaliser means nothing where nothing is common, or beside a NaN
+    for name in (*FIELDS, "ess_ratio") if ess_ratio else FIELDS:
+        a, b = getattr(got, name), getattr(expected, name)
+        if name in ("teacher_log_z", "student_log_z"):
+            a, b = a[common], b[common]
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def wide_case():
+    """Views into wider buffers, as when one vocabulary is padded, and one that is not contiguous in the vocabulary."""
+    teacher, student, temperatures = rows(width=1000)
+    wide = torch.full((8, 1100), torch.nan)
+    wide[:, :1000] = teacher
+    out = torch.full((8, 1050), 7.0)[:, :1000]
+    return (wide[:, :1000], student.t().contiguous().t(), temperatures, AlphaParams.uniform(8)), {"out": out}
+
+
+def method_case(method, dtype):
+    params = AlphaParams.uniform(8, method, alpha_min=0.1, alpha_max=0.9, fixed_alpha=1.7)
+    return (*rows(dtype=dtype), params), {"ess_ratio": True}
+
+
+CASES = {(m, d): method_case(m, d) for m in ALPHA_METHODS for d in DTYPES} | {"wide": wide_case()}
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """What the GPU kernel gives for each of CASES, in Triton's interpreter."""
+    folder = tmp_path_factory.mktemp("interpreted")
+    torch.save(list(CASES.values()), folder / "cases.pt")
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("interpret.py")),
+        folder / "cases.pt",
+        folder / "results.pt",
+    ]
+    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True, timeout=300)
+    results = torch.load(folder / "results.pt")
+    return {name: Mixture(**fields) for name, fields in zip(CASES, results, strict=True)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", ALPHA_METHODS)
+def test_every_method_and_special_row(interpreted, method, dtype):
+    args, kwargs = CASES[method, dtype]
+    expected = mix(*args, **kwargs, implementation="torch")
+    assert_same(interpreted[method, dtype], expected)
+    assert_same(mix(*args, **kwargs, implementation="numba"), expected)
+
+
+def test_padded_and_strided_logits(interpreted):
+    """What lies beyond the row is neither read nor written."""
+    (teacher, student, *rest), kwargs = CASES["wide"]
+    expected = mix(teacher.clone(), student.clone(), *rest, implementation="torch")
+    assert_same(interpreted["wide"], expected, ess_ratio=False)
+    assert_same(mix(teacher, student, *rest, **kwargs, implementation="numba"), expected, ess_ratio=False)
+    beyond = kwargs["out"].as_strided((8, 50), (1050, 1), 1000)
+    assert torch.all(beyond == 7.0)
+    beyond = interpreted["wide"].logits.as_strided((8, 50), (1050, 1), 1000)
+    assert torch.all(beyond == 7.0)
+    with pytest.raises(ValueError, match="out"):
+        mix(teacher, student, *rest, out=torch.empty(1000, 8).t(), implementation="numba")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_do_not_change_the_result(threads):
+    teacher, student, temperatures = rows()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        got = mix(teacher, student, temperatures, AlphaParams.uniform(8))
+    finally:
+        torch.set_num_threads(before)
+    one_by_one = [
+        mix(teacher[i : i + 1], student[i : i + 1], temperatures[i : i + 1], AlphaParams.uniform(1)) for i in range(8)
+    ]
+    torch.testing.assert_close(got.alpha, torch.cat([m.alpha for m in one_by_one]), equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(got.logits, torch.cat([m.logits for m in one_by_one]), equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["torch", "numba"])
+def test_no_rows(kind):
+    m = mix(torch.empty(0, 10), torch.empty(0, 10), torch.empty(0), AlphaParams.uniform(0), implementation=kind)
+    assert m.logits.shape == (0, 10) and m.alpha.shape == (0,)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gpu_kernel_compiles(capability, dtype):
+    """For real cards, without one: Triton's compiler accepts it and the assembler finds no register to spill."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from sglang_optimal.mixing import fused_gpu as kernel
+
+    pointers = {name: "*fp32" for name in ("out", "stats", "temperatures", "alpha_mins", "alpha_maxs", "fixed_alphas")}
+    pointers |= {"teacher": f"*{dtype}", "student": f"*{dtype}", "methods": "*i64"}
+    constants = {"STATISTICS": kernel.STATS, "WANT_ESS": True, "BLOCK": kernel._BLOCK}
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel._mix_row.arg_names
+    }
+    source = ASTSource(fn=kernel._mix_row, signature=signature, constexprs=constants)
+    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernel._WARPS})
+    assert compiled.asm["cubin"]
+    assert ".local" not in compiled.asm["ptx"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="runs the compiled kernel, which needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ALPHA_METHODS)
+def test_gpu_kernel_on_a_gpu(method, dtype):
+    teacher, student, temperatures = (t.cuda() for t in rows(width=151_936, dtype=dtype))
+    params = AlphaParams.uniform(8, method, fixed_alpha=1.7, device="cuda")
+    got = mix(teacher, student, temperatures, params, ess_ratio=True, implementation="triton")
+    assert_same(got, mix(teacher, student, temperatures, params, ess_ratio=True, implementation="torch"))
