@@ -1,8 +1,8 @@
-"""The mathematics of mixing: tensors in, tensors out. Imports torch only."""
+"""The mathematics of mixing: tensors in, tensors out. Nothing of SGLang."""
 
 from sglang_optimal.mixing.alpha import ALPHA_METHODS, AlphaMethod, AlphaParams
 from sglang_optimal.mixing.diagnostics import Diagnostics, diagnose
-from sglang_optimal.mixing.mixture import Mixture, mix, token_logprobs
+from sglang_optimal.mixing.mixture import Mixture, compile_kernels, mix, token_logprobs
 
 __all__ = [
     "ALPHA_METHODS",
@@ -10,6 +10,7 @@ __all__ = [
     "AlphaParams",
     "Diagnostics",
     "Mixture",
+    "compile_kernels",
     "diagnose",
     "mix",
     "token_logprobs",

@@ -269,7 +269,7 @@ def _mix_row(teacher, student, temperature, method, low, high, fixed, want_ess, 
                 alpha = kl_ts / (kl_ts + kl_st)
             elif method == _ENTROPY:
                 h_s, h_t = max(log_zs - s2 / s0, 0.0), max(log_zt - t2 / t0, 0.0)
-                alpha = h_s / (h_s + h_t) if not h_s + h_t == 0.0 else 0.5
+                alpha = h_s / (h_s + h_t) if h_s + h_t != 0.0 else 0.5
             else:
                 alpha = _root(method, base, delta, center, log_zs, log_zt, mean, variance)
             alpha = low if alpha < low else alpha  # so that NaN stays

@@ -98,6 +98,13 @@ def mix(
     return Mixture(logits, **{name: None if v[0] is None else torch.cat(v) for name, v in columns.items()})
 
 
+def compile_kernels(device: torch.device | str) -> None:
+    """Compile what `mix` runs on ``device`` now, so that no request waits for it (seconds)."""
+    logits = torch.zeros((1, 16), device=device)
+    for ess_ratio in (False, True):
+        mix(logits, logits, logits[:, :1] + 1.0, AlphaParams.uniform(1, device=device), ess_ratio=ess_ratio)
+
+
 def _fused(name: str | None, device: torch.device) -> Callable[..., Tensor] | None:
     """The function that mixes rows into ``out`` and returns their statistics [B, 7]; None for plain PyTorch."""
     if name is None:
@@ -158,20 +165,17 @@ def token_logprobs(
     """Log-probability of one token a row under each model and the mixture, at the row's temperature.
 
     Args:
-        mixture: what ``mix`` returned for the same logits. teacher_logits, student_logits: [B, V].
-        temperature: [B] or [B, 1]. token_ids: [B] int64.
+        mixture: what ``mix`` returned for the same logits; its own may have been overwritten by sampling meanwhile.
+        teacher_logits, student_logits: [B, V]. temperature: [B] or [B, 1]. token_ids: [B] int64, not masked.
 
     Returns:
         (teacher, student, mixture), each [B] float32.
     """
     index = token_ids.reshape(-1, 1)
     temperature = temperature.reshape(-1).float()
-
-    def at(logits: Tensor, log_z: Tensor) -> Tensor:
-        return logits.gather(-1, index).squeeze(-1).float() / temperature - log_z
-
-    return (
-        at(teacher_logits, mixture.teacher_log_z),
-        at(student_logits, mixture.student_log_z),
-        at(mixture.logits, mixture.mixture_log_z),
+    teacher, student = (
+        logits.gather(-1, index).squeeze(-1).float() / temperature for logits in (teacher_logits, student_logits)
     )
+    # With alpha 1 the student's may be −inf: a row that has no common token is the teacher's.
+    mixed = torch.where(mixture.alpha == 1.0, teacher, torch.lerp(student, teacher, mixture.alpha))
+    return teacher - mixture.teacher_log_z, student - mixture.student_log_z, mixed - mixture.mixture_log_z

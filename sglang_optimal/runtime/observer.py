@@ -79,18 +79,19 @@ class MixingStep:
         self.teacher_logits = teacher[:, :v]
         self.temperatures = self.rows.select(info.temperatures)
         self.student_logits = self.student_logits[:, :v]
+        # Where only one model knows an id, it stays masked.
+        mixed = torch.empty((len(teacher), width), dtype=torch.float32, device=logits.device)
+        mixed[:, v:] = -torch.inf
         self.mixture = mix(
-            self.teacher_logits, self.student_logits, self.temperatures, self.rows.alpha, ess_ratio=self.rows.info
+            self.teacher_logits,
+            self.student_logits,
+            self.temperatures,
+            self.rows.alpha,
+            ess_ratio=self.rows.info,
+            out=mixed[:, :v],
         )
-        mixed = self.mixture.logits
         if self.rows.index is None:
-            if width == v and mixed.dtype == logits.dtype:
-                return mixed
-            logits = torch.full_like(logits, -torch.inf)
-            logits[:, :v] = mixed
-            return logits
-        if width > v:
-            mixed = torch.nn.functional.pad(mixed, (0, width - v), value=-torch.inf)
+            return mixed.to(logits.dtype)
         return logits.index_copy_(0, self.rows.index, mixed.to(logits.dtype))
 
     def extras(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,8 @@ from sglang.srt.layers.sampler import Sampler
 from sglang.srt.runtime_context import get_context, get_exec
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
+from sglang_optimal.mixing import compile_kernels
+
 BACKEND = "optimal"
 
 
@@ -44,6 +46,7 @@ def install(model_runner) -> None:
     """Make a model runner sample mixtures. SGLang replaces the backend's name on CPU and in deterministic mode."""
     if not isinstance(model_runner.sampler, MixtureSampler):
         model_runner.sampler = create_mixture_sampler()
+    compile_kernels(model_runner.device)
 
 
 _student_present = False

@@ -221,3 +221,19 @@ def test_streaming(sampler, tiny_oracle):
         lengths.append(len(chunk["output_ids"]))
     assert lengths == sorted(lengths) and lengths[-1] == 20 and len(lengths) > 3
     check_greedy(tiny_oracle, case, chunk)
+
+
+@pytest.mark.parametrize("plain", [0, 2])
+def test_series_of_sampled_tokens(sampler, plain):
+    """Sampling overwrites the mixture's logits; the series still tell the logprob that SGLang returns."""
+    cases = random_cases(23, 4, plain)
+    outputs = sampler.engine.generate(
+        input_ids=[c.teacher for c in cases],
+        sampling_params=[c.params(temperature=0.7) for c in cases],
+        return_logprob=True,
+    )
+    for case, output in zip(cases, outputs, strict=True):
+        meta = output["meta_info"]
+        if case.student is not None:
+            values = [entry[0] for entry in meta["output_token_logprobs"]]
+            assert meta["mixture_logprob"] == pytest.approx(values, abs=1e-4)
