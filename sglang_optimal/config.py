@@ -95,6 +95,8 @@ class MixingConfig:
         student_weights: ``shared``: the student is the teacher, whose weights are loaded once; both contexts are rows
             of one forward and share one KV pool and radix cache. ``separate``: weights and KV of its own, which can be
             updated. ``auto``: shared when both paths are the same. ``none``: no student; SGLang's own server.
+        student_lora_path: a LoRA adapter of the teacher (Hugging Face id or folder in peft's format) that makes it the
+            student; needs shared weights. The student's rows run with it, in the same forward.
         alpha: defaults for requests that do not say.
         shared_weights: what ``student_weights`` came to, see `settled`.
     """
@@ -103,18 +105,25 @@ class MixingConfig:
     student_revision: str | None = None
     student_max_total_tokens: int | None = None
     student_weights: str = "auto"
+    student_lora_path: str | None = None
     alpha: AlphaSettings = AlphaSettings()
     shared_weights: bool = False
 
     ALPHA_KEYS = ("alpha_method", "alpha_min", "alpha_max", "fixed_alpha")
-    STUDENT_KEYS = ("student_model_path", "student_revision", "student_max_total_tokens", "student_weights")
+    STUDENT_KEYS = (
+        "student_model_path",
+        "student_revision",
+        "student_max_total_tokens",
+        "student_weights",
+        "student_lora_path",
+    )
     STUDENT_WEIGHTS = ("auto", "shared", "separate", "none")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "mixing") -> MixingConfig:
         """Build from flat keys (``STUDENT_KEYS`` + ``ALPHA_KEYS``); None values count as absent."""
         check_known(values, cls.STUDENT_KEYS + cls.ALPHA_KEYS, where)
-        for name in ("student_model_path", "student_revision"):
+        for name in ("student_model_path", "student_revision", "student_lora_path"):
             value = values.get(name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name}: must be a non-empty string, got {value!r}.")
@@ -128,7 +137,9 @@ class MixingConfig:
             for name in ("student_revision", "student_max_total_tokens"):
                 if values.get(name) is not None:
                     raise ValueError(f"{name}: has no effect without student_model_path.")
-        elif kind == "none":
+        if kind in ("none", "separate") and values.get("student_lora_path") is not None:
+            raise ValueError(f"student_lora_path: does not go with student_weights {kind!r}; it needs shared weights.")
+        if values.get("student_model_path") is not None and kind == "none":
             raise ValueError("student_weights: 'none' does not go with student_model_path; give one of them.")
         alpha = AlphaSettings().updated({k: v for k, v in values.items() if k in cls.ALPHA_KEYS})
         return cls(**{k: v for k, v in values.items() if k in cls.STUDENT_KEYS and v is not None}, alpha=alpha)
@@ -152,6 +163,11 @@ class MixingConfig:
         same = self.student_model_path == teacher_path and self.student_revision in (None, teacher_revision)
         if self.student_weights == "shared" and not same:
             raise ValueError("student_weights: 'shared' needs the teacher's own path as student_model_path.")
+        if self.student_lora_path is not None and (not same or self.student_max_total_tokens is not None):
+            raise ValueError(
+                "student_lora_path: the adapter runs on the teacher's weights and in its KV pool; give neither a "
+                "student_model_path of another model nor student_max_total_tokens."
+            )
         shared = same and self.student_weights != "separate"
         if shared and self.student_max_total_tokens is not None:
             if self.student_weights == "shared":

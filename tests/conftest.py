@@ -7,7 +7,7 @@ import os
 import pytest
 from hypothesis import settings
 from oracle import MixedOracle
-from tiny_models import build_tiny_tokenizer_model
+from tiny_models import build_lora_adapter, build_tiny_tokenizer_model
 
 # `make test` tries the same examples everywhere; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -34,6 +34,14 @@ def tiny_oracle(tiny_pair):
 def self_oracle(tiny_pair):
     """The oracle where the student is the teacher."""
     return MixedOracle(tiny_pair[0], tiny_pair[0])
+
+
+@pytest.fixture(scope="session")
+def lora_adapter(tiny_pair, tmp_path_factory):
+    """A LoRA adapter of the teacher, and the oracle whose student is the teacher with it merged."""
+    root = tmp_path_factory.mktemp("lora")
+    build_lora_adapter(tiny_pair[0], root / "adapter", root / "merged", seed=3)
+    return root / "adapter", MixedOracle(tiny_pair[0], root / "merged")
 
 
 @pytest.fixture(scope="session")

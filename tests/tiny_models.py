@@ -128,6 +128,24 @@ def _randomize(model: torch.nn.Module, *, seed: int, logit_std: float) -> None:
                 weight.copy_(gain / math.sqrt(weight.shape[1]) * torch.randn(weight.shape, generator=generator))
 
 
+def build_lora_adapter(model_path: Path, adapter_path: Path, merged_path: Path, *, seed: int, rank: int = 4) -> None:
+    """Write a random LoRA adapter of a model, in peft's format, and the model that results from merging it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:  # peft starts with B = 0, which changes nothing
+                weight.copy_(0.3 / math.sqrt(rank) * torch.randn(weight.shape, generator=generator))
+    model.save_pretrained(adapter_path)
+    model.merge_and_unload().save_pretrained(merged_path)
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(merged_path)
+
+
 def build_small_tokenizer(path: Path) -> Path:
     """Write a tokenizer of exactly 64 tokens, one per character of lower-case text plus 7 special ones, to ``path``."""
     vocabulary = {token: i for i, token in enumerate((*SMALL_SPECIAL_TOKENS, *SMALL_CHARACTERS))}

@@ -10,6 +10,9 @@ from sglang_optimal.config import MixingConfig, check_known
 OTHER_FRONT_ENDS = ("encoder_only", "grpc_mode", "smg_grpc_mode", "use_ray")
 """ServerArgs fields that start something else than SGLang's HTTP server."""
 
+STUDENT_ADAPTER = "student"
+"""SGLang's name of the student's LoRA adapter; plain requests may ask for it with ``lora_path``."""
+
 # (ServerArgs field, what it turns on), each off by default and refused beside a student
 _REFUSED = (
     ("enable_mixed_chunk", "mixing prefill and decode rows in one batch"),
@@ -35,7 +38,19 @@ def server_defaults(config: MixingConfig) -> dict[str, Any]:
     """ServerArgs values that mixing needs; empty without a student, so that the server is SGLang's own."""
     if not config.mixes:
         return {}
-    return {"sampling_backend": "optimal", "radix_cache_backend": "optimal"}
+    defaults: dict[str, Any] = {"sampling_backend": "optimal", "radix_cache_backend": "optimal"}
+    if config.student_lora_path is not None:
+        defaults |= {"enable_lora": True, "lora_paths": [_adapter(config)], "max_loras_per_batch": 2}
+        import torch
+
+        if not torch.accelerator.is_available():
+            defaults["lora_backend"] = "torch_native"
+    return defaults
+
+
+def _adapter(config: MixingConfig) -> dict[str, str]:
+    """SGLang's record of the student's adapter."""
+    return {"lora_name": STUDENT_ADAPTER, "lora_path": config.student_lora_path}
 
 
 def checked_server_args(teacher: str, config: MixingConfig, arguments: dict[str, Any], where: str):
@@ -79,7 +94,9 @@ def check_server_args(server_args, config: MixingConfig) -> None:
     """
     if not config.mixes:
         return
-    _check_features(server_args)
+    _check_features(server_args, config)
+    if config.student_lora_path is not None and server_args.lora_paths != [_adapter(config)]:
+        raise ValueError("--lora-paths: no other adapter is supported beside --student-lora-path; remove the flag.")
     for name in ("sampling_backend", "radix_cache_backend"):
         value = getattr(server_args, name, None)
         if value not in (None, "optimal"):
@@ -90,8 +107,10 @@ def check_server_args(server_args, config: MixingConfig) -> None:
         raise ValueError("SGLANG_RUST_SERVER: the Rust server is not supported beside a student; unset it.")
 
 
-def _check_features(server_args) -> None:
+def _check_features(server_args, config: MixingConfig) -> None:
     for name, what in _REFUSED:
+        if config.student_lora_path is not None and name in ("enable_lora", "lora_paths"):
+            continue
         if getattr(server_args, name, None):
             raise ValueError(f"{_flag(name)}: {what} is not supported beside a student; remove the flag, or {_PLAIN}.")
     for name in _ONLY_ONE:
@@ -125,7 +144,7 @@ def resolve(server_args, config: MixingConfig) -> None:
     if config.student_model_path is None:
         return
     try:
-        _check_features(resolving_view(server_args))
+        _check_features(resolving_view(server_args), config)
     except ValueError as error:
         raise ValueError(f"{error} SGLang chose this for the model, the device or another flag.") from None
 
@@ -142,9 +161,9 @@ def check_models(server_args, config: MixingConfig) -> None:
     path = config.student_model_path
     if path is None:
         return
-    looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).is_dir()
-    if looks_local and not (Path(path).expanduser() / "config.json").is_file():
-        raise ValueError(f"--student-model-path: no model at {path} (no config.json there).")
+    _check_folder("--student-model-path", path, "config.json")
+    if config.student_lora_path is not None:
+        _check_folder("--student-lora-path", config.student_lora_path, "adapter_config.json")
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
     def load(name: str, flag: str, revision: str | None):
@@ -161,6 +180,13 @@ def check_models(server_args, config: MixingConfig) -> None:
             f"--student-model-path: the student's tokenizer disagrees with the teacher's: {difference} "
             "Mixing needs the same token for every id; choose models of one family."
         )
+
+
+def _check_folder(flag: str, path: str, file: str) -> None:
+    """Refuse what looks like a folder and does not hold ``file``; everything else is the hub's to find."""
+    looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).is_dir()
+    if looks_local and not (Path(path).expanduser() / file).is_file():
+        raise ValueError(f"{flag}: no {'adapter' if 'lora' in flag else 'model'} at {path} (no {file} there).")
 
 
 def tokenizer_difference(teacher: dict[str, int], student: dict[str, int]) -> str | None:

@@ -17,12 +17,14 @@ class MixedRows:
     """The mixed rows of a batch and their settings; unchanged from step to step while the batch has the same requests.
 
     Attributes:
+        reqs: the requests, as their students' forward sees them.
         host: row numbers. index: the same on the device, [n] int64, or None when every row is mixed.
         offsets, offsets_cpu: [n] int64, student length minus teacher length.
         alpha: per-row settings.
         info: whether any row asked for all per-token series.
     """
 
+    reqs: list[Req]
     host: list[int]
     index: torch.Tensor | None
     offsets: torch.Tensor
@@ -31,12 +33,13 @@ class MixedRows:
     info: bool
 
     @classmethod
-    def build(cls, batch: ScheduleBatch, host: list[int]) -> MixedRows:
+    def build(cls, batch: ScheduleBatch, host: list[int], kv: StudentKV) -> MixedRows:
         reqs = [batch.reqs[i] for i in host]
         settings = [req.student.alpha for req in reqs]
         offsets = torch.tensor([length_offset(req) for req in reqs], dtype=torch.int64)
         device = batch.device
         return cls(
+            reqs=[kv.as_student(req) for req in reqs],
             host=host,
             index=None if len(host) == len(batch.reqs) else torch.tensor(host, dtype=torch.int64).to(device),
             offsets=offsets.to(device, non_blocking=True),
@@ -117,7 +120,7 @@ class Planner:
         # SGLang rebinds batch.reqs whenever the composition changes, so identity of the list is identity of the rows.
         if self._cached_reqs is not batch.reqs:
             host = [i for i, req in enumerate(batch.reqs) if student_of(req) is not None]
-            self._cached_rows = MixedRows.build(batch, host) if host else None
+            self._cached_rows = MixedRows.build(batch, host, self.kv) if host else None
             self._cached_reqs = batch.reqs
         return self._cached_rows
 
@@ -131,7 +134,8 @@ class Planner:
                 host.append(i)
         if not host:
             return None
-        return PrefillPlan(rows=MixedRows.build(batch, host), pieces=self._pieces([batch.reqs[i] for i in host]))
+        rows = MixedRows.build(batch, host, self.kv)
+        return PrefillPlan(rows=rows, pieces=self._pieces(rows.reqs))
 
     def _pieces(self, reqs: list[Req]) -> list[list[PrefillChunk]]:
         limit = self.chunk_size or 1 << 60

@@ -6,6 +6,7 @@ import copy
 import logging
 
 import torch
+from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
@@ -13,7 +14,9 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_optimal.config import MixingConfig
+from sglang_optimal.platforms.torch_cpu import ignore_pinned_memory
 from sglang_optimal.runtime import sampler
+from sglang_optimal.runtime.launch import STUDENT_ADAPTER
 from sglang_optimal.runtime.observer import MixingObserver, MixingStep
 from sglang_optimal.runtime.plan import DecodePlan, PrefillPlan
 from sglang_optimal.runtime.student import decode_part, prefill_part, prefill_pieces
@@ -31,10 +34,15 @@ class SharedTpWorker(TpModelWorker):
 
     def __init__(self, config: MixingConfig, **worker_kwargs):
         sampler.announce_student()
+        if config.student_lora_path is not None and not torch.accelerator.is_available():
+            ignore_pinned_memory()
         super().__init__(**worker_kwargs)
         sampler.install(self.model_runner)
         self.student = SharedStudent(self)
         self.student_kv: SharedStudentKV | None = None
+        self._lora_id = None
+        if config.student_lora_path is not None:
+            self._lora_id = LoRARef.deterministic_id(STUDENT_ADAPTER, config.student_lora_path)
         self.vocab_size = self.model_config.vocab_size
         self._chunk_size = worker_kwargs["server_args"].chunked_prefill_size
         self._pending: tuple[ScheduleBatch, MixingStep] | None = None
@@ -48,7 +56,7 @@ class SharedTpWorker(TpModelWorker):
         runner = self.model_runner
         # Before the attention backends look at the table.
         self._rows = StudentRows(runner.req_to_token_pool)
-        self.student_kv = SharedStudentKV(self._rows, runner.token_to_kv_pool_allocator)
+        self.student_kv = SharedStudentKV(self._rows, runner.token_to_kv_pool_allocator, self._lora_id)
         runner.sampling_observer = MixingObserver()
         if get_parallel().tp_rank == 0:
             logger.info("KV pool: %d tokens for both contexts (shared weights)", runner.max_total_num_tokens)
@@ -79,6 +87,8 @@ class SharedTpWorker(TpModelWorker):
             logits = prefill_pieces(batch, plan, self._logits, self._rows.offset)
             # What comes next may overwrite the static buffer of a graph.
             step.student_logits = logits.clone()
+            if self.model_runner.lora_manager is not None:  # which now knows the students' rows
+                self.model_runner.lora_manager.prepare_lora_batch(forward_batch)
             return self._forward_one(forward_batch, *args, **kwargs)
         both = _joined(batch, part)
         output = self._forward_one(self._forward_batch(both), *args, **kwargs)

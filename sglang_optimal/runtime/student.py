@@ -72,7 +72,7 @@ class StudentWorker(TpModelWorker):
 def decode_part(batch: ScheduleBatch, plan: DecodePlan, row_offset: int = 0) -> ScheduleBatch:
     """The student's decode batch of the mixed rows. ``row_offset``: added to the row numbers."""
     rows = plan.rows
-    part = _student_batch(batch, [batch.reqs[i] for i in rows.host])
+    part = _student_batch(batch, rows.reqs)
     part.input_ids = rows.select(batch.input_ids)
     part.req_pool_indices = rows.select(batch.req_pool_indices) + row_offset
     part.req_pool_indices_cpu = None

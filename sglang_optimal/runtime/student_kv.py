@@ -56,6 +56,17 @@ class StudentKVState:
         return len(self.ids) - self.prefix_len
 
 
+class StudentRow:
+    """A request as the forward of its student sees it, where that runs with a LoRA adapter."""
+
+    def __init__(self, req: Req, lora_id: str):
+        self._req = req
+        self.lora_id = lora_id
+
+    def __getattr__(self, name: str):
+        return getattr(self._req, name)
+
+
 class StudentKV:
     """Slots, rows and radix cache of the student.
 
@@ -86,6 +97,10 @@ class StudentKV:
 
     def attach(self, teacher_tree: BasePrefixCache) -> None:
         """Told of the teacher's radix cache, once it exists."""
+
+    def as_student(self, req: Req) -> Req:
+        """The request as the student's forward is to see it."""
+        return req
 
     # -- accounting ------------------------------------------------------------------------------------------------
 
@@ -210,7 +225,11 @@ class StudentKV:
     # -- radix tree ------------------------------------------------------------------------------------------------
 
     def _key(self, req: Req, ids: array) -> RadixKey:
-        return RadixKey(ids, req.extra_key, cache_salt=req.cache_salt)
+        return RadixKey(ids, self._extra_key(req), cache_salt=req.cache_salt)
+
+    def _extra_key(self, req: Req) -> str | None:
+        """What beside the tokens the KV depends on."""
+        return req.extra_key
 
     def _insert(self, req: Req, state: StudentKVState, length: int) -> None:
         """Insert the first ``length`` tokens; duplicates of what the tree has are freed and the row points to the
@@ -242,9 +261,11 @@ class SharedStudentKV(StudentKV):
     Args:
         rows: the student's half of the table of rows, see `StudentRows`.
         allocator: the teacher's.
+        lora_id: SGLang's id of the student's adapter; None: the student is the teacher.
     """
 
-    def __init__(self, rows: StudentRows, allocator):
+    def __init__(self, rows: StudentRows, allocator, lora_id: str | None = None):
+        self.lora_id = lora_id
         super().__init__(rows, allocator, disable_radix_cache=False, eviction_policy="lru")
 
     def _make_tree(self, disable: bool, eviction_policy: str) -> None:
@@ -252,6 +273,13 @@ class SharedStudentKV(StudentKV):
 
     def attach(self, teacher_tree: BasePrefixCache) -> None:
         self.tree = teacher_tree
+
+    def as_student(self, req: Req) -> Req:
+        return req if self.lora_id is None else StudentRow(req, self.lora_id)
+
+    def _extra_key(self, req: Req) -> str | None:
+        # As SGLang does for the requests of an adapter.
+        return req.extra_key if self.lora_id is None else (req.extra_key or "") + self.lora_id
 
     def leak_report(self) -> str | None:
         # SGLang checks the pool itself, which is one.

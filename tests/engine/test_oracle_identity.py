@@ -2,7 +2,7 @@
 
 Every scenario runs on three engines: roomy with overlap scheduling; overlap with tiny chunks and a pool so small that
 requests are retracted; and the same without overlap, and without radix caches. Each of them with two models, and with
-one whose weights both sides share.
+one whose weights both sides share; some where the student is a LoRA adapter on the shared weights.
 """
 
 from __future__ import annotations
@@ -25,20 +25,28 @@ ENGINES = {
 SHARED = {"roomy": {}, **{name: {**ENGINES[name], "max_total_tokens": 520} for name in ENGINES if name != "roomy"}}
 
 
-@pytest.fixture(scope="module", params=[*ENGINES, *(f"shared-{name}" for name in SHARED)])
+LORA = {"roomy": {}, "small": SHARED["small"]}
+MODES = {"": ENGINES, "shared-": SHARED, "lora-": LORA}
+
+
+@pytest.fixture(scope="module", params=[f"{mode}{name}" for mode, engines in MODES.items() for name in engines])
 def sampler(request, tiny_pair):
-    shared = request.param.startswith("shared-")
-    name = request.param.removeprefix("shared-")
-    pair = (tiny_pair[0], tiny_pair[0]) if shared else tiny_pair
-    with start(pair, **(SHARED if shared else ENGINES)[name]) as engine:
-        assert mixing_state(engine)["shared_weights"] is shared
-        engine.name, engine.shared = name, shared
+    mode = next(mode for mode in reversed(MODES) if request.param.startswith(mode))
+    name = request.param.removeprefix(mode)
+    arguments = dict(MODES[mode][name])
+    if mode == "lora-":
+        arguments["student_lora_path"] = str(request.getfixturevalue("lora_adapter")[0])
+    with start((tiny_pair[0], tiny_pair[0]) if mode else tiny_pair, **arguments) as engine:
+        assert mixing_state(engine)["shared_weights"] is bool(mode)
+        engine.name, engine.mode = name, mode
         yield engine
 
 
 @pytest.fixture
-def oracle(sampler, tiny_oracle, self_oracle):
-    return self_oracle if sampler.shared else tiny_oracle
+def oracle(sampler, request):
+    if sampler.mode == "lora-":
+        return request.getfixturevalue("lora_adapter")[1]
+    return request.getfixturevalue("self_oracle" if sampler.mode else "tiny_oracle")
 
 
 @pytest.fixture(autouse=True)
