@@ -84,10 +84,14 @@ class PrefillChunk:
 
 @dataclasses.dataclass
 class PrefillPlan:
-    """The student contexts that complete with this batch; each piece is one forward."""
+    """The student contexts that complete with this batch; each piece is one forward.
+
+    after_teacher: whether they read KV that the teacher's forward of this batch writes.
+    """
 
     rows: MixedRows
     pieces: list[list[PrefillChunk]]
+    after_teacher: bool
 
 
 class Planner:
@@ -131,11 +135,13 @@ class Planner:
                 continue
             self.kv.bind(req)
             if req.extend_end == len(req.full_untruncated_fill_ids):
+                self.kv.borrow(req)
                 host.append(i)
         if not host:
             return None
         rows = MixedRows.build(batch, host, self.kv)
-        return PrefillPlan(rows=rows, pieces=self._pieces(rows.reqs))
+        after_teacher = any(req.student.kv.borrows for req in rows.reqs)
+        return PrefillPlan(rows=rows, pieces=self._pieces(rows.reqs), after_teacher=after_teacher)
 
     def _pieces(self, reqs: list[Req]) -> list[list[PrefillChunk]]:
         limit = self.chunk_size or 1 << 60
@@ -143,13 +149,13 @@ class Planner:
         room = limit
         for req in reqs:
             state = req.student.kv
-            start, length = state.prefix_len, len(state.ids)
+            start, length = state.start, len(state.ids)
             while start < length:
                 if room == 0:
                     pieces.append([])
                     room = limit
                 end = min(length, start + room)
-                slots = state.slots[start - state.prefix_len : end - state.prefix_len]
+                slots = state.slots[start - state.start : end - state.start]
                 pieces[-1].append(PrefillChunk(req, req.kv.req_pool_idx, state.ids, start, end, slots, end == length))
                 room -= end - start
                 start = end

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+from collections.abc import Iterator
 
 import torch
 from sglang.srt.lora.lora_registry import LoRARef
@@ -61,6 +63,25 @@ class SharedTpWorker(TpModelWorker):
         if get_parallel().tp_rank == 0:
             logger.info("KV pool: %d tokens for both contexts (shared weights)", runner.max_total_num_tokens)
 
+    def init_attention_backends(self) -> None:
+        with self._room_for_both():
+            super().init_attention_backends()
+
+    def init_cuda_graphs(self, capture_decode_cuda_graph: bool = True) -> None:
+        with self._room_for_both():
+            super().init_cuda_graphs(capture_decode_cuda_graph)
+
+    @contextlib.contextmanager
+    def _room_for_both(self) -> Iterator[None]:
+        """SGLang sizes static buffers and graphs by the number of requests; a forward may have two rows for each."""
+        runner, pool = self.model_runner, self.model_runner.req_to_token_pool
+        requests, rows = runner.max_running_requests, pool.size
+        runner.max_running_requests, pool.size = 2 * requests, 2 * rows
+        try:
+            yield
+        finally:
+            runner.max_running_requests, pool.size = requests, rows
+
     @property
     def student_context_len(self) -> int:
         return self.model_config.context_len
@@ -82,6 +103,12 @@ class SharedTpWorker(TpModelWorker):
             return self._forward_one(forward_batch, *args, **kwargs)
         batch, step = pending
         plan = batch.student_plan
+        if isinstance(plan, PrefillPlan) and plan.after_teacher:
+            output = self._forward_one(forward_batch, *args, **kwargs)
+            teacher = output.logits_output
+            teacher.next_token_logits = teacher.next_token_logits.clone()
+            step.student_logits = prefill_pieces(batch, plan, self._logits, self._rows.offset)
+            return output
         part = self._part_beside(batch, plan)
         if part is None:
             logits = prefill_pieces(batch, plan, self._logits, self._rows.offset)

@@ -18,6 +18,10 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
+WORTH_BORROWING = 32
+"""Tokens. A prefix that both contexts of one fresh request share is computed once if it is at least this long: the
+student's forward then has to follow the teacher's instead of being part of it."""
+
 
 def student_of(req: Req):
     """The request's StudentContext, or None for a plain request."""
@@ -36,24 +40,29 @@ class StudentKVState:
     Attributes:
         ids: the tokens to prefill: S + the output tokens so far (more than S only after a retraction).
         prefix_len: how many of them the radix cache had.
+        start: where the student's own prefill begins; [prefix_len, start) is the teacher's to compute, whose context
+            begins with the same tokens, and the row points to its slots (shared weights only).
         node, lock: the matched tree node and the lock on it.
-        slots: [len(ids) − prefix_len] KV slots for the rest.
-        protected_len: the tree owns [0, protected_len) of the row.
+        slots: [len(ids) − start] KV slots for the rest.
+        protected_len: [0, protected_len) of the row is not the student's own: the tree's, or the teacher's.
+        borrows: whether part of it is still the teacher's.
         bound: whether the row is written. forwarded: whether the prefill was launched.
     """
 
     ids: array
     prefix_len: int
+    start: int
     node: object
     lock: object
     slots: torch.Tensor | None = None
     protected_len: int = 0
+    borrows: bool = False
     bound: bool = False
     forwarded: bool = False
 
     @property
     def extend_len(self) -> int:
-        return len(self.ids) - self.prefix_len
+        return len(self.ids) - self.start
 
 
 class StudentRow:
@@ -145,8 +154,13 @@ class StudentKV:
         ids = req.student.prompt_ids + req.output_ids
         key = self._key(req, ids[:-1])  # the last token is always forwarded: its logits are needed
         result = self.tree.match_prefix(MatchPrefixParams(key=key))
-        node = result.last_device_node
-        return StudentKVState(ids=ids, prefix_len=result.device_prefix_len, node=node, lock=self.tree.lock(node))
+        node, prefix_len = result.last_device_node, result.device_prefix_len
+        start = prefix_len + self._borrowed(req, ids, prefix_len)
+        return StudentKVState(ids=ids, prefix_len=prefix_len, start=start, node=node, lock=self.tree.lock(node))
+
+    def _borrowed(self, req: Req, ids: array, prefix_len: int) -> int:
+        """How many tokens after the cached prefix the teacher computes for the student."""
+        return 0
 
     def unmatch(self, state: StudentKVState) -> None:
         """Undo ``match`` for a request that was not admitted."""
@@ -155,11 +169,12 @@ class StudentKV:
     def allocate(self, req: Req, state: StudentKVState) -> None:
         """Take the slots for the whole student prompt. The caller has checked that they fit."""
         state.slots = alloc_token_slots(self.tree, state.extend_len)
-        state.protected_len = state.prefix_len
+        state.protected_len = state.start
+        state.borrows = state.start > state.prefix_len
         req.student.kv = state
         self.held += 1
         self.prompt_tokens += len(state.ids)
-        self.cached_tokens += state.prefix_len
+        self.cached_tokens += state.start
 
     def bind(self, req: Req) -> None:
         """Write the request's row, once the scheduler has given it one."""
@@ -170,8 +185,11 @@ class StudentKV:
         if state.prefix_len:
             prefix = self.tree.path_device_indices(state.node)[: state.prefix_len]
             self.req_to_token_pool.write((row, slice(0, state.prefix_len)), prefix.to(torch.int32))
-        self.req_to_token_pool.write((row, slice(state.prefix_len, len(state.ids))), state.slots.to(torch.int32))
+        self.req_to_token_pool.write((row, slice(state.start, len(state.ids))), state.slots.to(torch.int32))
         state.bound = True
+
+    def borrow(self, req: Req) -> None:
+        """Point the row at the teacher's slots, once the teacher's row is complete."""
 
     def decode_slots(self, rows: torch.Tensor, student_lens: torch.Tensor) -> torch.Tensor:
         """One slot a request for the token at position ``student_lens − 1``; writes the rows.
@@ -191,7 +209,25 @@ class StudentKV:
         state = req.student.kv
         if state is None or not state.forwarded or self.tree.disable or state.protected_len >= len(state.ids):
             return
-        self._insert(req, state, len(state.ids))
+        if self._settle(req, state):
+            self._insert(req, state, len(state.ids))
+
+    def _settle(self, req: Req, state: StudentKVState) -> bool:
+        """What was the teacher's is now the tree's: point the row there and lock it. False if the tree lacks it."""
+        if not state.borrows:
+            return True
+        key = self._key(req, state.ids[: state.start])
+        result = self.tree.match_prefix(MatchPrefixParams(key=key))
+        if result.device_prefix_len < state.start:
+            return False
+        node = result.last_device_node
+        moved = slice(state.prefix_len, state.start)
+        slots = self.tree.path_device_indices(node)[moved].to(torch.int32)
+        self.req_to_token_pool.write((req.kv.req_pool_idx, moved), slots)
+        lock = self.tree.lock(node)
+        self.tree.unlock(state.lock)
+        state.node, state.lock, state.borrows = node, lock, False
+        return True
 
     def release(self, req: Req, *, keep: bool) -> None:
         """Give everything back; with ``keep`` the computed tokens stay in the radix cache."""
@@ -201,7 +237,7 @@ class StudentKV:
         req.student.kv = None
         self.held -= 1
         if not state.bound:
-            self.allocator.free_segment(state.slots, start_pos=state.prefix_len)
+            self.allocator.free_segment(state.slots, start_pos=state.start)
             self.tree.unlock(state.lock)
             return
         offset = length_offset(req)
@@ -209,7 +245,7 @@ class StudentKV:
         total = req.kv.kv_allocated_len + offset if state.forwarded else len(state.ids)
         if keep and state.forwarded and not self.tree.disable:
             computed = min(req.owned_kv_len() + offset, total)
-            if computed > state.protected_len:
+            if computed > state.protected_len and self._settle(req, state):
                 state.ids = (req.student.prompt_ids + req.output_ids)[:computed]
                 self._insert(req, state, computed)
         row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
@@ -274,6 +310,25 @@ class SharedStudentKV(StudentKV):
     def attach(self, teacher_tree: BasePrefixCache) -> None:
         self.tree = teacher_tree
 
+    def _borrowed(self, req: Req, ids: array, prefix_len: int) -> int:
+        if self.lora_id is not None:  # the same tokens have another KV there
+            return 0
+        teacher = req.origin_input_ids + req.output_ids
+        longest = min(len(ids) - 1, len(teacher))
+        common = longest
+        if ids[:longest] != teacher[:longest]:
+            common = next((i for i in range(longest) if ids[i] != teacher[i]), longest)
+        return common - prefix_len if common - prefix_len >= WORTH_BORROWING else 0
+
+    def borrow(self, req: Req) -> None:
+        state = req.student.kv
+        if not state.borrows:
+            return
+        shared = slice(state.prefix_len, state.start)
+        self.req_to_token_pool.write(
+            (req.kv.req_pool_idx, shared), self.req_to_token_pool.teacher[req.kv.req_pool_idx, shared]
+        )
+
     def as_student(self, req: Req) -> Req:
         return req if self.lora_id is None else StudentRow(req, self.lora_id)
 
@@ -308,7 +363,7 @@ class StudentRows:
 
     Attributes:
         offset: what to add to a request's row number to find its student's row.
-        req_to_token: [rows, max context] view of the student's half.
+        teacher, req_to_token: [rows, max context] views of the teacher's and the student's half.
     """
 
     def __init__(self, req_to_token_pool):
@@ -317,6 +372,7 @@ class StudentRows:
         self.size = req_to_token_pool.size
         # The pool itself goes on handing out rows of its own half only.
         req_to_token_pool.req_to_token = table.new_zeros((2 * self.offset, table.shape[1]))
+        self.teacher = req_to_token_pool.req_to_token[: self.offset]
         self.req_to_token = req_to_token_pool.req_to_token[self.offset :]
 
     def write(self, indices, values: torch.Tensor) -> None:
