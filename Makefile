@@ -9,7 +9,9 @@ MODEL := models/smollm2-135m-instruct
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup model demo test test-slow lint format bench serve-demo clean
+.PHONY: help setup model demo test test-slow lint format bench bench-gpu serve-demo clean
+BENCH_TEACHER ?= Qwen/Qwen2.5-7B-Instruct
+BENCH_STUDENT ?= Qwen/Qwen2.5-1.5B-Instruct
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,8 +45,22 @@ test-slow: $(READY)  ## minutes of random traffic, and new random examples for t
 	$(BIN)/python -m pytest -m slow
 	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest tests/mixing tests/test_config.py
 
-bench: $(MODEL)/config.json  ## throughput of mixed, teacher-only, student-only and stock SGLang, in one run
-	$(BIN)/python bench/throughput.py --model-path $(MODEL)
+bench: $(MODEL)/config.json  ## all benchmarks on the small model, about 35 minutes on two cores; results under bench/results
+	$(BIN)/python -m bench.throughput --model-path $(MODEL)
+	$(BIN)/python -m bench.alpha
+	$(BIN)/python -m bench.profile --model-path $(MODEL) --output-len 24 --repeats 1
+	$(BIN)/python -m bench.peers_throughput --model-path $(MODEL) --batch-size 1 8 16 --output-len 24 --repeats 2
+	$(BIN)/python -m bench.serving --model-path $(MODEL) --request-rate 1 2 --num-prompts 24 --input-len 96 \
+		--student-input-len 64 --output-len 24
+
+bench-gpu: $(READY)  ## the same questions on one GPU, with dummy weights (BENCH_TEACHER, BENCH_STUDENT: config folders or ids)
+	$(BIN)/python -m bench.alpha --dtype bfloat16
+	$(BIN)/python -m bench.throughput --model-path $(BENCH_TEACHER) --student-model-path $(BENCH_STUDENT) --load-format dummy \
+		--batch-size 1 8 32 128 256 --output-len 256 --mem-fraction-static 0.25 --rates t s m
+	$(BIN)/python -m bench.throughput --model-path $(BENCH_STUDENT) --load-format dummy --run-name shared \
+		--batch-size 1 8 32 128 256 --output-len 256 --mem-fraction-static 0.25
+	$(BIN)/python -m bench.profile --model-path $(BENCH_TEACHER) --student-model-path $(BENCH_STUDENT) \
+		--batch-size 1 32 256 --server-args --load-format dummy
 
 lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check .

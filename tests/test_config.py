@@ -512,3 +512,27 @@ def test_exit_status_of_the_command():
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("sglang_optimal.launch_server: error: alpha_min, alpha_max: must")
     assert done.stdout == ""
+
+
+def test_lora_student():
+    config = MixingConfig.from_dict({"student_lora_path": "some/adapter"}).settled("teacher", None)
+    assert config.shared_weights and config.student_model_path == "teacher"
+    with pytest.raises(ValueError, match="student_lora_path: does not go with student_weights 'separate'"):
+        MixingConfig.from_dict({"student_lora_path": "some/adapter", "student_weights": "separate"})
+    with pytest.raises(ValueError, match="student_lora_path: the adapter runs on the teacher's weights"):
+        MixingConfig.from_dict({"student_lora_path": "some/adapter", "student_model_path": "other"}).settled("t", None)
+
+
+def test_lora_student_in_server_arguments(tiny_pair, lora_adapter):
+    from sglang_optimal.runtime.launch import checked_server_args
+
+    teacher, adapter = str(tiny_pair[0]), str(lora_adapter[0])
+    config = MixingConfig.from_dict({"student_lora_path": adapter})
+    args, _ = checked_server_args(teacher, config, {"random_seed": 1}, "test")
+    assert [ref.lora_path for ref in args.lora_paths] == [adapter] and args.enable_lora
+    with pytest.raises(ValueError, match="--lora-paths: no other adapter"):
+        checked_server_args(teacher, config, {"lora_paths": ["x=y"]}, "test")
+    with pytest.raises(ValueError, match="--student-lora-path: no adapter at .*adapter_config.json"):
+        checked_server_args(teacher, MixingConfig.from_dict({"student_lora_path": teacher}), {}, "test")
+    with pytest.raises(ValueError, match="--enable-lora: LoRA adapters is not supported beside a student"):
+        checked_server_args(teacher, MixingConfig.from_dict({}), {"enable_lora": True}, "test")

@@ -78,6 +78,7 @@ IMPORTED = (
     "entrypoints.openai.serving_chat.OpenAIServingChat",
     "environ.envs.SGLANG_RUST_SERVER.get",
     "layers.sampler.Sampler",
+    "lora.backend.torch_backend.TorchNativeLoRABackend",
     "layers.sampler.register_sampler_backend",
     "managers.auxiliary_output.CommittedTokens",
     "managers.io_struct.GenerateReqInput",
@@ -164,6 +165,8 @@ SIGNATURES = {
     ),
     "layers.sampler.Sampler.forward": ("self", "logits_output", "sampling_info"),
     "layers.sampler.register_sampler_backend": ("backend", "factory"),
+    "lora.lora_manager.LoRAManager.prepare_lora_batch": ("self", "forward_batch"),
+    "lora.lora_registry.LoRARef.deterministic_id": ("lora_name", "lora_path"),
     "managers.schedule_batch.Req.set_finish_with_abort": ("self", "error_msg"),
     "managers.schedule_batch.ScheduleBatch.check_decode_mem": ("self", "selected_indices"),
     "managers.schedule_policy.PrefillAdder.add_one_req": (
@@ -280,6 +283,7 @@ MEMBERS = {
     "managers.schedule_batch.Req": (
         "sampling_params", "output_ids", "origin_input_ids", "full_untruncated_fill_ids", "extend_end", "extra_key",
         "cache_salt", "kv", "to_finish", "finished", "customized_info", "owned_kv_len",
+        "lora_id",
     ),
     "managers.schedule_batch.ScheduleBatch": (
         "reqs", "forward_mode", "device", "input_ids", "req_pool_indices", "req_pool_indices_cpu", "seq_lens",
@@ -322,7 +326,8 @@ MEMBERS = {
     "mem_cache.memory_pool.ReqToTokenPool": ("size", "write", "req_to_token"),
     "model_executor.model_runner.ModelRunner": (
         "sampler", "sampling_observer", "req_to_token_pool", "max_running_requests", "max_total_num_tokens",
-        "pre_model_load_memory", "init_kv_cache_configurator", "kv_cache_configurator", "forward",
+        "pre_model_load_memory", "init_kv_cache_configurator", "kv_cache_configurator", "forward", "lora_manager",
+        "device",
     ),
     "sampling.sampling_batch_info.SamplingBatchInfo": (
         "temperatures", "penalizer_orchestrator", "acc_additive_penalties", "acc_scaling_penalties", "grammar_mask",
@@ -337,7 +342,7 @@ MEMBERS = {
         "speculative_algorithm", "enable_dp_attention", "enable_lora", "lora_paths", "enable_hierarchical_cache",
         "enable_streaming_session", "enable_pdmux", "dllm_algorithm", "enable_two_batch_overlap", "enable_lmcache",
         "enable_flexkv", "enable_unified_cache_external_linker", "encoder_only", "grpc_mode", "smg_grpc_mode",
-        "use_ray", "attn_dp_size", "attn_cp_size", "dcp_size",
+        "use_ray", "attn_dp_size", "attn_cp_size", "dcp_size", "max_loras_per_batch", "lora_backend",
     ),
 }  # fmt: skip
 
@@ -380,6 +385,16 @@ CONVENTIONS = (
     ("sglang.lang.interpreter.StreamExecutor._execute",
      r"isinstance\(other, SglGen\)[\s\S]*self\._execute_gen\(other\)", "kinds of SglGen are executed as one"),
     ("sglang.lang.interpreter.run_program", r'hasattr\(backend, "endpoint"\)', "a backend may name its endpoint"),
+    ("arg_groups.lora_hook.check_lora_server_args", r"lora_id=LoRARef\.deterministic_id\(\s*lora_path\[\"lora_name\"\]",
+     "an adapter's id follows from its name and path"),
+    ("managers.schedule_batch.Req.__init__", r"lora_id is not None:[\s\S]*\+ lora_id",
+     "the radix cache keeps an adapter's KV apart by the extra key"),
+    ("model_executor.forward_batch_info.ForwardBatch.init_new", r"lora_ids=\[req\.lora_id for req in batch\.reqs\]",
+     "a forward asks each request for its adapter"),
+    ("model_executor.runner.eager_runner.EagerRunner.__init__", r"max_bs = mr\.max_running_requests",
+     "eager buffers have a row for each running request"),
+    ("model_executor.runner.base_cuda_graph_runner.get_batch_sizes_to_capture",
+     r"num_max_requests = model_runner\.req_to_token_pool\.size", "graphs are captured up to the number of rows"),
     ("layers.sampler.create_sampler", r"get_exec\(\)\.kernel\.sampling_backend", "the factory is found by name"),
 )  # fmt: skip
 
