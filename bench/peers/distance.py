@@ -66,11 +66,9 @@ def _compare(teacher_logits: Tensor, student_logits: Tensor) -> Distance:
     top_logprobs, top_ids = torch.log_softmax(student_logits, dim=-1).topk(TOP, dim=-1)
     log_nested, nested_alpha = truncated_mixture(teacher_logits, top_ids, top_logprobs)
     rows, size = teacher_logits.shape[0], min(teacher_logits.shape[-1], student_logits.shape[-1])
-    ones, params = (
-        torch.ones(rows, device=teacher_logits.device),
-        AlphaParams.uniform(rows, device=teacher_logits.device),
-    )
-    exact = mix(teacher_logits[:, :size], student_logits[:, :size], ones, params)
+    params = AlphaParams.uniform(rows, device=teacher_logits.device)
+    temperature = torch.ones(rows, device=teacher_logits.device)
+    exact = mix(teacher_logits[:, :size], student_logits[:, :size], temperature, params)
     q = torch.softmax(exact.logits, dim=-1)
     return Distance(
         total_variation=(q - log_nested[:, :size].exp()).abs().sum(-1).cpu() / 2,
