@@ -103,7 +103,7 @@ def test_from_dict():
 @pytest.mark.parametrize(
     "values,message",
     [
-        ({"student_path": "s"}, "mixing: unknown key 'student_path'. Did you mean 'student_model_path'?"),
+        ({"student_modelpath": "s"}, "mixing: unknown key 'student_modelpath'. Did you mean 'student_model_path'?"),
         ({"zzz": 1}, "mixing: unknown key 'zzz'. Known: alpha_max, "),
         ({7: 1}, "mixing: unknown key 7"),
         ({"student_model_path": ""}, "student_model_path: must be a non-empty string"),
@@ -529,7 +529,7 @@ def test_lora_student_in_server_arguments(tiny_pair, lora_adapter):
     teacher, adapter = str(tiny_pair[0]), str(lora_adapter[0])
     config = MixingConfig.from_dict({"student_lora_path": adapter})
     args, _ = checked_server_args(teacher, config, {"random_seed": 1}, "test")
-    assert [ref.lora_path for ref in args.lora_paths] == [adapter] and args.enable_lora
+    assert [one["lora_path"] for one in args.lora_paths] == [adapter] and args.enable_lora
     with pytest.raises(ValueError, match="--lora-paths: no other adapter"):
         checked_server_args(teacher, config, {"lora_paths": ["x=y"]}, "test")
     with pytest.raises(ValueError, match="--student-lora-path: no adapter at .*adapter_config.json"):
