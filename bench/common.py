@@ -31,6 +31,26 @@ def add_output_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     )
 
 
+def positive_int(text: str) -> int:
+    """Type of an argument that must be at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def server_arguments(flags: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of SGLang's ServerArgs: what the command line ``flags`` say, over ``defaults``."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser(prog="--server-args", add_help=False, argument_default=argparse.SUPPRESS)
+    ServerArgs.add_cli_args(parser)
+    for action in parser._actions:  # only what was given, not SGLang's defaults
+        action.default = argparse.SUPPRESS
+        action.required = False
+    return {**defaults, **vars(parser.parse_args(flags))}
+
+
 def device_name() -> str:
     """The accelerator's name, or the CPU with its number of threads."""
     if torch.cuda.is_available():

@@ -35,8 +35,10 @@ from bench.common import (
     add_output_arguments,
     append_record,
     new_figure,
+    positive_int,
     random_prompts,
     save_figure,
+    server_arguments,
     spread,
     with_spread,
 )
@@ -57,20 +59,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model-path", required=True, help="Teacher.")
     parser.add_argument("--student-model-path", help="Default: the teacher.")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="Default: all.")
-    parser.add_argument("--batch-size", type=_positive, nargs="+", default=[1, 8, 16], help="Default: 1 8 16.")
-    parser.add_argument("--input-len", type=_positive, default=96, help="Teacher's prompt. Default: %(default)s.")
-    parser.add_argument("--student-input-len", type=_positive, default=64, help="Default: %(default)s.")
-    parser.add_argument("--output-len", type=_positive, default=64, help="New tokens a request. Default: %(default)s.")
-    parser.add_argument("--repeats", type=_positive, default=3, help="Rounds, after a warm-up. Default: %(default)s.")
+    parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1, 8, 16], help="Default: 1 8 16.")
+    parser.add_argument("--input-len", type=positive_int, default=96, help="Teacher's prompt. Default: %(default)s.")
+    parser.add_argument("--student-input-len", type=positive_int, default=64, help="Default: %(default)s.")
+    parser.add_argument(
+        "--output-len", type=positive_int, default=64, help="New tokens a request. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--repeats", type=positive_int, default=3, help="Rounds, after a warm-up. Default: %(default)s."
+    )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="Of all models."
     )
     parser.add_argument("--seed", type=int, default=1, help="Default: %(default)s.")
     parser.add_argument("--no-distance", action="store_true", help="Skip the distance from q*; it needs real weights.")
     parser.add_argument(
-        "--distance-num-prompts", type=_positive, default=12, help="Of the demo's problems. Default: %(default)s."
+        "--distance-num-prompts", type=positive_int, default=12, help="Of the demo's problems. Default: %(default)s."
     )
-    parser.add_argument("--distance-output-len", type=_positive, default=48, help="At most. Default: %(default)s.")
+    parser.add_argument("--distance-output-len", type=positive_int, default=48, help="At most. Default: %(default)s.")
     add_output_arguments(parser, "peers_throughput")
     parser.add_argument(
         "--server-args", nargs=argparse.REMAINDER, default=[], help="Everything after this is for every SGLang engine."
@@ -80,22 +86,8 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of SGLang's ServerArgs: room for the largest batch, and what ``--server-args`` says, over them."""
-    from sglang.srt.server_args import ServerArgs
-
-    parser = argparse.ArgumentParser(prog="--server-args", add_help=False, argument_default=argparse.SUPPRESS)
-    ServerArgs.add_cli_args(parser)
-    for action in parser._actions:  # only what was given, not SGLang's defaults
-        action.default = argparse.SUPPRESS
-        action.required = False
     largest = max(args.batch_size)
     # Twice what the requests hold: SGLang admits a request only with room for all that it may still generate.
     tokens = 2 * largest * (args.input_len + args.student_input_len + 2 * args.output_len) + 1024
@@ -106,7 +98,7 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "sleep_on_idle": True,
         "log_level": "error",
     }
-    return {**defaults, **vars(parser.parse_args(args.server_args))}
+    return server_arguments(args.server_args, defaults)
 
 
 class Contenders:

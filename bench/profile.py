@@ -31,7 +31,16 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import step_timer
-from bench.common import add_output_arguments, append_record, new_figure, random_prompts, save_figure, spread
+from bench.common import (
+    add_output_arguments,
+    append_record,
+    new_figure,
+    positive_int,
+    random_prompts,
+    save_figure,
+    server_arguments,
+    spread,
+)
 from sglang_optimal import OptimalSampler
 from sglang_optimal.config import ALPHA_METHODS
 from sglang_optimal.runtime import scheduler
@@ -49,11 +58,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model-path", required=True, help="Teacher.")
     parser.add_argument("--student-model-path", help="Default: the teacher.")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="Default: all that the models allow.")
-    parser.add_argument("--batch-size", type=_positive, nargs="+", default=[1, 8, 32], help="Default: 1 8 32.")
-    parser.add_argument("--input-len", type=_positive, default=96, help="Teacher's prompt. Default: %(default)s.")
-    parser.add_argument("--student-input-len", type=_positive, default=64, help="Default: %(default)s.")
-    parser.add_argument("--output-len", type=_positive, default=64, help="New tokens a request. Default: %(default)s.")
-    parser.add_argument("--repeats", type=_positive, default=3, help="Calls, after a warm-up. Default: %(default)s.")
+    parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1, 8, 32], help="Default: 1 8 32.")
+    parser.add_argument("--input-len", type=positive_int, default=96, help="Teacher's prompt. Default: %(default)s.")
+    parser.add_argument("--student-input-len", type=positive_int, default=64, help="Default: %(default)s.")
+    parser.add_argument(
+        "--output-len", type=positive_int, default=64, help="New tokens a request. Default: %(default)s."
+    )
+    parser.add_argument("--repeats", type=positive_int, default=3, help="Calls, after a warm-up. Default: %(default)s.")
     parser.add_argument("--temperature", type=float, default=1.0, help="Default: %(default)s.")
     parser.add_argument("--alpha-method", choices=ALPHA_METHODS, default=ALPHA_METHODS[0], help="Default: %(default)s.")
     parser.add_argument("--seed", type=int, default=1, help="Default: %(default)s.")
@@ -70,28 +81,14 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of SGLang's ServerArgs: room for the largest batch, and what ``--server-args`` says, over them."""
-    from sglang.srt.server_args import ServerArgs
-
-    parser = argparse.ArgumentParser(prog="--server-args", add_help=False, argument_default=argparse.SUPPRESS)
-    ServerArgs.add_cli_args(parser)
-    for action in parser._actions:  # only what was given, not SGLang's defaults
-        action.default = argparse.SUPPRESS
-        action.required = False
     largest = max(args.batch_size)
     # Twice what the requests hold: SGLang admits a request only with room for all that it may still generate.
     tokens = 2 * largest * (args.input_len + args.student_input_len + 2 * args.output_len) + 1024
     # With shared weights a forward has two rows a request, and SGLang's buffers as many as there may be requests.
     defaults = {"max_total_tokens": tokens, "max_running_requests": 2 * largest, "sleep_on_idle": True}
-    return {**defaults, **vars(parser.parse_args(args.server_args))}
+    return server_arguments(args.server_args, defaults)
 
 
 @contextlib.contextmanager

@@ -52,7 +52,15 @@ from sglang.benchmark.stream_metrics import validate_finish_reason
 from sglang.benchmark.utils import set_ulimit
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
-from bench.common import RESULTS, add_output_arguments, append_record, new_figure, random_prompts, save_figure
+from bench.common import (
+    RESULTS,
+    add_output_arguments,
+    append_record,
+    new_figure,
+    positive_int,
+    random_prompts,
+    save_figure,
+)
 
 WORKLOADS = {"plain": 0.0, "mixed": 1.0, "half": 0.5}
 """Share of mixed requests."""
@@ -71,13 +79,6 @@ STOP_DEADLINE = 60
 
 class BenchError(RuntimeError):
     """A request or the server failed; the message says how."""
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def positive_rate(text: str) -> float:
@@ -99,7 +100,10 @@ def parse_args() -> argparse.Namespace:
     server.add_argument("--student-weights", choices=("separate", "shared"), help="Default: separate, two models.")
     server.add_argument("--base-url", help="Use this running server instead of starting one.")
     server.add_argument(
-        "--ready-check-timeout-sec", type=positive, default=1800, help="For the server to start. Default: %(default)s."
+        "--ready-check-timeout-sec",
+        type=positive_int,
+        default=1800,
+        help="For the server to start. Default: %(default)s.",
     )
     server.add_argument(
         "--server-log", type=Path, default=RESULTS / "serving.log", help="What it prints. Default: %(default)s."
@@ -116,15 +120,15 @@ def parse_args() -> argparse.Namespace:
         help="Requests a second, one run for each; 'inf' sends all at once. Default: 1 2 4.",
     )
     load.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="Default: all.")
-    load.add_argument("--num-prompts", type=positive, default=32, help="Of each run. Default: %(default)s.")
+    load.add_argument("--num-prompts", type=positive_int, default=32, help="Of each run. Default: %(default)s.")
     load.add_argument(
-        "--input-len", type=positive, default=96, help="Teacher's prompt, in tokens. Default: %(default)s."
+        "--input-len", type=positive_int, default=96, help="Teacher's prompt, in tokens. Default: %(default)s."
     )
-    load.add_argument("--student-input-len", type=positive, default=64, help="Default: %(default)s.")
-    load.add_argument("--output-len", type=positive, default=64, help="New tokens a request. Default: %(default)s.")
+    load.add_argument("--student-input-len", type=positive_int, default=64, help="Default: %(default)s.")
+    load.add_argument("--output-len", type=positive_int, default=64, help="New tokens a request. Default: %(default)s.")
     load.add_argument("--temperature", type=float, default=1.0, help="Default: %(default)s.")
     load.add_argument(
-        "--warmup-requests", type=positive, default=8, help="Of each workload, sent at once. Default: %(default)s."
+        "--warmup-requests", type=positive_int, default=8, help="Of each workload, sent at once. Default: %(default)s."
     )
     load.add_argument("--seed", type=int, default=1, help="Default: %(default)s.")
     add_output_arguments(parser.add_argument_group("output"), "serving")
