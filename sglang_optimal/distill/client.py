@@ -1,0 +1,288 @@
+"""Asks one or many servers for samples, and goes on when some of them fail."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import tenacity
+
+from sglang_optimal import __version__
+from sglang_optimal.distill.records import SERIES, Context
+
+if TYPE_CHECKING:
+    from sglang_optimal.distill.config import Client
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds before a request, or a server that failed, is tried again; doubled each time, with jitter."""
+
+
+class Refused(Exception):
+    """The server will not take this request (HTTP 400): its message."""
+
+
+class GaveUp(Exception):
+    """Servers failed on this request again and again while they answered others."""
+
+
+class NoServer(Exception):
+    """The run cannot go on: no server answers, or none lets us in."""
+
+
+class _Failed(Exception):
+    """A failure that may be over when it is tried again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What a server answered.
+
+    Attributes:
+        text, token_ids, finish_reason: the sample.
+        series: the per-token lists, see `sglang_optimal.distill.records.SERIES`.
+        prompt_tokens: of the teacher's prompt.
+        latency: seconds.
+        endpoint: who answered.
+        weight_version: of the teacher, as SGLang has it.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    series: dict[str, list[float]]
+    prompt_tokens: int
+    latency: float
+    endpoint: str
+    weight_version: str | None
+
+
+@dataclasses.dataclass
+class _Endpoint:
+    """url. failures: in a row. resting_until: when it may be asked again (monotonic). models: see `Servers.models`."""
+
+    url: str
+    failures: int = 0
+    resting_until: float = 0.0
+    models: dict[str, str | None] = dataclasses.field(default_factory=dict)
+
+
+class Servers:
+    """A round robin over servers; a server that fails rests for a while, and its requests go to the others.
+
+    Args:
+        endpoints: their URLs.
+        settings: the section ``client`` of the run's file.
+    """
+
+    def __init__(self, endpoints: Sequence[str], settings: Client):
+        headers = {}
+        if settings.api_key_env is not None:
+            key = os.environ.get(settings.api_key_env)
+            if not key:
+                raise ValueError(f"client.api_key_env: the environment has no {settings.api_key_env}.")
+            headers["Authorization"] = f"Bearer {key}"
+        self._settings = settings
+        self._endpoints = [_Endpoint(url) for url in endpoints]
+        self._next = 0
+        self._last_answer = time.monotonic()
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency)
+        timeout = httpx.Timeout(settings.timeout, connect=10.0)
+        # No proxy from the environment for servers of one's own.
+        self._http = httpx.AsyncClient(headers=headers, limits=limits, timeout=timeout, trust_env=False)
+
+    async def __aenter__(self) -> Servers:
+        return self
+
+    async def __aexit__(self, *exc_info) -> None:
+        await self._http.aclose()
+
+    async def check(self) -> None:
+        """Wait for a first server, and look what each one that answers runs.
+
+        Raises:
+            ValueError: a server has no student.
+            NoServer: none answers within ``max_downtime``, or the key is wrong.
+        """
+        began = time.monotonic()
+        while True:
+            answers = await asyncio.gather(*(self._look(endpoint) for endpoint in self._endpoints))
+            if any(answers):
+                self._last_answer = time.monotonic()
+                return
+            if time.monotonic() - began > self._settings.max_downtime:
+                urls = ", ".join(endpoint.url for endpoint in self._endpoints)
+                raise NoServer(f"no server answers at {urls}.")
+            await asyncio.sleep(FIRST_PAUSE)
+
+    def models(self, endpoint: str) -> dict[str, str | None]:
+        """Names of models and versions at an endpoint; empty for a router, which does not tell."""
+        return next(e.models for e in self._endpoints if e.url == endpoint)
+
+    async def generate(
+        self, teacher: Context, student: Context, sampling: dict[str, Any], fields: dict[str, Any]
+    ) -> Sample:
+        """One sample of the mixture.
+
+        Args:
+            teacher, student: what each side reads.
+            sampling: SGLang's sampling parameters.
+            fields: more mixing fields, such as ``alpha_method``.
+
+        Raises:
+            Refused: HTTP 400.
+            GaveUp: this request failed ``retries`` times while others succeeded.
+            NoServer: see `check`.
+        """
+        body = request_body(teacher, student, sampling, fields)
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(_Failed),
+            wait=tenacity.wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
+            stop=self._enough,
+            reraise=True,
+        )
+        began = time.monotonic()
+        try:
+            return await retrying(self._once, body)
+        except _Failed as error:
+            if self._last_answer < began:
+                raise NoServer(f"no server has answered for {self._settings.max_downtime:.0f} s: {error}") from None
+            raise GaveUp(str(error)) from None
+
+    def _enough(self, state: tenacity.RetryCallState) -> bool:
+        now = time.monotonic()
+        if now - self._last_answer > self._settings.max_downtime:
+            return True
+        others_succeed = self._last_answer > state.start_time
+        return others_succeed and state.attempt_number > self._settings.retries
+
+    async def _once(self, body: dict[str, Any]) -> Sample:
+        endpoint = await self._pick()
+        began = time.monotonic()
+        try:
+            response = await self._http.post(f"{endpoint.url}/generate", json=body)
+            sample = _sample(response, endpoint.url, time.monotonic() - began)
+        except httpx.TransportError as error:
+            self._rest(endpoint)
+            raise _Failed(f"{endpoint.url}: {type(error).__name__} {error}".rstrip()) from None
+        except _Failed:
+            self._rest(endpoint)
+            raise
+        except Refused:
+            self._answered(endpoint)
+            raise
+        self._answered(endpoint)
+        return sample
+
+    async def _pick(self) -> _Endpoint:
+        """The next server that is not resting; waits when all are."""
+        while True:
+            now = time.monotonic()
+            for i in range(len(self._endpoints)):
+                endpoint = self._endpoints[(self._next + i) % len(self._endpoints)]
+                if endpoint.resting_until <= now:
+                    self._next = (self._next + i + 1) % len(self._endpoints)
+                    if not endpoint.models:
+                        await self._look(endpoint)
+                    return endpoint
+            await asyncio.sleep(max(0.01, min(e.resting_until for e in self._endpoints) - now))
+
+    def _rest(self, endpoint: _Endpoint) -> None:
+        now = time.monotonic()
+        if now >= endpoint.resting_until:  # many requests fail at once when a server dies: count that once
+            endpoint.failures += 1
+            endpoint.resting_until = now + min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (endpoint.failures - 1))
+
+    def _answered(self, endpoint: _Endpoint) -> None:
+        endpoint.failures, endpoint.resting_until = 0, 0.0
+        self._last_answer = time.monotonic()
+
+    async def _look(self, endpoint: _Endpoint) -> bool:
+        """Whether it answers; notes its models."""
+        try:
+            response = await self._http.get(f"{endpoint.url}/get_server_info", timeout=30)
+        except httpx.TransportError:
+            return False
+        if response.status_code in (401, 403):
+            raise NoServer(f"{endpoint.url}: wants an API key; set client.api_key_env.")
+        if response.status_code >= 500:
+            return False
+        try:
+            info = response.json()
+            states = info["internal_states"]
+        except (ValueError, KeyError, TypeError):
+            endpoint.models = {"sglang_optimal_version": __version__}  # a router: it does not tell
+            return True
+        mixing = states[0].get("mixing") if states else None
+        if mixing is None:
+            raise ValueError(f"{endpoint.url}: runs no student; start it with python -m sglang_optimal.launch_server.")
+        endpoint.models = {
+            "teacher_model": mixing["teacher_model_path"],
+            "teacher_revision": info.get("revision"),
+            "student_model": mixing["student_model_path"],
+            "student_revision": mixing.get("student_revision"),
+            "student_weight_version": mixing.get("student_weight_version"),
+            "sglang_version": info.get("version"),
+            "sglang_optimal_version": __version__,
+        }
+        return True
+
+
+def request_body(
+    teacher: Context, student: Context, sampling: dict[str, Any], fields: dict[str, Any]
+) -> dict[str, Any]:
+    """The body of ``POST /generate``."""
+    custom = {**fields, "return_mixing_info": True}
+    custom["student_text" if isinstance(student, str) else "student_messages"] = student
+    body: dict[str, Any] = {"sampling_params": {**sampling, "custom_params": custom}}
+    if isinstance(teacher, str):
+        custom.pop("teacher_chat_template_kwargs", None)
+        body["text"] = teacher
+    else:
+        custom["teacher_messages"] = teacher
+    return body
+
+
+def _sample(response: httpx.Response, endpoint: str, latency: float) -> Sample:
+    if response.status_code in (401, 403):
+        raise NoServer(f"{endpoint}: wants an API key; set client.api_key_env.")
+    if response.status_code in (408, 429) or response.status_code >= 500:
+        raise _Failed(f"{endpoint}: HTTP {response.status_code}")
+    try:
+        answer = response.json()
+    except ValueError:
+        raise _Failed(f"{endpoint}: the answer is no JSON (HTTP {response.status_code})") from None
+    if response.status_code != 200:
+        raise Refused(_message(answer))
+    meta = answer["meta_info"]
+    reason = (meta.get("finish_reason") or {}).get("type", "abort")
+    if reason == "abort":  # the server let go of it: shutting down, flushing, pausing
+        raise _Failed(f"{endpoint}: aborted the request")
+    series = {name: meta[name] for name in SERIES if meta.get(name) is not None}
+    tokens = answer["output_ids"]
+    short = [name for name in SERIES if len(series.get(name, ())) != len(tokens)]
+    if short:
+        raise NoServer(f"{endpoint}: answers without {short[0]} for every token; is it a server that mixes?")
+    return Sample(
+        text=answer["text"],
+        token_ids=tokens,
+        finish_reason=reason,
+        series=series,
+        prompt_tokens=meta.get("prompt_tokens", 0),
+        latency=latency,
+        endpoint=endpoint,
+        weight_version=meta.get("weight_version"),
+    )
+
+
+def _message(answer: Any) -> str:
+    if isinstance(answer, dict):
+        error = answer.get("error", answer)
+        if isinstance(error, dict):
+            return str(error.get("message", error))
+        return str(error)
+    return str(answer)

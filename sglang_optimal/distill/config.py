@@ -1,0 +1,366 @@
+"""The YAML file of a run, as pydantic models: validation with messages that name the key, and a JSON schema.
+
+The sections ``mixing`` and ``server`` are those of the server's own file (`sglang_optimal.config.load_yaml`), so one file
+can start the server and drive the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+
+from sglang_optimal.config import ALPHA_METHODS, MixingConfig
+from sglang_optimal.distill.filters import FILTERS, FilterConfig
+from sglang_optimal.distill.section import Section
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Data(Section):
+    """Where the problems come from."""
+
+    path: str | None = None
+    """A .jsonl, .json, .csv or .parquet file, a folder of them, or a Hugging Face dataset id. ``--data`` wins."""
+    name: str | None = None
+    """Configuration of a Hugging Face dataset, such as ``main``."""
+    split: str = "train"
+    """Split to read; files have the one split ``train``. Slices such as ``train[:100]`` work."""
+    revision: str | None = None
+    """Revision of a dataset on the hub."""
+    fields: dict[str, str] = {}
+    """Name in templates and filters: column in the data. Columns that are not named keep their own names."""
+    privileged: list[str] = ["answer"]
+    """Fields that the student must never see; a student template that uses one stops the run."""
+    limit: Annotated[int, Field(gt=0)] | None = None
+    """Read only so many problems."""
+
+    @field_validator("path")
+    @classmethod
+    def _path(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("must not be empty.")
+        return value
+
+
+class Message(Section):
+    """One message of a chat; ``content`` is a template."""
+
+    role: Role
+    content: str
+
+
+class Turns(Section):
+    """The usual chat, in short; a last ``assistant`` is a prefix that the model continues."""
+
+    system: str | None = None
+    user: str
+    assistant: str | None = None
+
+
+def _form(value: Any) -> str | None:
+    forms = {str: "<text>", dict: "<turns>", Turns: "<turns>", list: "<messages>"}
+    return next((form for kind, form in forms.items() if isinstance(value, kind)), None)
+
+
+# Told apart by their form, so that an error speaks of the form that was meant.
+Template = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[Turns, Tag("<turns>")]
+    | Annotated[list[Message], Field(min_length=1), Tag("<messages>")],
+    Discriminator(
+        _form,
+        custom_error_type="template",
+        custom_error_message="must be text, a mapping with `user`, or a list of messages",
+    ),
+]
+
+
+class Strategy(Section):
+    """One way to tell the teacher the answer (a prefix strategy)."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "default"
+    """Kept in every record; letters, digits, ``_``, ``.`` and ``-``."""
+    teacher: Template
+    """What the teacher reads."""
+    student: Template | None = None
+    """What the student reads with this strategy; by default ``contexts.student``."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often it is drawn, relative to the others, with ``select: sample``."""
+
+
+class Contexts(Section):
+    """What both models read. Templates are Jinja (``{{ problem }}``, any field), or short: ``{problem}``."""
+
+    format: Literal["chat", "text"] = "chat"
+    """``chat``: each model's own chat template is applied by the server. ``text``: the rendered text as it is."""
+    student: Template
+    """What the student reads: text (a user message in chats), ``system``/``user``/``assistant``, or a list of messages."""
+    strategies: Annotated[list[Strategy], Field(min_length=1)]
+    """What the teacher reads: one or more prefix strategies."""
+    select: Literal["sample", "cross"] = "sample"
+    """``sample``: each sample draws one strategy by weight. ``cross``: ``n`` samples with every strategy."""
+    guard: bool = True
+    """Refuse to start when the student would see a privileged field. Turn off only for experiments such as ensembles."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables for both chat templates, such as ``{enable_thinking: false}``."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Contexts:
+        names = [strategy.name for strategy in self.strategies]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"strategies: the name {name!r} occurs twice; give each its own.")
+        if self.format == "text":
+            templates = [self.student, *(s.teacher for s in self.strategies), *(s.student for s in self.strategies)]
+            if any(not isinstance(template, str) for template in templates if template is not None):
+                raise ValueError("format: 'text' takes templates that are plain text, not messages.")
+            if self.chat_template_kwargs:
+                raise ValueError("chat_template_kwargs: has no effect with format 'text'.")
+        return self
+
+
+class Sampling(Section):
+    """SGLang's sampling parameters, for every request."""
+
+    n: Annotated[int, Field(gt=0)] = 1
+    """Samples a problem (with ``select: cross``, a problem and strategy)."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 512
+    """Most tokens of one sample."""
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    """Fewest tokens of one sample: no end before."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0 is greedy. Alpha is solved for both models at this temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus, of the mixture."""
+    top_k: int = -1
+    """-1: all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Of the mixture."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Applied to both models' logits."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Applied to both models' logits."""
+    repetition_penalty: Annotated[float, Field(ge=0, le=2)] = 1.0
+    """Applied to both models' logits."""
+    stop: list[str] = []
+    """Strings that end a sample; not part of its text."""
+    stop_token_ids: list[int] = []
+    """Tokens that end a sample, beside the end-of-text tokens."""
+    regex: str | None = None
+    """The text must match it."""
+    json_schema: str | None = None
+    """The text must be JSON of this schema."""
+    seed: int = 0
+    """Decides which strategy each sample draws, and is the base of each request's ``sampling_seed``, which SGLang
+    honours with ``enable_deterministic_inference``."""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class Mixing(Section):
+    """Settings of the mixture. The alpha keys go with every request; the others are for a server that the run starts."""
+
+    alpha_method: Literal[ALPHA_METHODS] | None = None  # type: ignore[valid-type]
+    """How alpha is solved for each token; by default the server's own setting."""
+    alpha_min: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Lower bound on the solved alpha."""
+    alpha_max: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Upper bound on the solved alpha."""
+    fixed_alpha: float | None = None
+    """The teacher's weight for every token; implies ``alpha_method: fixed``."""
+    student_model_path: str | None = None
+    """The student: Hugging Face id or folder; by default the teacher itself."""
+    student_revision: str | None = None
+    """Revision of the student."""
+    student_max_total_tokens: int | None = None
+    """Upper bound on the student's KV pool, in tokens."""
+    student_weights: Literal["auto", "shared", "separate"] | None = None
+    """Whether the student has weights of its own; see docs/api.md."""
+    student_lora_path: str | None = None
+    """A LoRA adapter that makes the teacher the student."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Mixing:
+        MixingConfig.from_dict(self.given())
+        return self
+
+    def given(self) -> dict[str, Any]:
+        """The keys that have a value."""
+        return self.model_dump(exclude_none=True)
+
+    def request_fields(self) -> dict[str, Any]:
+        """What goes into ``custom_params`` of every request."""
+        return {k: v for k, v in self.given().items() if k in MixingConfig.ALPHA_KEYS}
+
+
+class Client(Section):
+    """How the run talks to its servers."""
+
+    endpoints: list[str] = []
+    """URLs of running servers (or of one router); requests go round them. Empty: the run starts a server of its own
+    from the sections ``mixing`` and ``server``. ``--endpoint`` wins."""
+    concurrency: Annotated[int, Field(gt=0)] = 64
+    """Requests in flight, over all servers. At least the servers' ``max_running_requests`` together keeps them busy."""
+    timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds for one request, then it is tried again."""
+    retries: Annotated[int, Field(ge=0)] = 8
+    """Times that a request is tried again when a server fails on it while others succeed."""
+    max_downtime: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds without one answer from any server, after which the run stops (and can be resumed)."""
+    api_key_env: str | None = None
+    """Environment variable with the servers' API key."""
+
+    @field_validator("endpoints")
+    @classmethod
+    def _endpoints(cls, value: list[str]) -> list[str]:
+        for url in value:
+            if not re.match(r"https?://[^/]+", url):
+                raise ValueError(f"{url!r} is no URL; write it as http://host:port.")
+        return [url.rstrip("/") for url in value]
+
+
+class Output(Section):
+    """Where records go."""
+
+    dir: str | None = None
+    """Folder of the run. The same folder again: the run is resumed. ``--out`` wins."""
+    format: Literal["parquet", "jsonl"] = "parquet"
+    """Format of the finished shards; ``datasets.load_dataset`` reads both."""
+    shard_records: Annotated[int, Field(gt=0)] = 1000
+    """Records in one shard."""
+    series: bool = True
+    """Keep the per-token series beside alpha (log-probabilities, KLs, ESS ratio). Filters always see them."""
+
+
+class DistillConfig(Section):
+    """A distillation run; see configs/distillation.yaml for every key."""
+
+    data: Data = Data()
+    contexts: Contexts
+    sampling: Sampling = Sampling()
+    filters: list[FilterConfig] = []
+    """In this order; the first that a sample fails rejects it."""
+    output: Output = Output()
+    client: Client = Client()
+    mixing: Mixing = Mixing()
+    server: dict[str, Any] = {}
+    """Any argument of SGLang's server, with underscores; for the server that the run starts itself."""
+
+    @model_validator(mode="after")
+    def _names(self) -> DistillConfig:
+        names = [f.label for f in self.filters]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"filters: {name!r} occurs twice; give each a `name` of its own.")
+        return self
+
+
+SECTIONS = tuple(DistillConfig.model_fields)
+
+
+def load_config(path: str | Path) -> DistillConfig:
+    """Read and check a run's YAML file.
+
+    Raises:
+        ValueError: names the file, the key and the fix.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no such configuration file: {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping with the sections {', '.join(SECTIONS)}.")
+    return parse_config(values, str(path))
+
+
+def parse_config(values: dict[str, Any], where: str = "config") -> DistillConfig:
+    """Check a run's settings; see `load_config`."""
+    try:
+        return DistillConfig.model_validate(values)
+    except ValidationError as error:
+        messages = _messages(error)
+        raise ValueError(f"{where}: {messages[0]}" if len(messages) == 1 else _listed(where, messages)) from None
+
+
+def _listed(where: str, messages: list[str]) -> str:
+    return f"{where}: {len(messages)} errors:\n" + "\n".join(f"  {message}" for message in messages)
+
+
+def _messages(error: ValidationError) -> list[str]:
+    """One line for each error, with the key's path and, for an unknown key, the nearest known one."""
+    lines = []
+    for item in error.errors():
+        path = _path(item["loc"])
+        kind, value = item["type"], item.get("input")
+        if kind == "extra_forbidden":
+            section, _, key = path.rpartition(".")
+            message = f"unknown key {key!r}. {_nearest(key, _known_keys(item['loc'][:-1]))}"
+            path = section
+        elif kind == "missing":
+            message = "is required."
+        elif kind == "union_tag_not_found":
+            message = f"needs a `type`: {', '.join(FILTERS)}."
+        elif kind == "union_tag_invalid":
+            message = f"unknown filter {item['ctx']['tag']!r}. {_nearest(item['ctx']['tag'], list(FILTERS))}"
+        elif kind == "value_error":
+            message = str(item["ctx"]["error"])
+        else:
+            message = f"{item['msg']}; got {value!r}."
+        lines.append(f"{path}: {message}" if path else message)
+    return lines
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+
+
+def _path(location: tuple) -> str:
+    """``filters[1].match``: pydantic's location without the names of a union's members."""
+    path = ""
+    for i, part in enumerate(location):
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not part.startswith("<") and not (i == 2 and location[0] == "filters"):
+            path += f".{part}" if path else part
+    return path
+
+
+def _known_keys(location: tuple) -> list[str]:
+    """The keys of the section at pydantic's ``location``."""
+    section: Any = DistillConfig
+    for part in location:
+        if part in _FORMS:
+            section = _FORMS[part]
+        elif part in FILTERS and location[0] == "filters":
+            section = FILTERS[part]
+        elif isinstance(part, str):
+            section = _SECTIONS.get((section, part), section)
+    return list(section.model_fields)
+
+
+_FORMS = {"<turns>": Turns, "<messages>": Message}
+_SECTIONS: dict[tuple[Any, str], type[Section]] = {
+    **{(DistillConfig, name): f.annotation for name, f in DistillConfig.model_fields.items()},
+    (Contexts, "strategies"): Strategy,
+}
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a run's file, for editors and for checks elsewhere."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "sglang_optimal distillation run",
+        **DistillConfig.model_json_schema(),
+    }

@@ -1,0 +1,176 @@
+"""What teacher and student read for a problem: templates, prefix strategies, and the guard that keeps the answer from
+the student."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import jinja2.sandbox
+from jinja2 import meta
+
+from sglang_optimal.distill.problems import Problem
+from sglang_optimal.distill.records import Context, context_text
+
+if TYPE_CHECKING:
+    from sglang_optimal.distill.config import Contexts, Strategy, Template
+
+LEAK_CHARACTERS = 16
+"""Only privileged texts of this length or more are looked for in what the student reads: a short one, such as a number,
+may well occur in a problem by chance."""
+
+# {name} that is no part of {{ name }} or {% name %}; after a LaTeX command (\boxed{answer}) the braces belong to it.
+_SHORT = re.compile(r"(?P<command>\\[A-Za-z]+)?(?<![{%#])\{(?P<name>[A-Za-z_]\w*)\}(?!\})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One sample that is to be drawn."""
+
+    id: str
+    problem: Problem
+    strategy: str
+    sample_index: int
+
+
+class ContextBuilder:
+    """Renders both sides of every task.
+
+    Args:
+        contexts: the section of the run's file.
+        fields: names that templates may use.
+        privileged: fields that the student must not see.
+        seed: decides the strategies that are drawn.
+
+    Raises:
+        ValueError: a template is not valid Jinja, uses an unknown field, or lets the student see a privileged one.
+    """
+
+    def __init__(self, contexts: Contexts, fields: Sequence[str], privileged: Sequence[str], seed: int = 0):
+        self._contexts = contexts
+        self._fields = list(fields)
+        self._privileged = [name for name in privileged if name in self._fields]
+        self._seed = seed
+        # Sandboxed: a configuration may come from someone else.
+        self._environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
+        )
+        self._sides: dict[str, tuple[_Side, _Side]] = {}
+        default = self._side(contexts.student, "contexts.student")
+        for i, strategy in enumerate(contexts.strategies):
+            where = f"contexts.strategies[{i}]"
+            teacher = self._side(strategy.teacher, f"{where}.teacher")
+            student = default
+            if strategy.student is not None:
+                student = self._side(strategy.student, f"{where}.student")
+            self._sides[strategy.name] = (teacher, student)
+        if contexts.guard:
+            for _, student in self._sides.values():
+                self._check_blind(student)
+
+    def tasks(self, problem: Problem, n: int) -> Iterator[Task]:
+        """The samples of one problem; the same whenever it is asked."""
+        strategies = self._contexts.strategies
+        for k in range(n):
+            chosen = strategies if self._contexts.select == "cross" else [self._drawn(problem, k)]
+            for strategy in chosen:
+                yield Task(f"{problem.id}/{strategy.name}/{k}", problem, strategy.name, k)
+
+    def per_problem(self, n: int) -> int:
+        """How many tasks a problem has."""
+        return n * (len(self._contexts.strategies) if self._contexts.select == "cross" else 1)
+
+    def render(self, task: Task) -> tuple[Context, Context]:
+        """(teacher's context, student's context).
+
+        Raises:
+            ValueError: a template fails on this problem, renders nothing, or shows the student a privileged text.
+        """
+        teacher, student = self._sides[task.strategy]
+        fields = task.problem.fields
+        contexts = tuple(side.render(fields, task.problem.id) for side in (teacher, student))
+        if self._contexts.guard:
+            self._check_unseen(task.problem, context_text(contexts[1]))
+        return contexts
+
+    def _drawn(self, problem: Problem, k: int) -> Strategy:
+        strategies = self._contexts.strategies
+        generator = random.Random(f"{self._seed}/{problem.id}/{k}")
+        return generator.choices(strategies, [strategy.weight for strategy in strategies])[0]
+
+    def _side(self, template: Template, where: str) -> _Side:
+        if isinstance(template, str):
+            parts = [("user" if self._contexts.format == "chat" else "", template)]
+        elif isinstance(template, list):
+            parts = [(message.role, message.content) for message in template]
+        else:
+            turns = [("system", template.system), ("user", template.user), ("assistant", template.assistant)]
+            parts = [(role, content) for role, content in turns if content is not None]
+        compiled = [(role, self._compiled(content, where)) for role, content in parts]
+        used = set().union(*(self._used(content) for _, content in parts))
+        for name in sorted(used):
+            if name not in self._fields:
+                known = ", ".join(self._fields)
+                raise ValueError(f"{where}: the data has no field {name!r}. Known: {known}.")
+        return _Side(where, compiled, used, plain=self._contexts.format == "text")
+
+    def _compiled(self, text: str, where: str) -> jinja2.Template:
+        try:
+            return self._environment.from_string(self._long(text))
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"{where}: is no valid template: {error.message} (line {error.lineno}).") from None
+
+    def _used(self, text: str) -> set[str]:
+        return meta.find_undeclared_variables(self._environment.parse(self._long(text)))
+
+    def _long(self, text: str) -> str:
+        """``{field}`` as Jinja has it."""
+
+        def replace(match: re.Match) -> str:
+            if match["name"] not in self._fields:
+                return match[0]
+            value = "{{ " + match["name"] + " }}"
+            # Jinja would take LaTeX's brace for a part of its own.
+            return f"{match['command']}{{{{ '{{' }}}}{value}{{{{ '}}' }}}}" if match["command"] else value
+
+        return _SHORT.sub(replace, text)
+
+    def _check_blind(self, student: _Side) -> None:
+        seen = sorted(student.used & set(self._privileged))
+        if seen:
+            raise ValueError(
+                f"{student.where}: shows the student {seen[0]!r}, which is privileged (data.privileged). Take it out of "
+                "the template, or set contexts.guard: false if the student is meant to see it."
+            )
+
+    def _check_unseen(self, problem: Problem, text: str) -> None:
+        for name in self._privileged:
+            value = problem.fields.get(name)
+            if isinstance(value, str) and len(value.strip()) >= LEAK_CHARACTERS and value.strip() in text:
+                raise ValueError(
+                    f"problem {problem.id}: what the student reads has the whole text of {name!r} in it. Clean the data, "
+                    "or set contexts.guard: false."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """where: path in the file. parts: (role, template). used: fields that the templates use."""
+
+    where: str
+    parts: list[tuple[str, jinja2.Template]]
+    used: set[str]
+    plain: bool
+
+    def render(self, fields: dict[str, Any], problem_id: str) -> Context:
+        try:
+            texts = [(role, template.render(fields)) for role, template in self.parts]
+        except Exception as error:  # whatever an expression in a template may raise
+            raise ValueError(f"{self.where}: fails on problem {problem_id}: {error}") from None
+        if not any(text.strip() for _, text in texts):
+            raise ValueError(f"{self.where}: is empty for problem {problem_id}.")
+        return texts[0][1] if self.plain else [{"role": role, "content": text} for role, text in texts]

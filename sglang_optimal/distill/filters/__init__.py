@@ -1,0 +1,35 @@
+"""Filters: which samples become training data. Each is a mapping with a ``type`` in the run's file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from sglang_optimal.distill.filters.answer import Answer
+from sglang_optimal.distill.filters.base import Filter
+from sglang_optimal.distill.filters.chain import FilterChain, Rejection
+from sglang_optimal.distill.filters.custom import Function
+from sglang_optimal.distill.filters.mixture import Alpha, Coverage, KL
+from sglang_optimal.distill.filters.text import Deduplicate, Finish, Language, Length, Repetition
+
+FILTERS: dict[str, type[Filter]] = {
+    "length": Length,
+    "finish": Finish,
+    "answer": Answer,
+    "repetition": Repetition,
+    "language": Language,
+    "alpha": Alpha,
+    "kl": KL,
+    "coverage": Coverage,
+    "deduplicate": Deduplicate,
+    "function": Function,
+}
+"""Type in the file: class."""
+
+FilterConfig = Annotated[
+    Length | Finish | Answer | Repetition | Language | Alpha | KL | Coverage | Deduplicate | Function,
+    Field(discriminator="type"),
+]
+
+__all__ = ["FILTERS", "Filter", "FilterChain", "FilterConfig", "Rejection"]

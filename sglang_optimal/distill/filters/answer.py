@@ -1,0 +1,127 @@
+"""Does the sample come to the right answer?"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from sglang_optimal.distill.filters.base import Check, Filter
+from sglang_optimal.distill.numbers import numbers
+from sglang_optimal.distill.records import Record
+
+
+class Answer(Filter):
+    """Compares what the sample says with a field of the problem."""
+
+    type: Literal["answer"]
+    match: Literal["exact", "contains", "numeric", "math"] = "exact"
+    """``exact``: the same text. ``contains``: the sample has the expected text in it. ``numeric``: the last number of both
+    is the same within ``tolerance``. ``math``: math-verify finds both equal as LaTeX or expressions."""
+    field: str = "answer"
+    """The field with the expected answer."""
+    extract: Literal["all", "last_line", "boxed", "pattern"] = "all"
+    """The part of the sample that is compared: everything, the last line that is not blank, what is in the last
+    ``\\boxed{…}``, or what ``pattern`` finds last."""
+    pattern: str | None = None
+    """Regular expression for ``extract: pattern``; its first group, or the whole match without one."""
+    expected_pattern: str | None = None
+    """The same for the expected answer, such as ``####\\s*(.+)`` for GSM8K; by default all of it."""
+    tolerance: Annotated[float, Field(ge=0)] = 1e-6
+    """Relative difference that ``numeric`` allows."""
+    ignore_case: bool = False
+    """For ``exact`` and ``contains``."""
+
+    @field_validator("pattern", "expected_pattern")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"is no regular expression: {error}.") from None
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Answer:
+        if (self.pattern is None) == (self.extract == "pattern"):
+            raise ValueError("pattern: goes with `extract: pattern`, and only with it.")
+        return self
+
+    def ready(self) -> Check:
+        if self.match == "math":
+            import math_verify  # noqa: F401  # before the first sample, not at it
+        return self.check
+
+    def check(self, record: Record) -> str | None:
+        expected = record.fields.get(self.field)
+        if expected is None:
+            return f"the problem has no {self.field}"
+        expected_text = _found(self.expected_pattern, str(expected)) if self.expected_pattern else str(expected)
+        said = self._extracted(record.text)
+        if said is None or expected_text is None:
+            return "no answer found"
+        return self._compare(said, expected_text)
+
+    def _compare(self, said: str, expected: str) -> str | None:
+        if self.match == "numeric":
+            ours, theirs = numbers(said), numbers(expected)
+            if not theirs:
+                return "the expected answer has no number"
+            if not ours:
+                return "no answer found"
+            return None if math.isclose(ours[-1], theirs[-1], rel_tol=self.tolerance, abs_tol=1e-12) else "wrong answer"
+        if self.match == "math":
+            return None if mathematically_equal(said, expected) else "wrong answer"
+        said, expected = said.strip(), expected.strip()
+        if self.ignore_case:
+            said, expected = said.casefold(), expected.casefold()
+        right = said == expected if self.match == "exact" else expected in said
+        return None if right else "wrong answer"
+
+    def _extracted(self, text: str) -> str | None:
+        if self.extract == "boxed":
+            return last_boxed(text)
+        if self.extract == "pattern":
+            return _found(self.pattern, text)
+        if self.extract == "last_line":
+            lines = [line for line in text.splitlines() if line.strip()]
+            return lines[-1] if lines else None
+        return text
+
+
+def _found(pattern: str, text: str) -> str | None:
+    """The first group of the last match (the whole of it without groups); None without a match."""
+    last = None
+    for last in re.finditer(pattern, text):  # noqa: B007
+        pass
+    if last is None:
+        return None
+    return last.group(1) if last.re.groups else last.group()
+
+
+def last_boxed(text: str) -> str | None:
+    """What is in the last complete ``\\boxed{…}`` of ``text``, with braces balanced; None without one."""
+    start = text.rfind("\\boxed{")
+    while start >= 0:
+        depth = 0
+        for i in range(start + len("\\boxed"), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start + len("\\boxed{") : i]
+        start = text.rfind("\\boxed{", 0, start)
+    return None
+
+
+def mathematically_equal(said: str, expected: str) -> bool:
+    """Whether math-verify finds the last answer in ``said`` equal to ``expected``: LaTeX, expressions, sets, intervals."""
+    from math_verify import parse, verify
+
+    # math-verify keeps its time limit with a signal, which only the main thread has.
+    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    gold = parse(expected, parsing_timeout=seconds) or parse(f"${expected}$", parsing_timeout=seconds)
+    answer = parse(said, parsing_timeout=seconds) or parse(f"${said}$", parsing_timeout=seconds)
+    return bool(gold and answer) and verify(gold, answer, timeout_seconds=seconds)

@@ -1,0 +1,240 @@
+"""One record: a sample, what both models read, what they thought of every token, and how it was made."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Context = str | list[dict[str, str]]
+"""Plain text, or the messages of a chat."""
+
+SERIES = (
+    "alpha",
+    "teacher_logprob",
+    "student_logprob",
+    "mixture_logprob",
+    "kl_to_student",
+    "kl_to_teacher",
+    "ess_ratio",
+)
+"""Per-token lists of a record, one value for each of ``token_ids``; see docs/api.md for their meaning."""
+
+
+@dataclasses.dataclass
+class Record:
+    """One sample of a run.
+
+    Attributes:
+        id: ``problem_id/strategy/sample_index``; unique in a run and the same whenever the run is repeated.
+        problem_id: the problem's own id, or a hash of its fields.
+        strategy: name of the prefix strategy.
+        sample_index: number of the sample among those of the problem (with ``select: cross``: of problem and strategy).
+        fields: every field of the problem.
+        teacher_context, student_context: what each side read, before chat templates.
+        text, token_ids: the sample. finish_reason: ``stop`` or ``length``.
+        alpha … ess_ratio: see `SERIES`; floats, log-probabilities and KLs in nats.
+        sampling: what the request asked for, alpha settings among it.
+        seed: the request's ``sampling_seed``.
+        teacher_prompt_tokens: tokens of the teacher's prompt.
+        latency: seconds from the request to its answer.
+        models: ids, revision and versions of models and software, as the server named them.
+        accepted: whether it passed all filters.
+        rejected_by, reject_reason: the filter that refused it, and why.
+    """
+
+    id: str
+    problem_id: str
+    strategy: str
+    sample_index: int
+    fields: dict[str, Any]
+    teacher_context: Context
+    student_context: Context
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    alpha: list[float] = dataclasses.field(default_factory=list)
+    teacher_logprob: list[float] = dataclasses.field(default_factory=list)
+    student_logprob: list[float] = dataclasses.field(default_factory=list)
+    mixture_logprob: list[float] = dataclasses.field(default_factory=list)
+    kl_to_student: list[float] = dataclasses.field(default_factory=list)
+    kl_to_teacher: list[float] = dataclasses.field(default_factory=list)
+    ess_ratio: list[float] = dataclasses.field(default_factory=list)
+    sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    teacher_prompt_tokens: int = 0
+    latency: float = 0.0
+    models: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    accepted: bool = True
+    rejected_by: str | None = None
+    reject_reason: str | None = None
+
+    def row(self, *, series: bool = True) -> dict[str, Any]:
+        """The record as it is stored, see `schema`; ``series``: with the per-token lists beside alpha."""
+        row: dict[str, Any] = {
+            "id": self.id,
+            "problem_id": self.problem_id,
+            "strategy": self.strategy,
+            "sample_index": self.sample_index,
+            "problem": _text(self.fields.get("problem")),
+            "answer": _text(self.fields.get("answer")),
+            "fields": _json(self.fields),
+            **_context("student", self.student_context),
+            **_context("teacher", self.teacher_context),
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "num_tokens": len(self.token_ids),
+            "finish_reason": self.finish_reason,
+        }
+        for name in SERIES:
+            keep = series or name == "alpha"
+            row[name] = [stored_float(value) for value in getattr(self, name)] if keep else []
+        row |= {
+            "mean_alpha": _stored(mean(self.alpha)),
+            "mean_teacher_logprob": _stored(mean(self.teacher_logprob)),
+            "mean_student_logprob": _stored(mean(self.student_logprob)),
+            "mean_mixture_logprob": _stored(mean(self.mixture_logprob)),
+            "mean_kl_to_student": _stored(mean(self.kl_to_student)),
+            "mean_kl_to_teacher": _stored(mean(self.kl_to_teacher)),
+            "log_weight_student": _stored(_difference(self.student_logprob, self.mixture_logprob)),
+            "log_weight_teacher": _stored(_difference(self.teacher_logprob, self.mixture_logprob)),
+            "sampling": _json(self.sampling),
+            "seed": self.seed,
+            "teacher_prompt_tokens": self.teacher_prompt_tokens,
+            "latency": round(self.latency, 4),
+            **{name: self.models.get(name) for name in MODEL_COLUMNS},
+            "accepted": self.accepted,
+            "rejected_by": self.rejected_by,
+            "reject_reason": self.reject_reason,
+        }
+        return row
+
+
+MODEL_COLUMNS = (
+    "teacher_model",
+    "teacher_revision",
+    "teacher_weight_version",
+    "student_model",
+    "student_revision",
+    "student_weight_version",
+    "sglang_version",
+    "sglang_optimal_version",
+)
+
+COLUMNS = {
+    "id": "problem_id/strategy/sample_index; unique in the run",
+    "problem_id": "the problem's own id, or a hash of its fields",
+    "strategy": "prefix strategy: how the teacher was told",
+    "sample_index": "number of the sample",
+    "problem": "the field `problem`",
+    "answer": "the field `answer`",
+    "fields": "every field of the problem, as JSON",
+    "student_messages": "what the student read, as chat messages; null for plain text",
+    "student_text": "what the student read, as plain text; null for chats",
+    "student_context_sha256": "hash of what the student read",
+    "teacher_messages": "what the teacher read, as chat messages; null for plain text",
+    "teacher_text": "what the teacher read, as plain text; null for chats",
+    "teacher_context_sha256": "hash of what the teacher read",
+    "text": "the sample",
+    "token_ids": "its token ids",
+    "num_tokens": "how many",
+    "finish_reason": "stop, or length",
+    "alpha": "per token: the teacher's weight",
+    "teacher_logprob": "per token: log-probability under the teacher, nats",
+    "student_logprob": "per token: log-probability under the student, nats",
+    "mixture_logprob": "per token: log-probability under the mixture that it was drawn from (before top-p and the like)",
+    "kl_to_student": "per token: KL(mixture‖student), nats",
+    "kl_to_teacher": "per token: KL(mixture‖teacher), nats",
+    "ess_ratio": "per token: Σ p_student²/q over Σ p_teacher²/q",
+    "mean_alpha": "mean over the tokens",
+    "mean_teacher_logprob": "mean over the tokens",
+    "mean_student_logprob": "mean over the tokens: how on-policy the sample is",
+    "mean_mixture_logprob": "mean over the tokens",
+    "mean_kl_to_student": "mean over the tokens",
+    "mean_kl_to_teacher": "mean over the tokens",
+    "log_weight_student": "log importance weight of the sample: Σ student_logprob − mixture_logprob",
+    "log_weight_teacher": "the same for the teacher",
+    "sampling": "what the request asked for, as JSON",
+    "seed": "the request's sampling_seed",
+    "teacher_prompt_tokens": "length of the teacher's prompt",
+    "latency": "seconds from request to answer",
+    **{name: "as the server named it" for name in MODEL_COLUMNS},
+    "accepted": "passed all filters",
+    "rejected_by": "the filter that refused it",
+    "reject_reason": "why",
+}
+"""Every stored column and its meaning, for the dataset card."""
+
+
+def schema() -> pyarrow.Schema:
+    """Arrow schema of the stored rows."""
+    import pyarrow as pa
+
+    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    types = {
+        "sample_index": pa.int32(),
+        "student_messages": messages,
+        "teacher_messages": messages,
+        "token_ids": pa.list_(pa.int32()),
+        "num_tokens": pa.int32(),
+        **{name: pa.list_(pa.float32()) for name in SERIES},
+        "seed": pa.int64(),
+        "teacher_prompt_tokens": pa.int32(),
+        "latency": pa.float64(),
+        "accepted": pa.bool_(),
+    }
+    floats = [name for name in COLUMNS if name.startswith(("mean_", "log_weight_"))]
+    types |= {name: pa.float64() for name in floats}
+    return pa.schema([(name, types.get(name, pa.string())) for name in COLUMNS])
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean; NaN of nothing."""
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def stored_float(value: float | None) -> float | None:
+    """A float32's worth of digits; None for what JSON cannot write (a token without support has logprob −inf)."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.7g}")
+
+
+def context_text(context: Context) -> str:
+    """One text for a context: itself, or its messages as canonical JSON; what the hash is of."""
+    return context if isinstance(context, str) else _json(context)
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _context(side: str, context: Context) -> dict[str, Any]:
+    plain = isinstance(context, str)
+    return {
+        f"{side}_messages": None if plain else context,
+        f"{side}_text": context if plain else None,
+        f"{side}_context_sha256": sha256(context_text(context)),
+    }
+
+
+def _difference(values: Sequence[float], others: Sequence[float]) -> float:
+    return math.fsum(values) - math.fsum(others) if values else math.nan
+
+
+def _stored(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else value if isinstance(value, str) else _json(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)

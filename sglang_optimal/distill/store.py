@@ -1,0 +1,385 @@
+"""Records on disk, so that nothing is lost or doubled when the process dies at any moment.
+
+A record is appended to a journal as one line of JSON, in one write; a full journal becomes a finished shard by writing a
+new file and renaming it. Opening the folder again finds what is there and drops a line that was cut short.
+
+    data/accepted-00000.parquet        finished shards of accepted records
+    rejected/rejected-00000.parquet    and of those that a filter refused, with the reason
+    journal/accepted-00001.jsonl       being written
+    run.json                           what the run was asked for, and how far it is
+
+With ``--shard i/n`` every name carries ``i-of-n``, so that all machines may write to one folder.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import fcntl
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sglang_optimal.distill.records import Record, schema
+
+KINDS = {"accepted": "data", "rejected": "rejected"}
+"""Kind of record: folder of its finished shards."""
+
+
+class RecordStore:
+    """The records of one run (or of one machine's shard of it).
+
+    Args:
+        folder: of the run; made when missing.
+        shard: (i, n).
+        format: ``parquet`` or ``jsonl``, of finished shards.
+        shard_records: records in a finished shard.
+        series: keep the per-token series beside alpha.
+
+    Attributes:
+        done: ids of all records.
+        tally: counts and sums over them, for progress and the report; see `Tally`.
+
+    Raises:
+        ValueError: another process writes here.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shard: tuple[int, int] = (0, 1),
+        *,
+        format: str = "parquet",
+        shard_records: int = 1000,
+        series: bool = True,
+    ):
+        self.folder = folder
+        self.done: set[str] = set()
+        self.tally = Tally()
+        self._format, self._limit, self._series = format, shard_records, series
+        self._tag = "" if shard[1] == 1 else f"{shard[0]}-of-{shard[1]}-"
+        self._journal = folder / "journal"
+        self._journal.mkdir(parents=True, exist_ok=True)
+        self._lock = self._locked()
+        self._sealer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seal")
+        self._sealing: list[concurrent.futures.Future] = []
+        self._written = threading.Lock()
+        self._open: dict[str, _Journal] = {}
+        for kind in KINDS:
+            self._open[kind] = self._recovered(kind)
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.folder / (f"run-{self._tag.rstrip('-')}.json" if self._tag else "run.json")
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def append(self, record: Record) -> None:
+        """Keep a record; when this returns it survives the death of this process, and after `sync` the machine's.
+
+        Raises:
+            OSError: it could not be written, such as on a full disk; it is not kept then.
+        """
+        kind = "accepted" if record.accepted else "rejected"
+        row = record.row(series=self._series)
+        with self._written:
+            journal = self._open[kind]
+            journal.append(json.dumps(row, ensure_ascii=False, allow_nan=False))
+            self.done.add(record.id)
+            self.tally.add(row)
+            if journal.records >= self._limit:
+                self._open[kind] = _Journal(self._journal_path(kind, journal.number + 1), journal.number + 1)
+                self._sealing.append(self._sealer.submit(self._seal, kind, journal))
+
+    def sync(self) -> None:
+        """Wait until the disk has every record."""
+        with self._written:
+            journals = list(self._open.values())
+        for journal in journals:
+            journal.sync()
+        for future in [f for f in self._sealing if f.done()]:
+            self._sealing.remove(future)
+            future.result()  # raises what went wrong
+
+    def finalize(self) -> None:
+        """Turn what is left in the journals into shards."""
+        for future in self._sealing:
+            future.result()
+        self._sealing.clear()
+        for kind, journal in self._open.items():
+            self._seal(kind, journal)
+            self._open[kind] = _Journal(self._journal_path(kind, journal.number + 1), journal.number + 1)
+
+    def close(self) -> None:
+        """Let go of the folder; safe to call again."""
+        self._sealer.shutdown(wait=True)
+        for journal in self._open.values():
+            journal.close()
+        self._open.clear()
+        with contextlib.suppress(OSError):
+            self._journal.rmdir()  # when empty
+        self._lock.close()
+
+    def write_json(self, path: Path, content: Any) -> None:
+        """Replace a JSON file in one step."""
+        replace_file(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def accepted_texts(self) -> Iterator[tuple[str, str]]:
+        """(problem id, text) of every accepted record, for filters with a memory."""
+        for row in read_rows(self._files("accepted"), ["problem_id", "text"]):
+            yield row["problem_id"], row["text"]
+
+    def _files(self, kind: str) -> list[Path]:
+        shards = sorted((self.folder / KINDS[kind]).glob(f"{kind}-{self._tag}[0-9]*.*"))
+        journals = sorted(self._journal.glob(f"{kind}-{self._tag}[0-9]*.jsonl"))
+        return [p for p in (*shards, *journals) if _number(p, kind, self._tag) is not None]
+
+    # -- journals and shards ---------------------------------------------------------------------------------------
+
+    def _locked(self):
+        lock = (self.folder / f".{self._tag}lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise ValueError(
+                f"{self.folder}: another run is writing here; wait for it, or give another --out."
+            ) from None
+        return lock
+
+    def _journal_path(self, kind: str, number: int) -> Path:
+        return self._journal / f"{kind}-{self._tag}{number:05d}.jsonl"
+
+    def _shard_path(self, kind: str, number: int) -> Path:
+        return self.folder / KINDS[kind] / f"{kind}-{self._tag}{number:05d}.{self._format}"
+
+    def _recovered(self, kind: str) -> _Journal:
+        """Count what is there, finish what was under way, and open the journal that comes next."""
+        following = 0
+        for path in self._files(kind):
+            number = _number(path, kind, self._tag)
+            following = max(following, number + 1)
+            if path.parent == self._journal:
+                if self._shard_path(kind, number).exists():
+                    path.unlink()  # the shard was finished, and the process died before it could say so
+                    continue
+                _mend(path)
+            for row in read_rows([path], list(TALLIED)):
+                self.done.add(row["id"])
+                self.tally.add(row)
+        journals = [p for p in self._files(kind) if p.parent == self._journal]
+        for path in journals[:-1]:
+            number = _number(path, kind, self._tag)
+            self._seal(kind, _Journal(path, number))
+        if journals:
+            following = _number(journals[-1], kind, self._tag)
+        return _Journal(self._journal_path(kind, following), following)
+
+    def _seal(self, kind: str, journal: _Journal) -> None:
+        journal.sync()
+        journal.close()
+        if journal.records == 0:
+            journal.path.unlink(missing_ok=True)
+            return
+        target = self._shard_path(kind, journal.number)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if self._format == "jsonl":
+            os.replace(journal.path, target)
+        else:
+            _write_parquet(journal.path, target)
+            journal.path.unlink()
+        sync_folder(target.parent)
+        sync_folder(self._journal)
+
+
+class _Journal:
+    """A file that lines are appended to, each in one write."""
+
+    def __init__(self, path: Path, number: int):
+        self.path, self.number = path, number
+        self.records = len(path.read_bytes().splitlines()) if path.exists() else 0
+        self._size = path.stat().st_size if path.exists() else 0
+        self._file = -1  # opened with the first record
+
+    def append(self, line: str) -> None:
+        if self._file < 0:
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        data = line.encode() + b"\n"
+        written = 0
+        try:
+            while written < len(data):
+                written += os.write(self._file, data[written:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._size)  # no half line before the next one
+            raise
+        self._size += len(data)
+        self.records += 1
+
+    def sync(self) -> None:
+        if self._file >= 0:
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+TALLIED = (
+    "id", "problem_id", "strategy", "num_tokens", "mean_alpha", "accepted", "rejected_by", "reject_reason",
+)  # fmt: skip
+"""Columns that `Tally` reads."""
+
+
+class Tally:
+    """Counts over records, kept up while they arrive.
+
+    Attributes:
+        accepted, rejected: records.
+        tokens, accepted_tokens: generated tokens.
+        alpha_sum: sum of alpha over all tokens.
+        reasons: (filter, reason): records.
+        strategies: strategy: [accepted, all].
+    """
+
+    def __init__(self) -> None:
+        self.accepted = self.rejected = self.tokens = self.accepted_tokens = 0
+        self.alpha_sum = 0.0
+        self.reasons: Counter[tuple[str, str]] = Counter()
+        self.strategies: dict[str, list[int]] = {}
+
+    def add(self, row: dict[str, Any]) -> None:
+        tokens = row["num_tokens"]
+        strategy = self.strategies.setdefault(row["strategy"], [0, 0])
+        strategy[1] += 1
+        self.tokens += tokens
+        self.alpha_sum += tokens * (row["mean_alpha"] or 0.0)
+        if row["accepted"]:
+            self.accepted += 1
+            self.accepted_tokens += tokens
+            strategy[0] += 1
+        else:
+            self.rejected += 1
+            self.reasons[row["rejected_by"], row["reject_reason"]] += 1
+
+    @property
+    def total(self) -> int:
+        return self.accepted + self.rejected
+
+    @property
+    def mean_alpha(self) -> float | None:
+        return self.alpha_sum / self.tokens if self.tokens else None
+
+
+def read_rows(paths: list[Path], columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Stored rows of shards and journals, of both formats.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    for path in paths:
+        try:
+            if path.suffix == ".parquet":
+                with parquet.ParquetFile(path) as file:
+                    for batch in file.iter_batches(batch_size=256, columns=columns):
+                        yield from batch.to_pylist()
+            else:
+                with path.open("rb") as lines:
+                    for line in lines:
+                        row = json.loads(line)
+                        yield row if columns is None else {name: row[name] for name in columns}
+        except (pyarrow.ArrowInvalid, json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{path}: is damaged or no shard of a run: {error}") from None
+
+
+def find_shards(folder: Path, kind: str) -> list[Path]:
+    """Finished shards of a run and journals of one that is under way, from all machines.
+
+    Raises:
+        ValueError: ``folder`` has no run in it.
+    """
+    shards = sorted((folder / KINDS[kind]).glob(f"{kind}-*.*"))
+    shards = [path for path in shards if path.suffix in (".parquet", ".jsonl")]
+    names = {path.stem for path in shards}
+    journals = [p for p in sorted((folder / "journal").glob(f"{kind}-*.jsonl")) if p.stem not in names]
+    if not any(folder.glob("run*.json")):
+        raise ValueError(f"{folder}: has no run in it (no run.json).")
+    return shards + journals
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that it is there whole, or as it was."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _number(path: Path, kind: str, tag: str) -> int | None:
+    digits = path.stem.removeprefix(f"{kind}-{tag}")
+    return int(digits) if digits.isdigit() and len(digits) == 5 else None
+
+
+def _mend(path: Path) -> None:
+    """Drop lines that are not whole: the last one of a process that was killed, or more after a power cut."""
+    data = path.read_bytes()
+    lines = data.splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n") and _is_record(line)]
+    if len(whole) < len(lines):
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            file.writelines(whole)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return "id" in json.loads(line)
+    except ValueError:
+        return False
+
+
+def _write_parquet(journal: Path, target: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    part = target.with_suffix(".part")
+    columns = schema()
+    with part.open("wb") as file:
+        with parquet.ParquetWriter(file, columns, compression="zstd") as writer:
+            rows: list[dict[str, Any]] = []
+            for row in read_rows([journal]):
+                rows.append(row)
+                if len(rows) == 256:
+                    writer.write_table(pyarrow.Table.from_pylist(rows, columns))
+                    rows = []
+            if rows:
+                writer.write_table(pyarrow.Table.from_pylist(rows, columns))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, target)
