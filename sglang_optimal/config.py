@@ -176,11 +176,15 @@ class MixingConfig:
         return dataclasses.replace(self, shared_weights=shared)
 
 
+DISTILL_SECTIONS = ("data", "contexts", "sampling", "filters", "output", "client")
+"""Sections of a distillation run (`sglang_optimal.distill.config`); a server that is given the run's file skips them."""
+
+
 def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a server configuration file.
 
     The file has two optional sections: ``mixing`` (the flat keys of MixingConfig) and ``server`` (any argument of
-    SGLang's ServerArgs, with underscores).
+    SGLang's ServerArgs, with underscores). Those of a distillation run may be there too.
 
     Returns:
         (mixing values, server values), both flat dicts.
@@ -200,7 +204,7 @@ def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise ValueError(f"--config: {path} must hold a mapping with the sections 'mixing' and 'server'.")
-    check_known(data, ("mixing", "server"), str(path))
+    check_known(data, ("mixing", "server", *DISTILL_SECTIONS), str(path))
     sections = []
     for name in ("mixing", "server"):
         section = data.get(name)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from importlib import resources
 
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+from sglang_optimal.distill.numbers import numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +30,6 @@ class Problem:
         """Whether the last number in ``text`` is the solution's."""
         found = numbers(text)
         return bool(found) and found[-1] == numbers(self.answer)[-1]
-
-
-def numbers(text: str) -> list[float]:
-    """Every number in ``text``; a thousands separator is part of its number."""
-    return [float(match) for match in _NUMBER.findall(re.sub(r"(?<=\d),(?=\d{3})", "", text))]
 
 
 def load_problems() -> list[Problem]:

@@ -77,15 +77,15 @@ class Servers:
     Args:
         endpoints: their URLs.
         settings: the section ``client`` of the run's file.
+        api_key: in place of the one that ``api_key_env`` names.
     """
 
-    def __init__(self, endpoints: Sequence[str], settings: Client):
-        headers = {}
-        if settings.api_key_env is not None:
-            key = os.environ.get(settings.api_key_env)
-            if not key:
+    def __init__(self, endpoints: Sequence[str], settings: Client, *, api_key: str | None = None):
+        if api_key is None and settings.api_key_env is not None:
+            api_key = os.environ.get(settings.api_key_env)
+            if not api_key:
                 raise ValueError(f"client.api_key_env: the environment has no {settings.api_key_env}.")
-            headers["Authorization"] = f"Bearer {key}"
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._settings = settings
         self._endpoints = [_Endpoint(url) for url in endpoints]
         self._next = 0

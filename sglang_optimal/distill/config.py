@@ -1,7 +1,7 @@
 """The YAML file of a run, as pydantic models: validation with messages that name the key, and a JSON schema.
 
-The sections ``mixing`` and ``server`` are those of the server's own file (`sglang_optimal.config.load_yaml`), so one file
-can start the server and drive the run.
+The sections ``mixing`` and ``server`` are those of the server's own file (`sglang_optimal.config.load_yaml`), so one
+file can start the server and drive the run.
 """
 
 from __future__ import annotations
@@ -55,11 +55,14 @@ class Message(Section):
 
 
 class Turns(Section):
-    """The usual chat, in short; a last ``assistant`` is a prefix that the model continues."""
+    """The usual chat, in short."""
 
     system: str | None = None
+    """The system message."""
     user: str
+    """The user's message."""
     assistant: str | None = None
+    """The beginning of the assistant's answer, which the sample continues."""
 
 
 def _form(value: Any) -> str | None:
@@ -99,13 +102,13 @@ class Contexts(Section):
     format: Literal["chat", "text"] = "chat"
     """``chat``: each model's own chat template is applied by the server. ``text``: the rendered text as it is."""
     student: Template
-    """What the student reads: text (a user message in chats), ``system``/``user``/``assistant``, or a list of messages."""
+    """What the student reads: text (in chats the user's), ``system``/``user``/``assistant``, or a list of messages."""
     strategies: Annotated[list[Strategy], Field(min_length=1)]
     """What the teacher reads: one or more prefix strategies."""
     select: Literal["sample", "cross"] = "sample"
     """``sample``: each sample draws one strategy by weight. ``cross``: ``n`` samples with every strategy."""
     guard: bool = True
-    """Refuse to start when the student would see a privileged field. Turn off only for experiments such as ensembles."""
+    """Refuse to start when the student would see a privileged field. Off only for experiments such as ensembles."""
     chat_template_kwargs: dict[str, Any] = {}
     """Variables for both chat templates, such as ``{enable_thinking: false}``."""
 
@@ -166,7 +169,7 @@ class Sampling(Section):
 
 
 class Mixing(Section):
-    """Settings of the mixture. The alpha keys go with every request; the others are for a server that the run starts."""
+    """The mixture. The alpha keys go with every request; the others are for a server that the run starts."""
 
     alpha_method: Literal[ALPHA_METHODS] | None = None  # type: ignore[valid-type]
     """How alpha is solved for each token; by default the server's own setting."""
@@ -361,6 +364,6 @@ def json_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a run's file, for editors and for checks elsewhere."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "sglang_optimal distillation run",
         **DistillConfig.model_json_schema(),
+        "title": "sglang_optimal distillation run",
     }

@@ -4,6 +4,7 @@ the student."""
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -112,10 +113,12 @@ class ContextBuilder:
             parts = [(role, content) for role, content in turns if content is not None]
         compiled = [(role, self._compiled(content, where)) for role, content in parts]
         used = set().union(*(self._used(content) for _, content in parts))
-        for name in sorted(used):
+        near_misses = {name for _, content in parts for name in self._near_misses(content)}
+        for name in sorted(used | near_misses):
             if name not in self._fields:
-                known = ", ".join(self._fields)
-                raise ValueError(f"{where}: the data has no field {name!r}. Known: {known}.")
+                near = difflib.get_close_matches(name, self._fields, n=1)
+                hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(self._fields)}."
+                raise ValueError(f"{where}: the data has no field {name!r}. {hint}")
         return _Side(where, compiled, used, plain=self._contexts.format == "text")
 
     def _compiled(self, text: str, where: str) -> jinja2.Template:
@@ -126,6 +129,11 @@ class ContextBuilder:
 
     def _used(self, text: str) -> set[str]:
         return meta.find_undeclared_variables(self._environment.parse(self._long(text)))
+
+    def _near_misses(self, text: str) -> set[str]:
+        """Names in single braces that are nearly a field's: a typo must not go to the models as it stands."""
+        names = {match["name"] for match in _SHORT.finditer(text)}
+        return {name for name in names if difflib.get_close_matches(name, self._fields, n=1, cutoff=0.75)}
 
     def _long(self, text: str) -> str:
         """``{field}`` as Jinja has it."""
@@ -143,8 +151,8 @@ class ContextBuilder:
         seen = sorted(student.used & set(self._privileged))
         if seen:
             raise ValueError(
-                f"{student.where}: shows the student {seen[0]!r}, which is privileged (data.privileged). Take it out of "
-                "the template, or set contexts.guard: false if the student is meant to see it."
+                f"{student.where}: shows the student {seen[0]!r}, which is privileged (data.privileged). Take it out "
+                "of the template, or set contexts.guard: false if the student is meant to see it."
             )
 
     def _check_unseen(self, problem: Problem, text: str) -> None:
@@ -152,8 +160,8 @@ class ContextBuilder:
             value = problem.fields.get(name)
             if isinstance(value, str) and len(value.strip()) >= LEAK_CHARACTERS and value.strip() in text:
                 raise ValueError(
-                    f"problem {problem.id}: what the student reads has the whole text of {name!r} in it. Clean the data, "
-                    "or set contexts.guard: false."
+                    f"problem {problem.id}: what the student reads has the whole text of {name!r} in it. Clean the "
+                    "data, or set contexts.guard: false."
                 )
 
 

@@ -77,11 +77,12 @@ def _open(data: Data):
 
     if data.path is None:
         raise ValueError("data.path: is required (or give --data).")
+    arguments = _arguments(data)
     quiet = datasets.utils.logging.get_verbosity()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(**_arguments(data), split=data.split)
+        return datasets.load_dataset(**arguments, split=data.split)
     except Exception as error:  # datasets raises many kinds, its own and others'
         raise ValueError(f"data.path: cannot read {data.path}: {_first_line(error)}") from error
     finally:

@@ -148,7 +148,7 @@ COLUMNS = {
     "alpha": "per token: the teacher's weight",
     "teacher_logprob": "per token: log-probability under the teacher, nats",
     "student_logprob": "per token: log-probability under the student, nats",
-    "mixture_logprob": "per token: log-probability under the mixture that it was drawn from (before top-p and the like)",
+    "mixture_logprob": "per token: log-probability under the mixture (before top-p and the like), nats",
     "kl_to_student": "per token: KL(mixture‖student), nats",
     "kl_to_teacher": "per token: KL(mixture‖teacher), nats",
     "ess_ratio": "per token: Σ p_student²/q over Σ p_teacher²/q",

@@ -40,6 +40,7 @@ class OwnServer:
         self._config = log.with_name("server.yaml")
         self._port = server.get("port") or _free_port()
         content = {"mixing": mixing, "server": {**server, "host": "127.0.0.1", "port": self._port}}
+        self._config.touch(mode=0o600)  # it may have an API key in it
         self._config.write_text(yaml.safe_dump(content, sort_keys=False))
         self._process: subprocess.Popen | None = None
         self._watcher: asyncio.Task | None = None

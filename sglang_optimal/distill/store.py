@@ -1,7 +1,7 @@
 """Records on disk, so that nothing is lost or doubled when the process dies at any moment.
 
-A record is appended to a journal as one line of JSON, in one write; a full journal becomes a finished shard by writing a
-new file and renaming it. Opening the folder again finds what is there and drops a line that was cut short.
+A record is appended to a journal as one line of JSON; a full journal becomes a finished shard by writing a new file and
+renaming it. Opening the folder again finds what is there and drops a line that was cut short.
 
     data/accepted-00000.parquet        finished shards of accepted records
     rejected/rejected-00000.parquet    and of those that a filter refused, with the reason

@@ -10,7 +10,7 @@ from sglang_optimal.distill.filters.answer import Answer
 from sglang_optimal.distill.filters.base import Filter
 from sglang_optimal.distill.filters.chain import FilterChain, Rejection
 from sglang_optimal.distill.filters.custom import Function
-from sglang_optimal.distill.filters.mixture import Alpha, Coverage, KL
+from sglang_optimal.distill.filters.mixture import KL, Alpha, Coverage
 from sglang_optimal.distill.filters.text import Deduplicate, Finish, Language, Length, Repetition
 
 FILTERS: dict[str, type[Filter]] = {

@@ -19,8 +19,8 @@ class Answer(Filter):
 
     type: Literal["answer"]
     match: Literal["exact", "contains", "numeric", "math"] = "exact"
-    """``exact``: the same text. ``contains``: the sample has the expected text in it. ``numeric``: the last number of both
-    is the same within ``tolerance``. ``math``: math-verify finds both equal as LaTeX or expressions."""
+    """``exact``: the same text. ``contains``: the sample has the expected text in it. ``numeric``: the last number
+    of both is the same within ``tolerance``. ``math``: math-verify finds both equal as LaTeX or expressions."""
     field: str = "answer"
     """The field with the expected answer."""
     extract: Literal["all", "last_line", "boxed", "pattern"] = "all"
@@ -117,7 +117,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def mathematically_equal(said: str, expected: str) -> bool:
-    """Whether math-verify finds the last answer in ``said`` equal to ``expected``: LaTeX, expressions, sets, intervals."""
+    """Whether math-verify finds the last answer in ``said`` equal to ``expected``: LaTeX, expressions, sets."""
     from math_verify import parse, verify
 
     # math-verify keeps its time limit with a signal, which only the main thread has.

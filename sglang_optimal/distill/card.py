@@ -1,0 +1,90 @@
+"""The dataset card: what a run's folder says of itself, to people and to ``datasets.load_dataset``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sglang_optimal.distill.records import COLUMNS, MODEL_COLUMNS
+from sglang_optimal.distill.store import TALLIED, Tally, find_shards, read_rows, replace_file
+
+
+def write_card(folder: Path) -> Path:
+    """Write ``README.md`` of a run with finished shards, of all machines that wrote to ``folder``.
+
+    Raises:
+        ValueError: no run in it.
+    """
+    shards = {kind: find_shards(folder, kind) for kind in ("accepted", "rejected")}
+    tally, models = Tally(), Counter()
+    for row in read_rows(shards["accepted"] + shards["rejected"], [*TALLIED, *MODEL_COLUMNS]):
+        tally.add(row)
+        models[tuple(row[name] for name in MODEL_COLUMNS)] += 1
+    manifests = [json.loads(path.read_text()) for path in sorted(folder.glob("run*.json"))]
+    path = folder / "README.md"
+    replace_file(path, f"---\n{_front_matter(folder, shards)}---\n\n{_body(folder, tally, models, manifests)}")
+    return path
+
+
+def _front_matter(folder: Path, shards: dict[str, list[Path]]) -> str:
+    configs = []
+    for kind, name, split in (("accepted", "default", "train"), ("rejected", "rejected", "train")):
+        suffixes = sorted({p.suffix for p in shards[kind] if p.parent.name != "journal"})
+        if suffixes:
+            files = [f"{'data' if kind == 'accepted' else kind}/*{suffix}" for suffix in suffixes]
+            entry: dict[str, Any] = {"config_name": name, "data_files": [{"split": split, "path": files}]}
+            configs.append(entry | ({"default": True} if name == "default" else {}))
+    content = {
+        "pretty_name": folder.resolve().name,
+        "tags": ["distillation", "semi-on-policy", "sglang-optimal", "synthetic"],
+        "task_categories": ["text-generation"],
+        "configs": configs,
+    }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _body(folder: Path, tally: Tally, models: Counter, manifests: list[dict[str, Any]]) -> str:
+    config = manifests[0].get("config", {}) if manifests else {}
+    lines = [
+        f"# {folder.resolve().name}",
+        "",
+        "Samples of the optimal mixture of a teacher and a student, q* ∝ π_student^(1−α)·π_teacher^α with α solved for",
+        "every token, made with `sglang_optimal.distill`. The teacher may have seen what the student has not",
+        "(`data.privileged`).",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| accepted records | {tally.accepted:,} |",
+        f"| rejected records | {tally.rejected:,} |",
+        f"| tokens, of accepted records | {tally.accepted_tokens:,} |",
+        f"| mean alpha | {'–' if tally.mean_alpha is None else f'{tally.mean_alpha:.3f}'} |",
+    ]
+    for names in models:
+        named = dict(zip(MODEL_COLUMNS, names, strict=True))
+        if named["teacher_model"]:
+            lines.append(f"| teacher, student | {_cell(named['teacher_model'])}, {_cell(named['student_model'])} |")
+    states = {manifest.get("state") for manifest in manifests}
+    if states != {"complete"}:
+        lines.append("| state | not complete: run the same command again |")
+    if tally.reasons:
+        lines += ["", "## Why records were rejected", "", "| filter | reason | records |", "|---|---|---|"]
+        by_filter: Counter[tuple[str, str]] = Counter(tally.reasons)
+        lines += [f"| {_cell(f)} | {_cell(reason)[:120]} | {n:,} |" for (f, reason), n in by_filter.most_common(20)]
+    lines += ["", "## Reading it", "", "```python", "from datasets import load_dataset", ""]
+    lines += ['accepted = load_dataset("path/to/this/folder", split="train")']
+    if tally.rejected:
+        lines += ['rejected = load_dataset("path/to/this/folder", "rejected", split="train")']
+    lines += ["```", "", "## Columns", "", "| column | meaning |", "|---|---|"]
+    lines += [f"| `{name}` | {_cell(meaning)} |" for name, meaning in COLUMNS.items()]
+    if config:
+        text = yaml.safe_dump({k: v for k, v in config.items() if v}, sort_keys=False, allow_unicode=True)
+        lines += ["", "## Settings", "", "```yaml", text.replace("```", "` ` `").rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(str(text).replace("|", "\\|").split())

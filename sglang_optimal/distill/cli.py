@@ -1,0 +1,197 @@
+"""``python -m sglang_optimal.distill``: run, preview, report, export, schema."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+PROGRAM = "sglang_optimal.distill"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="From problems to training data, sampled from the optimal mixture of teacher and student.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    run = commands.add_parser("run", help="sample, filter and store; the same command again resumes")
+    _add_settings(run)
+    run.add_argument("--out", help="Folder of the run; over output.dir.")
+    run.add_argument("--endpoint", action="append", metavar="URL", help="A running server; may be given again.")
+    run.add_argument("--concurrency", type=int, help="Requests in flight; over client.concurrency.")
+    run.add_argument("--n", type=int, help="Samples a problem; over sampling.n.")
+    run.add_argument("--shard", default="0/1", metavar="i/n", help="This machine's part of the problems. Default: 0/1.")
+    run.add_argument("--no-report", action="store_true", help="Do not write report.html at the end.")
+
+    preview = commands.add_parser("preview", help="check the file and print what both sides read; samples nothing")
+    _add_settings(preview)
+    preview.add_argument("--problems", type=int, default=2, help="How many problems to print. Default: %(default)s.")
+
+    report = commands.add_parser("report", help="one HTML file about a run")
+    report.add_argument("folder", help="Folder of the run.")
+    report.add_argument("--output", help="Default: report.html in the folder.")
+    report.add_argument(
+        "--tokenizer", help="Folder or id; splits samples into tokens. Default: the student's, if here."
+    )
+    report.add_argument("--samples", type=int, default=200, help="Samples to browse. Default: %(default)s.")
+
+    from sglang_optimal.distill.export import FORMATS
+
+    export = commands.add_parser(
+        "export",
+        help="the accepted records for a trainer",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="formats:\n" + "\n".join(f"  {name:9} {meaning}" for name, meaning in FORMATS.items()),
+    )
+    export.add_argument("folder", help="Folder of the run.")
+    export.add_argument("--output", required=True, help="A .jsonl or .parquet file.")
+    export.add_argument("--format", default="trl-sft", help=f"{', '.join(FORMATS)}. Default: %(default)s.")
+    export.add_argument("--columns", nargs="+", default=[], help="Columns of the run to keep beside the format's.")
+    export.add_argument("--rejected", action="store_true", help="The rejected records instead.")
+    export.add_argument("--tokenizer", help="Folder or id; its chat template makes the text of --format text.")
+
+    schema = commands.add_parser("schema", help="JSON schema of the run's file, for editors")
+    schema.add_argument("--output", help="Default: stdout.")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file; see configs/distillation.yaml.")
+    parser.add_argument("--data", help="Problems: a file, folder or dataset id; over data.path.")
+    parser.add_argument("--limit", type=int, help="Only so many problems; over data.limit.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 1 stopped on the way (run it again), 2 wrong input, 130 interrupted."""
+    args = build_parser().parse_args(argv)
+    commands = {"run": _run, "preview": _preview, "report": _report, "export": _export, "schema": _schema}
+    try:
+        return commands[args.command](args)
+    except ValueError as error:
+        return _say(f"error: {error}", 2)
+    except ModuleNotFoundError as error:
+        return _say(f"error: {error}; pip install 'sglang-optimal[distill]'", 2)
+    except OSError as error:
+        return _say(f"error: {error}; what was sampled is kept.", 1)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command goes on from here.", 130)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from sglang_optimal.distill.client import NoServer
+    from sglang_optimal.distill.pipeline import run
+
+    config = _config(args)
+    try:
+        result = run(config, shard=_shard(args.shard))
+    except NoServer as error:
+        return _say(f"stopped: {error} The same command goes on from here.", 1)
+    tally = result.tally
+    print(f"{result.folder}: {tally.accepted} accepted, {tally.rejected} rejected, {tally.tokens} tokens")
+    for (name, reason), count in tally.reasons.most_common(10):
+        print(f"  {count:>7}  {name}: {reason}")
+    if not args.no_report and tally.total:
+        from sglang_optimal.distill.report import write_report
+
+        print(f"report: {write_report(result.folder)}")
+    if not result.complete:
+        return _say(f"{result.failed} samples failed; the same command tries them again.", 1)
+    return 0
+
+
+def _preview(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+
+    from sglang_optimal.distill.pipeline import Plan
+    from sglang_optimal.distill.records import Context
+
+    plan = Plan(_config(args))
+    console = Console(highlight=False)
+
+    def show(side: str, context: Context) -> None:
+        parts = [("text", context)] if isinstance(context, str) else [(m["role"], m["content"]) for m in context]
+        for role, content in parts:
+            console.print(f"  [bold]{side}[/] [dim]{role}:[/] {escape(content)}")
+
+    for problem in plan.problems[: args.problems]:
+        for task in plan.builder.tasks(problem, plan.config.sampling.n):
+            teacher, student = plan.builder.render(task)
+            console.print(f"[bold cyan]{escape(task.id)}[/]")
+            show("student", student)
+            show("teacher", teacher)
+    console.print(f"{len(plan.problems)} problems, {plan.total} samples; the file is valid.")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from sglang_optimal.distill.report import write_report
+
+    output = Path(args.output) if args.output else None
+    print(write_report(Path(args.folder), output, tokenizer=args.tokenizer, samples=args.samples))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from sglang_optimal.distill.export import export
+
+    count = export(
+        Path(args.folder), Path(args.output), args.format,
+        columns=args.columns, rejected=args.rejected, tokenizer=args.tokenizer,
+    )  # fmt: skip
+    print(f"{args.output}: {count} records")
+    return 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from sglang_optimal.distill.config import json_schema
+
+    text = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+    if args.output:
+        Path(args.output).write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+    return 0
+
+
+def _config(args: argparse.Namespace):
+    """The file with the command line's values on top."""
+    from sglang_optimal.distill.config import load_config, parse_config
+
+    values = load_config(args.config).model_dump()
+    for section, key, flag in (
+        ("data", "path", "data"), ("data", "limit", "limit"), ("output", "dir", "out"),
+        ("client", "endpoints", "endpoint"), ("client", "concurrency", "concurrency"), ("sampling", "n", "n"),
+    ):  # fmt: skip
+        value = getattr(args, flag, None)
+        if value is not None:
+            values[section][key] = value
+    return parse_config(values, f"{args.config} and the command line")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise ValueError(f"--shard: must be i/n, such as 0/4; got {text!r}.") from None
+    if not 0 <= index < count:
+        raise ValueError(f"--shard: i must be 0 to n − 1; got {text!r}.")
+    return index, count
+
+
+def _say(message: str, status: int) -> int:
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return status
+
+
+def entry_point() -> NoReturn:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,357 @@
+"""A run: problems in, records out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import time
+import zlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sglang_optimal import __version__
+from sglang_optimal.distill.card import write_card
+from sglang_optimal.distill.client import GaveUp, NoServer, Refused, Sample, Servers
+from sglang_optimal.distill.config import DistillConfig
+from sglang_optimal.distill.contexts import ContextBuilder, Task
+from sglang_optimal.distill.filters import FilterChain
+from sglang_optimal.distill.problems import load_problems
+from sglang_optimal.distill.progress import RunProgress
+from sglang_optimal.distill.records import Context, Record
+from sglang_optimal.distill.server import OwnServer
+from sglang_optimal.distill.store import RecordStore, Tally
+
+CHECKED = 200
+"""Problems whose contexts are rendered before anything is started."""
+REFUSALS = 8
+"""A run ends when so many problems are refused with one message before any is sampled: the settings are wrong then, not
+the data."""
+SYNC_EVERY = 1.0
+"""Seconds between two times that the disk is told to keep everything."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """folder: of the run. planned: samples of this shard. tally: over all its records. failed: samples that servers
+    gave up on; the same command tries them again."""
+
+    folder: Path
+    planned: int
+    tally: Tally
+    failed: int
+
+    @property
+    def complete(self) -> bool:
+        return self.failed == 0
+
+
+class Plan:
+    """What a run is to sample.
+
+    Args:
+        config: the run's settings.
+        shard: (i, n).
+
+    Raises:
+        ValueError: problems, templates or filters are wrong.
+    """
+
+    def __init__(self, config: DistillConfig, shard: tuple[int, int] = (0, 1)):
+        self.config, self.shard = config, shard
+        self.problems = load_problems(config.data, shard)
+        self.filters = FilterChain(config.filters)
+        self.builder = ContextBuilder(
+            config.contexts, list(self.problems[0].fields) if self.problems else [], config.data.privileged,
+            config.sampling.seed,
+        )  # fmt: skip
+        for problem in self.problems[:CHECKED]:
+            for task in self.builder.tasks(problem, 1):
+                self.builder.render(task)
+
+    @property
+    def total(self) -> int:
+        return len(self.problems) * self.builder.per_problem(self.config.sampling.n)
+
+    def tasks(self) -> Iterator[Task]:
+        for problem in self.problems:
+            yield from self.builder.tasks(problem, self.config.sampling.n)
+
+    def sampling(self, task: Task) -> dict[str, Any]:
+        """SGLang's sampling parameters for one sample."""
+        params = self.config.sampling.model_dump(exclude={"n", "seed"}, exclude_defaults=True)
+        params |= {
+            "max_new_tokens": self.config.sampling.max_new_tokens,
+            "temperature": self.config.sampling.temperature,
+            "sampling_seed": seed_of(self.config.sampling.seed, task.id),
+        }
+        return params
+
+    def mixing_fields(self) -> dict[str, Any]:
+        fields = self.config.mixing.request_fields()
+        if self.config.contexts.chat_template_kwargs:
+            for side in ("teacher", "student"):
+                fields[f"{side}_chat_template_kwargs"] = self.config.contexts.chat_template_kwargs
+        return fields
+
+
+def seed_of(base: int, task_id: str) -> int:
+    """A 31-bit seed for one sample; the same whenever the run is repeated."""
+    return zlib.crc32(f"{base}/{task_id}".encode()) & 0x7FFFFFFF
+
+
+def fingerprint(config: DistillConfig) -> str:
+    """Hash of the settings that decide what a record is. More problems or samples, other servers: the same run."""
+    values = config.model_dump(mode="json", exclude={"client": True, "server": True})
+    values["data"].pop("limit")
+    values["sampling"].pop("n")
+    for name in ("dir", "shard_records"):
+        values["output"].pop(name)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run(config: DistillConfig, *, shard: tuple[int, int] = (0, 1), console: Console | None = None) -> RunResult:
+    """Sample, filter and store every planned sample that the folder has not got; blocks until done.
+
+    Args:
+        config: with ``data.path`` and ``output.dir`` set.
+        shard: (i, n): this machine's part of the problems.
+        console: for progress; stderr by default.
+
+    Returns:
+        RunResult.
+
+    Raises:
+        ValueError: the settings or the folder are wrong; nothing was sampled.
+        NoServer: no server answers any more. What is there is kept: run it again.
+        OSError: the disk is full or the folder cannot be written; the same.
+    """
+    if config.output.dir is None:
+        raise ValueError("output.dir: is required (or give --out).")
+    _check_server(config)
+    plan = Plan(config, shard)
+    folder = Path(config.output.dir)
+    store = RecordStore(
+        folder, shard, format=config.output.format, shard_records=config.output.shard_records,
+        series=config.output.series,
+    )  # fmt: skip
+    try:
+        return asyncio.run(_Run(plan, store, console or Console(stderr=True)).run())
+    finally:
+        store.close()
+
+
+def _check_server(config: DistillConfig) -> None:
+    if not config.client.endpoints and not config.server.get("model_path"):
+        raise ValueError(
+            "client.endpoints, server.model_path: give the servers to ask (or --endpoint), or the model of a server "
+            "that the run starts itself."
+        )
+
+
+class _Run:
+    """One process's part of a run."""
+
+    def __init__(self, plan: Plan, store: RecordStore, console: Console):
+        self._plan, self._store, self._console = plan, store, console
+        self._config = plan.config
+        self._manifest = self._resumed_manifest()
+        self._sampled = 0
+        self._refused: dict[str, set[str]] = {}  # message: problems
+        self._began = time.monotonic()
+        self._elapsed_before = float(self._manifest.get("elapsed_seconds", 0.0))
+
+    def _resumed_manifest(self) -> dict[str, Any]:
+        path = self._store.manifest_path
+        ours = fingerprint(self._config)
+        if not path.exists():
+            if self._store.done:
+                raise ValueError(f"{self._store.folder}: has records but no {path.name}; give another --out.")
+            return {"fingerprint": ours, "started": _now()}
+        manifest = json.loads(path.read_text())
+        if manifest.get("fingerprint") != ours:
+            changed = _changed(manifest.get("config", {}), self._config.model_dump(mode="json"))
+            raise ValueError(
+                f"{self._store.folder}: holds a run with other settings ({changed}); give another --out, or the old "
+                "settings to resume it."
+            )
+        return manifest
+
+    async def run(self) -> RunResult:
+        store, plan = self._store, self._plan
+        if plan.filters.has_memory:
+            plan.filters.remember(store.accepted_texts())
+        missing = [task for task in plan.tasks() if task.id not in store.done]
+        self._save("running")
+        if store.done:
+            self._console.print(f"resuming {store.folder}: {len(store.done)} samples are there.", highlight=False)
+        failed = 0
+        if missing:
+            try:
+                async with self._servers() as servers:
+                    failed = await self._sample_all(servers, missing)
+            finally:
+                with contextlib.suppress(OSError):  # the error that ended the run says more
+                    self._save("stopped")
+        self._store.finalize()
+        self._save("complete" if not failed else "stopped", failed)
+        write_card(store.folder)
+        return RunResult(store.folder, plan.total, store.tally, failed)
+
+    @contextlib.asynccontextmanager
+    async def _servers(self) -> AsyncIterator[Servers]:
+        config = self._config
+        async with contextlib.AsyncExitStack() as stack:
+            endpoints: Sequence[str] = config.client.endpoints
+            api_key = None
+            if not endpoints:
+                self._console.print(f"starting a server; its log: {self._store.folder / 'server.log'}", highlight=False)
+                own = OwnServer(config.mixing.given(), config.server, self._store.folder / "server.log")
+                await stack.enter_async_context(own)
+                endpoints, api_key = [own.url], config.server.get("api_key")
+            servers = await stack.enter_async_context(Servers(endpoints, config.client, api_key=api_key))
+            await servers.check()
+            yield servers
+
+    async def _sample_all(self, servers: Servers, tasks: list[Task]) -> int:
+        """Returns how many samples servers gave up on."""
+        queue = iter(tasks)
+        progress = RunProgress(self._plan.total, self._store.tally, self._console)
+
+        async def work() -> None:
+            for task in queue:
+                try:
+                    self._store.append(await self._sampled_record(servers, task))
+                except GaveUp as error:
+                    progress.failed += 1
+                    self._console.print(f"[red]failed[/] {task.id}: {error}", highlight=False)
+
+        async def keep() -> None:
+            while True:
+                await asyncio.sleep(SYNC_EVERY)
+                progress.update()
+                await asyncio.to_thread(self._store.sync)
+
+        with progress:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    keeper = group.create_task(keep())
+                    async with asyncio.TaskGroup() as workers:
+                        for _ in range(min(self._config.client.concurrency, len(tasks))):
+                            workers.create_task(work())
+                    keeper.cancel()
+            except BaseExceptionGroup as errors:
+                raise _first(errors) from None
+            finally:
+                await asyncio.to_thread(self._store.sync)
+        return progress.failed
+
+    async def _sampled_record(self, servers: Servers, task: Task) -> Record:
+        teacher, student = self._plan.builder.render(task)
+        sampling, fields = self._plan.sampling(task), self._plan.mixing_fields()
+        try:
+            sample = await servers.generate(teacher, student, sampling, fields)
+        except Refused as error:
+            problems = self._refused.setdefault(str(error), set())
+            problems.add(task.problem.id)
+            if self._sampled == 0 and len(problems) >= min(REFUSALS, len(self._plan.problems)):
+                raise ValueError(f"the server refuses every request: {error}") from None
+            return _refusal(task, teacher, student, {**sampling, **fields}, str(error))
+        self._sampled += 1
+        models = {**servers.models(sample.endpoint), "teacher_weight_version": sample.weight_version}
+        record = _record(task, teacher, student, {**sampling, **fields}, sample, models)
+        rejection = self._plan.filters(record)
+        if rejection is not None:
+            record.accepted, record.rejected_by, record.reject_reason = False, rejection.filter, rejection.reason
+        return record
+
+    def _save(self, state: str, failed: int = 0) -> None:
+        tally = self._store.tally
+        self._manifest |= {
+            "state": state,
+            "finished": _now() if state == "complete" else None,
+            "elapsed_seconds": round(self._elapsed_before + time.monotonic() - self._began, 1),
+            "shard": "{}/{}".format(*self._plan.shard),
+            "planned": self._plan.total,
+            "failed": failed,
+            "accepted": tally.accepted,
+            "rejected": tally.rejected,
+            "tokens": tally.tokens,
+            "filters": [f.label for f in self._config.filters],
+            "versions": {"sglang_optimal": __version__},
+            "config": self._config.model_dump(mode="json", exclude={"server": {"api_key", "admin_api_key"}}),
+        }
+        self._store.write_json(self._store.manifest_path, self._manifest)
+
+
+def _record(
+    task: Task,
+    teacher: Context,
+    student: Context,
+    asked: dict[str, Any],
+    sample: Sample,
+    models: dict[str, str | None],
+) -> Record:
+    return Record(
+        id=task.id,
+        problem_id=task.problem.id,
+        strategy=task.strategy,
+        sample_index=task.sample_index,
+        fields=task.problem.fields,
+        teacher_context=teacher,
+        student_context=student,
+        text=sample.text,
+        token_ids=sample.token_ids,
+        finish_reason=sample.finish_reason,
+        **sample.series,
+        sampling=asked,
+        seed=asked["sampling_seed"],
+        teacher_prompt_tokens=sample.prompt_tokens,
+        latency=sample.latency,
+        models=models,
+    )
+
+
+def _refusal(task: Task, teacher: Context, student: Context, asked: dict[str, Any], message: str) -> Record:
+    nothing = Sample("", [], "refused", {}, 0, 0.0, "", None)
+    record = _record(task, teacher, student, asked, nothing, {"sglang_optimal_version": __version__})
+    record.accepted, record.rejected_by, record.reject_reason = False, "server", message
+    return record
+
+
+def _first(errors: BaseExceptionGroup) -> BaseException:
+    """The error to show of a group: what ended the run, not the cancellations that followed."""
+    flat: list[BaseException] = []
+    stack: list[BaseException] = [errors]
+    while stack:
+        error = stack.pop()
+        if isinstance(error, BaseExceptionGroup):
+            stack += error.exceptions
+        else:
+            flat.append(error)
+    return next((e for e in flat if isinstance(e, ValueError | NoServer | OSError)), flat[0])
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first few keys that differ."""
+    names = []
+    for section, values in new.items():
+        before = old.get(section)
+        if section in ("client", "server") or values == before:
+            continue
+        if isinstance(values, dict) and isinstance(before, dict):
+            ignored = {"data": ("limit",), "sampling": ("n",), "output": ("dir", "shard_records")}.get(section, ())
+            names += [f"{section}.{k}" for k in values if values[k] != before.get(k) and k not in ignored]
+        else:
+            names.append(section)
+    return ", ".join(names[:4]) or "another version"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,120 @@
+"""A server that answers /generate as ours does, at once, with text made from the request; and that can misbehave."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from sglang_optimal.distill.records import SERIES
+
+Answer = tuple[int, Any] | None
+"""(HTTP status, body); None: hang up."""
+
+
+class StubServer:
+    """delay: seconds for one answer. behave: may answer in place of the stub: body -> Answer, or Ellipsis to leave it to it.
+
+    seen: how often each sampling_seed was asked for.
+    """
+
+    def __init__(self, *, delay: float = 0.0, api_key: str | None = None, mixes: bool = True, port: int = 0):
+        self.delay, self.api_key, self.mixes = delay, api_key, mixes
+        self.behave: Callable[[dict], Answer | type(Ellipsis)] = lambda body: ...
+        self.seen: Counter[int] = Counter()
+        self.bodies: list[dict] = []
+        self.in_flight = self.most_in_flight = 0
+        self.lock = threading.Lock()
+        self._http = _Server(("127.0.0.1", port), _handler(self))
+        self.port = self._http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+    def info(self) -> Any:
+        mixing = {"teacher_model_path": "teacher", "student_model_path": "student", "student_weight_version": "v1"}
+        return {"version": "stub", "internal_states": [{"mixing": mixing} if self.mixes else {}]}
+
+    def generate(self, body: dict) -> Answer:
+        with self.lock:
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+            self.seen[body["sampling_params"]["sampling_seed"]] += 1
+            self.bodies.append(body)
+        try:
+            time.sleep(self.delay)
+            answer = self.behave(body)
+            return (200, stub_answer(body)) if answer is ... else answer
+        finally:
+            with self.lock:
+                self.in_flight -= 1
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+
+def stub_answer(body: dict) -> dict:
+    """Deterministic in the request."""
+    seed = body["sampling_params"]["sampling_seed"]
+    tokens = [3 + (seed >> i) % 60 for i in range(4 + seed % 8)]
+    series = {name: [round(((seed >> i) % 100) / 100, 2) for i in range(len(tokens))] for name in SERIES}
+    for name in SERIES:
+        if name.endswith("logprob"):
+            series[name] = [-0.01 - value for value in series[name]]
+    finish = {"type": "stop" if seed % 5 else "length"}
+    text = f"sample {zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x} so the answer is {seed % 3}."
+    meta = {"finish_reason": finish, "prompt_tokens": 7, "weight_version": "default", **series}
+    return {"text": text, "output_ids": tokens, "meta_info": meta}
+
+
+def _handler(stub: StubServer):
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_args) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self._send(200, stub.info() if self.path == "/get_server_info" else {})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if stub.api_key is not None and self.headers.get("Authorization") != f"Bearer {stub.api_key}":
+                return self._send(401, {"error": "Unauthorized"})
+            answer = stub.generate(body)
+            if answer is None:
+                self.close_connection = True
+                return None
+            return self._send(*answer)
+
+        def _send(self, status: int, content: Any) -> None:
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            with contextlib.suppress(ConnectionError):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+    return Handler
+
+
+@contextlib.contextmanager
+def stub_server(**settings: Any) -> Iterator[StubServer]:
+    server = StubServer(**settings)
+    try:
+        yield server
+    finally:
+        server.stop()

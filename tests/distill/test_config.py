@@ -1,0 +1,154 @@
+"""The YAML file of a run: what is accepted, and what an error says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from sglang_optimal.config import ALPHA_METHODS, DISTILL_SECTIONS, MixingConfig, load_yaml
+from sglang_optimal.distill.cli import main
+from sglang_optimal.distill.config import DistillConfig, Mixing, json_schema, load_config, parse_config
+from sglang_optimal.distill.filters import FILTERS, FilterConfig
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+RUNS = [path for path in CONFIGS if path.name != "base.yaml"]
+SMALL = {"contexts": {"student": "{problem}", "strategies": [{"teacher": "{problem} {answer}"}]}}
+
+
+def changed(**sections):
+    values = copy.deepcopy(SMALL)
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return values
+
+
+def error_of(values) -> str:
+    with pytest.raises(ValueError) as caught:
+        parse_config(values, "run.yaml")
+    return str(caught.value)
+
+
+def test_the_least():
+    config = parse_config(SMALL)
+    assert config.contexts.strategies[0].name == "default"
+    assert config.sampling.n == 1 and config.filters == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "contexts: is required."),
+        (changed(data={"pat": "x"}), "data: unknown key 'pat'. Did you mean 'path'?"),
+        (changed(data={"limit": 0}), "data.limit: Input should be greater than 0; got 0."),
+        (changed(data={"path": " "}), "data.path: must not be empty."),
+        (changed(samplin={}), "unknown key 'samplin'. Did you mean 'sampling'?"),
+        (changed(contexts={"student": 3}), "contexts.student: must be text, a mapping with `user`, or a list"),
+        (changed(contexts={"student": {"user": "", "usr": "x"}}), "contexts.student: unknown key 'usr'. Did you mean 'user'?"),
+        (changed(contexts={"student": [{"role": "usr", "content": ""}]}), "contexts.student[0].role: Input should be"),
+        (changed(contexts={"strategies": []}), "contexts.strategies: List should have at least 1 item"),
+        (
+            changed(contexts={"strategies": [{"teacher": "a"}, {"teacher": "b"}]}),
+            "contexts: strategies: the name 'default' occurs twice",
+        ),
+        (changed(contexts={"format": "text", "student": {"user": "x"}}), "contexts: format: 'text' takes templates"),
+        (
+            changed(contexts={"format": "text", "chat_template_kwargs": {"a": 1}}),
+            "contexts: chat_template_kwargs: has no effect",
+        ),
+        (changed(sampling={"temperature": -1}), "sampling.temperature: Input should be greater"),
+        (changed(filters=[{"type": "lenght"}]), "filters[0]: unknown filter 'lenght'. Did you mean 'length'?"),
+        (changed(filters=[{"min": 1}]), "filters[0]: needs a `type`: length, finish"),
+        (changed(filters=[{"type": "length", "min": 1}]), "filters[0]: unknown key 'min'."),
+        (changed(filters=[{"type": "alpha"}]), "filters[0]: min_mean, max_mean, max_share_above: give at least one"),
+        (changed(filters=[{"type": "coverage"}]), "filters[0]: min_mean_logprob, floor: give at least one"),
+        (changed(filters=[{"type": "finish"}, {"type": "finish"}]), "filters: 'finish' occurs twice"),
+        (
+            changed(filters=[{"type": "answer", "extract": "pattern", "pattern": "("}]),
+            "filters[0].pattern: is no regular expression",
+        ),
+        (changed(filters=[{"type": "function", "function": "x"}]), "filters[0].function: String should match"),
+        (changed(client={"endpoints": ["gpu:3"]}), "client.endpoints: 'gpu:3' is no URL; write it as http://"),
+        (changed(mixing={"alpha_method": "kl"}), "mixing.alpha_method: Input should be"),
+        (changed(mixing={"alpha_min": 0.8, "alpha_max": 0.2}), "mixing: alpha_min: 0.8 is greater than alpha_max"),
+        (changed(mixing={"student_model": "x"}), "mixing: unknown key 'student_model'. Did you mean 'student_model_path'"),
+    ],
+)
+def test_error_names_the_key(values, message):
+    assert error_of(values).startswith(f"run.yaml: {message}"), error_of(values)
+
+
+def test_all_errors_at_once():
+    text = error_of(changed(data={"limit": 0}, sampling={"n": 0}))
+    assert text.splitlines()[0] == "run.yaml: 2 errors:"
+    assert "data.limit" in text and "sampling.n" in text
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "", "just text"])
+def test_not_a_mapping(tmp_path, content, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    assert main(["run", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_missing_file(capsys):
+    assert main(["preview", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
+def test_shipped_configs(path):
+    load_config(path)
+    jsonschema.Draft202012Validator(json_schema()).validate(yaml.safe_load(path.read_text()))
+    load_yaml(path)  # starts a server too
+
+
+def test_schema_refuses_what_we_refuse():
+    validator = jsonschema.Draft202012Validator(json_schema())
+    validator.check_schema(json_schema())
+    assert validator.is_valid(SMALL)
+    assert not validator.is_valid(changed(data={"pat": "x"}))
+    assert not validator.is_valid(changed(filters=[{"type": "lenght"}]))
+    assert not validator.is_valid(changed(contexts={"student": 3}))
+
+
+def keys_of(schema: dict, name: str) -> set[str]:
+    return set(schema["$defs"][name]["properties"])
+
+
+def test_every_key_is_documented():
+    """In the schema (descriptions) and in configs/distillation.yaml (the key by name, with a comment or a value)."""
+    schema = json_schema()
+    text = (CONFIGS[0].parent / "distillation.yaml").read_text()
+    for name, definition in schema["$defs"].items():
+        for key, value in definition.get("properties", {}).items():
+            assert re.search(rf"\b{key}\b", text), f"{name}.{key} is not in configs/distillation.yaml"
+            described = "description" in value or key in ("type", "role", "content")
+            assert described, f"{name}.{key} has no description"
+
+
+def test_same_sections_and_keys_as_the_server():
+    assert set(DistillConfig.model_fields) == {*DISTILL_SECTIONS, "mixing", "server"}
+    assert set(Mixing.model_fields) == set(MixingConfig.STUDENT_KEYS + MixingConfig.ALPHA_KEYS)
+    methods = json_schema()["$defs"]["Mixing"]["properties"]["alpha_method"]["anyOf"][0]["enum"]
+    assert tuple(methods) == ALPHA_METHODS
+
+
+def test_every_filter_is_in_the_union():
+    union = set(FilterConfig.__origin__.__args__)
+    assert union == set(FILTERS.values())
+    for name, filter_class in FILTERS.items():
+        assert filter_class.model_fields["type"].annotation.__args__ == (name,)
+
+
+def test_schema_command(tmp_path, capsys):
+    assert main(["schema", "--output", str(tmp_path / "schema.json")]) == 0
+    assert json.loads((tmp_path / "schema.json").read_text()) == json_schema()
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == json_schema()
