@@ -35,7 +35,11 @@ class NoServer(Exception):
 
 
 class _Failed(Exception):
-    """A failure that may be over when it is tried again."""
+    """A failure that may be over when it is tried again. reached: the server had the request when it failed."""
+
+    def __init__(self, message: str, *, reached: bool = True):
+        super().__init__(message)
+        self.reached = reached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,26 +143,28 @@ class Servers:
             NoServer: see `check`.
         """
         body = request_body(teacher, student, sampling, fields)
+        began = time.monotonic()
+        failures = 0  # of this request; that a server was away is not its fault
+
+        def enough(state: tenacity.RetryCallState) -> bool:
+            nonlocal failures
+            failures += state.outcome.exception().reached
+            if time.monotonic() - self._last_answer > self._settings.max_downtime:
+                return True
+            return failures > self._settings.retries and self._last_answer > began
+
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_Failed),
             wait=tenacity.wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
-            stop=self._enough,
+            stop=enough,
             reraise=True,
         )
-        began = time.monotonic()
         try:
             return await retrying(self._once, body)
         except _Failed as error:
-            if self._last_answer < began:
-                raise NoServer(f"no server has answered for {self._settings.max_downtime:.0f} s: {error}") from None
-            raise GaveUp(str(error)) from None
-
-    def _enough(self, state: tenacity.RetryCallState) -> bool:
-        now = time.monotonic()
-        if now - self._last_answer > self._settings.max_downtime:
-            return True
-        others_succeed = self._last_answer > state.start_time
-        return others_succeed and state.attempt_number > self._settings.retries
+            if failures > self._settings.retries and self._last_answer > began:
+                raise GaveUp(str(error)) from None
+            raise NoServer(f"no server has answered for {self._settings.max_downtime:.0f} s: {error}") from None
 
     async def _once(self, body: dict[str, Any]) -> Sample:
         endpoint = await self._pick()
@@ -168,7 +174,8 @@ class Servers:
             sample = _sample(response, endpoint.url, time.monotonic() - began)
         except httpx.TransportError as error:
             self._rest(endpoint)
-            raise _Failed(f"{endpoint.url}: {type(error).__name__} {error}".rstrip()) from None
+            reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+            raise _Failed(f"{endpoint.url}: {type(error).__name__} {error}".rstrip(), reached=reached) from None
         except _Failed:
             self._rest(endpoint)
             raise
@@ -251,7 +258,8 @@ def _sample(response: httpx.Response, endpoint: str, latency: float) -> Sample:
     if response.status_code in (401, 403):
         raise NoServer(f"{endpoint}: wants an API key; set client.api_key_env.")
     if response.status_code in (408, 429) or response.status_code >= 500:
-        raise _Failed(f"{endpoint}: HTTP {response.status_code}")
+        busy = response.status_code in (429, 503)
+        raise _Failed(f"{endpoint}: HTTP {response.status_code}", reached=not busy)
     try:
         answer = response.json()
     except ValueError:

@@ -190,7 +190,7 @@ class _Run:
         missing = [task for task in plan.tasks() if task.id not in store.done]
         self._save("running")
         if store.done:
-            self._console.print(f"resuming {store.folder}: {len(store.done)} samples are there.", highlight=False)
+            self._say(f"resuming {store.folder}: {len(store.done)} samples are there.")
         failed = 0
         if missing:
             try:
@@ -211,7 +211,7 @@ class _Run:
             endpoints: Sequence[str] = config.client.endpoints
             api_key = None
             if not endpoints:
-                self._console.print(f"starting a server; its log: {self._store.folder / 'server.log'}", highlight=False)
+                self._say(f"starting a server; its log: {self._store.folder / 'server.log'}")
                 own = OwnServer(config.mixing.given(), config.server, self._store.folder / "server.log")
                 await stack.enter_async_context(own)
                 endpoints, api_key = [own.url], config.server.get("api_key")
@@ -230,7 +230,7 @@ class _Run:
                     self._store.append(await self._sampled_record(servers, task))
                 except GaveUp as error:
                     progress.failed += 1
-                    self._console.print(f"[red]failed[/] {task.id}: {error}", highlight=False)
+                    self._say(f"failed: {task.id}: {error}")
 
         async def keep() -> None:
             while True:
@@ -270,6 +270,9 @@ class _Run:
         if rejection is not None:
             record.accepted, record.rejected_by, record.reject_reason = False, rejection.filter, rejection.reason
         return record
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _save(self, state: str, failed: int = 0) -> None:
         tally = self._store.tally

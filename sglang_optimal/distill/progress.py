@@ -51,7 +51,7 @@ class RunProgress:
             self.update()
             self._live.stop()
         else:
-            self._console.print(self._line(), highlight=False)
+            self._console.print(self._line(), highlight=False, soft_wrap=True)
 
     def update(self) -> None:
         """Call it now and then; cheap."""
@@ -63,7 +63,7 @@ class RunProgress:
             self._bar.update(self._task, completed=self._tally.total)
         elif now - self._logged >= LOG_EVERY:
             self._logged = now
-            self._console.print(self._line(), highlight=False)
+            self._console.print(self._line(), highlight=False, soft_wrap=True)
 
     def rate(self) -> float:
         """Generated tokens a second, of late."""

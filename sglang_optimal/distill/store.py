@@ -29,6 +29,8 @@ from sglang_optimal.distill.records import Record, schema
 KINDS = {"accepted": "data", "rejected": "rejected"}
 """Kind of record: folder of its finished shards."""
 
+SUFFIXES = (".parquet", ".jsonl")
+
 
 class RecordStore:
     """The records of one run (or of one machine's shard of it).
@@ -137,9 +139,10 @@ class RecordStore:
             yield row["problem_id"], row["text"]
 
     def _files(self, kind: str) -> list[Path]:
-        shards = sorted((self.folder / KINDS[kind]).glob(f"{kind}-{self._tag}[0-9]*.*"))
-        journals = sorted(self._journal.glob(f"{kind}-{self._tag}[0-9]*.jsonl"))
-        return [p for p in (*shards, *journals) if _number(p, kind, self._tag) is not None]
+        """Finished shards, then journals, each in the order of their numbers."""
+        pattern = f"{kind}-{self._tag}[0-9]*"
+        paths = [*sorted((self.folder / KINDS[kind]).glob(pattern)), *sorted(self._journal.glob(pattern))]
+        return [p for p in paths if p.suffix in SUFFIXES and _number(p, kind, self._tag) is not None]
 
     # -- journals and shards ---------------------------------------------------------------------------------------
 
@@ -163,6 +166,10 @@ class RecordStore:
     def _recovered(self, kind: str) -> _Journal:
         """Count what is there, finish what was under way, and open the journal that comes next."""
         following = 0
+        for folder in (self.folder / KINDS[kind], self._journal):
+            for part in folder.glob(f"{kind}-{self._tag}[0-9]*.part"):
+                if _number(part, kind, self._tag) is not None:
+                    part.unlink()
         for path in self._files(kind):
             number = _number(path, kind, self._tag)
             following = max(following, number + 1)
@@ -310,7 +317,7 @@ def find_shards(folder: Path, kind: str) -> list[Path]:
         ValueError: ``folder`` has no run in it.
     """
     shards = sorted((folder / KINDS[kind]).glob(f"{kind}-*.*"))
-    shards = [path for path in shards if path.suffix in (".parquet", ".jsonl")]
+    shards = [path for path in shards if path.suffix in SUFFIXES]
     names = {path.stem for path in shards}
     journals = [p for p in sorted((folder / "journal").glob(f"{kind}-*.jsonl")) if p.stem not in names]
     if not any(folder.glob("run*.json")):

@@ -21,6 +21,7 @@ Answer = tuple[int, Any] | None
 class StubServer:
     """delay: seconds for one answer. behave: may answer in place of the stub: body -> Answer, or Ellipsis to leave it to it.
 
+    dies_after: requests, after which it answers no more and closes its port.
     seen: how often each sampling_seed was asked for.
     """
 
@@ -30,6 +31,8 @@ class StubServer:
         self.seen: Counter[int] = Counter()
         self.bodies: list[dict] = []
         self.in_flight = self.most_in_flight = 0
+        self.dies_after: int | None = None
+        self.stopped = threading.Event()
         self.lock = threading.Lock()
         self._http = _Server(("127.0.0.1", port), _handler(self))
         self.port = self._http.server_address[1]
@@ -38,9 +41,11 @@ class StubServer:
         self._thread.start()
 
     def stop(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
+        if not self.stopped.is_set():
+            self.stopped.set()  # connections that are kept alive end with their next request
+            self._http.shutdown()
+            self._http.server_close()
+            self._thread.join()
 
     def info(self) -> Any:
         mixing = {"teacher_model_path": "teacher", "student_model_path": "student", "student_weight_version": "v1"}
@@ -52,8 +57,13 @@ class StubServer:
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
             self.seen[body["sampling_params"]["sampling_seed"]] += 1
             self.bodies.append(body)
+            dies = self.dies_after is not None and sum(self.seen.values()) > self.dies_after
+        if dies:
+            self.stop()
         try:
             time.sleep(self.delay)
+            if self.stopped.is_set():
+                return None
             answer = self.behave(body)
             return (200, stub_answer(body)) if answer is ... else answer
         finally:

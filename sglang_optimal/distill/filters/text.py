@@ -88,7 +88,7 @@ class Language(Filter):
     """Shorter texts pass: too little to tell."""
 
     def ready(self) -> Check:
-        known = set(_identifier().nb_classes)
+        known = set(_identifier().labels)
         for code in self.allowed:
             if code not in known:
                 raise ValueError(f"allowed: unknown language {code!r}; use ISO 639-1 codes such as 'en'.")
@@ -107,7 +107,7 @@ class Language(Filter):
 def _identifier():
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    return LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 class Deduplicate(Filter):

@@ -1,0 +1,415 @@
+"""Whole runs against stub servers: complete, resumed, killed, and with servers that misbehave."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from stub_server import StubServer, stub_answer, stub_server
+
+from sglang_optimal.distill import client
+from sglang_optimal.distill.cli import main
+from sglang_optimal.distill.pipeline import seed_of
+from sglang_optimal.distill.store import find_shards, read_rows
+
+PROBLEMS = 40
+SETTINGS = {
+    "data": {"fields": {"id": "key"}},
+    "contexts": {
+        "student": "{problem}",
+        "strategies": [{"name": "a", "teacher": "{problem} {answer}"}, {"name": "b", "teacher": "{answer} {problem}"}],
+    },
+    "sampling": {"n": 3, "max_new_tokens": 16},
+    "filters": [{"type": "finish"}, {"type": "answer", "match": "numeric"}],
+    "output": {"shard_records": 16},
+    "client": {"concurrency": 8, "timeout": 20, "retries": 3, "max_downtime": 20},
+}
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.1)
+
+
+@pytest.fixture
+def stub():
+    with stub_server() as server:
+        yield server
+
+
+class Folder:
+    """A run's file and data, and what has come out of it."""
+
+    def __init__(self, root: Path):
+        self.root, self.out = root, root / "out"
+        rows = [{"key": f"p{i}", "problem": f"{i} + 1?", "answer": str(i % 3)} for i in range(PROBLEMS)]
+        (root / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.configure()
+
+    def configure(self, **sections) -> None:
+        settings = {**SETTINGS, **{name: {**SETTINGS.get(name, {}), **s} for name, s in sections.items()}}
+        (self.root / "run.yaml").write_text(yaml.safe_dump(settings))
+
+    def command(self, *urls: str) -> list[str]:
+        argv = ["run", str(self.root / "run.yaml"), "--data", str(self.root / "problems.jsonl"), "--out", str(self.out)]
+        return [*argv, *(part for url in urls for part in ("--endpoint", url)), "--no-report"]
+
+    def run(self, *urls: str, more: tuple[str, ...] = ()) -> int:
+        return main([*self.command(*urls), *more])
+
+    def process(self, *urls: str, more: tuple[str, ...] = ()) -> subprocess.Popen:
+        command = [sys.executable, "-m", "sglang_optimal.distill", *self.command(*urls), *more]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def rows(self) -> dict[str, dict]:
+        rows = [row for kind in ("accepted", "rejected") for row in read_rows(find_shards(self.out, kind))]
+        assert len({row["id"] for row in rows}) == len(rows), "a record is there twice"
+        return {row["id"]: row for row in rows}
+
+    def check_complete(self, *, problems: int = PROBLEMS, n: int = 3) -> dict[str, dict]:
+        rows = self.rows()
+        pairs = {tuple(name.split("/")[::2]) for name in rows}
+        assert pairs == {(f"p{i}", str(k)) for i in range(problems) for k in range(n)} and len(rows) == problems * n
+        for name, row in rows.items():
+            strategy = name.split("/")[1]
+            body = {"sampling_params": {"sampling_seed": seed_of(0, name)}}
+            assert row["token_ids"] == stub_answer(body)["output_ids"]
+            assert row["student_messages"][0]["content"] == row["problem"]
+            teacher = row["teacher_messages"][0]["content"]
+            parts = (row["problem"], row["answer"])
+            assert teacher == " ".join(parts if strategy == "a" else parts[::-1])
+        assert not (self.out / "journal").exists()
+        assert json.loads((self.out / "run.json").read_text())["state"] == "complete"
+        return rows
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path)
+
+
+def test_complete(folder, stub, capsys):
+    assert folder.run(stub.url) == 0
+    rows = folder.check_complete()
+    assert set(stub.seen.values()) == {1} and stub.most_in_flight <= 8
+    finished = [r for r in rows.values() if r["finish_reason"] == "stop"]
+    right = [r for r in finished if r["text"].endswith(f"answer is {r['answer']}.")]
+    accepted = {name for name, row in rows.items() if row["accepted"]}
+    assert accepted == {row["id"] for row in right}
+    reasons = {(row["rejected_by"], row["reject_reason"]) for row in rows.values() if not row["accepted"]}
+    assert reasons == {("finish", "ended by length"), ("answer", "wrong answer")}
+    assert f"{len(right)} accepted" in capsys.readouterr().out
+    row = rows[min(accepted)]
+    assert row["teacher_model"] == "teacher" and row["student_weight_version"] == "v1" and row["seed"]
+    assert json.loads(row["sampling"])["max_new_tokens"] == 16
+    body = stub.bodies[0]["sampling_params"]["custom_params"]
+    assert body["return_mixing_info"] is True and body["student_messages"][0]["role"] == "user"
+
+
+def test_read_by_load_dataset(folder, stub):
+    assert folder.run(stub.url) == 0
+    rows = folder.rows()
+    accepted = datasets.load_dataset(str(folder.out), split="train")
+    rejected = datasets.load_dataset(str(folder.out), "rejected", split="train")
+    assert set(accepted["id"]) == {name for name, row in rows.items() if row["accepted"]}
+    assert set(rejected["id"]) == {name for name, row in rows.items() if not row["accepted"]}
+    card = (folder.out / "README.md").read_text()
+    assert "wrong answer" in card and "| `log_weight_student` |" in card
+
+
+def test_jsonl_by_load_dataset(folder, stub):
+    folder.configure(output={"format": "jsonl", "shard_records": 16})
+    assert folder.run(stub.url) == 0
+    accepted = datasets.load_dataset(str(folder.out), split="train")
+    assert len(accepted) == sum(row["accepted"] for row in folder.check_complete().values())
+
+
+def test_again_does_nothing(folder, stub):
+    assert folder.run(stub.url) == 0
+    asked = sum(stub.seen.values())
+    before = folder.rows()
+    assert folder.run(stub.url) == 0
+    assert sum(stub.seen.values()) == asked and folder.rows() == before
+
+
+def test_more_samples_and_problems(folder, stub):
+    folder.configure(data={"limit": 5, "fields": {"id": "key"}}, sampling={"n": 1, "max_new_tokens": 16})
+    assert folder.run(stub.url) == 0
+    folder.check_complete(problems=5, n=1)
+    assert folder.run(stub.url, more=("--n", "3", "--limit", "100")) == 0
+    folder.check_complete()
+    assert set(stub.seen.values()) == {1}
+
+
+def test_other_settings_are_another_run(folder, stub, capsys):
+    assert folder.run(stub.url, more=("--limit", "2")) == 0
+    folder.configure(sampling={"n": 3, "max_new_tokens": 17})
+    assert folder.run(stub.url) == 2
+    assert "holds a run with other settings (sampling.max_new_tokens)" in capsys.readouterr().err
+    folder.configure(client={"concurrency": 2})
+    assert folder.run(stub.url) == 0
+
+
+def test_machines_with_shards_of_their_own(folder, stub):
+    assert folder.run(stub.url, more=("--shard", "0/2")) == 0
+    assert folder.run(stub.url, more=("--shard", "1/2")) == 0
+    assert len(folder.rows()) == PROBLEMS * 3 and set(stub.seen.values()) == {1}
+    card = (folder.out / "README.md").read_text()
+    assert f"| rejected records | {sum(not r['accepted'] for r in folder.rows().values())} |" in card
+    assert len(datasets.load_dataset(str(folder.out), split="train")) == sum(
+        row["accepted"] for row in folder.rows().values()
+    )
+
+
+@pytest.mark.parametrize("shard", ["2", "2/2", "-1/2", "a/b", "0/0"])
+def test_wrong_shard(folder, stub, shard, capsys):
+    assert folder.run(stub.url, more=(f"--shard={shard}",)) == 2
+    assert "--shard" in capsys.readouterr().err
+
+
+def test_killed_again_and_again(folder, stub):
+    """kill -9 at random moments; the same command in between; at the end nothing is missing and nothing doubled."""
+    stub.delay = 0.05
+    generator = random.Random(7)
+    kills = 0
+    for _ in range(20):
+        process = folder.process(stub.url)
+        began = sum(stub.seen.values())
+        while process.poll() is None and sum(stub.seen.values()) == began:
+            time.sleep(0.01)  # it has come to asking
+        time.sleep(generator.uniform(0.0, 0.4))
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+    else:
+        assert folder.process(stub.url).wait() == 0
+    assert kills >= 2
+    folder.check_complete()
+    assert set(stub.seen) == {seed_of(0, name) for name in folder.rows()}
+    repeated = sum(count - 1 for count in stub.seen.values())
+    assert repeated <= 8 * kills  # at most what was in flight
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(folder, stub, number):
+    stub.delay = 0.1
+    process = folder.process(stub.url)
+    while not stub.seen:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=20)
+    if number == signal.SIGINT:
+        assert process.returncode == 130 and "goes on from here" in error
+        assert json.loads((folder.out / "run.json").read_text())["state"] == "stopped"
+    stub.delay = 0
+    assert folder.run(stub.url) == 0
+    folder.check_complete()
+
+
+def test_one_of_two_servers_dies(folder, stub):
+    doomed = StubServer()
+    doomed.dies_after = 20
+    assert folder.run(doomed.url, stub.url) == 0
+    folder.check_complete()
+    assert sum(doomed.seen.values()) >= 20 and sum(stub.seen.values()) >= 3 * PROBLEMS - 20
+
+
+def test_the_only_server_dies_and_comes_back(folder):
+    first = StubServer()
+    first.dies_after = 50
+    revived = []
+
+    def restart():
+        first.stopped.wait()
+        time.sleep(0.5)
+        revived.append(StubServer(port=first.port))
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    assert folder.run(first.url) == 0
+    thread.join()
+    folder.check_complete()
+    assert sum(revived[0].seen.values()) >= 3 * PROBLEMS - 50
+    revived[0].stop()
+
+
+def test_no_server_any_more(folder, capsys):
+    folder.configure(client={"max_downtime": 0.5, "concurrency": 8})
+    first = StubServer()
+    first.dies_after = 50
+    assert folder.run(first.url) == 1
+    assert "stopped: no server has answered" in capsys.readouterr().err
+    kept = len(folder.rows())
+    assert 0 < kept < 3 * PROBLEMS
+    with stub_server() as second:
+        assert folder.run(second.url) == 0
+        assert sum(second.seen.values()) == 3 * PROBLEMS - kept
+    folder.check_complete()
+
+
+def test_never_a_server(folder, capsys):
+    folder.configure(client={"max_downtime": 0.2})
+    assert folder.run("http://127.0.0.1:9") == 1
+    assert "no server answers at http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_round_robin_and_concurrency(folder):
+    with stub_server(delay=0.02) as one, stub_server(delay=0.02) as two:
+        assert folder.run(one.url, two.url) == 0
+        counts = sum(one.seen.values()), sum(two.seen.values())
+        assert sum(counts) == 3 * PROBLEMS and abs(counts[0] - counts[1]) <= 8
+        assert 4 <= one.most_in_flight + two.most_in_flight <= 16
+
+
+TROUBLE = {
+    "500": (500, {"error": "boom"}),
+    "503": (503, b"<html>busy</html>"),
+    "429": (429, {}),
+    "hangs up": None,
+    "no JSON": (200, b"<html>"),
+    "aborts": (200, {"text": "", "output_ids": [], "meta_info": {"finish_reason": {"type": "abort"}}}),
+}
+
+
+@pytest.mark.parametrize("trouble", list(TROUBLE))
+def test_now_and_then(folder, stub, trouble):
+    """Every third request fails once."""
+
+    def behave(body):
+        seed = body["sampling_params"]["sampling_seed"]
+        return TROUBLE[trouble] if seed % 3 == 0 and stub.seen[seed] == 1 else ...
+
+    stub.behave = behave
+    assert folder.run(stub.url) == 0
+    folder.check_complete()
+    assert max(stub.seen.values()) == 2
+
+
+def test_slow_answers_are_given_up_and_asked_again(folder, stub):
+    folder.configure(client={"timeout": 0.3, "concurrency": 8})
+
+    def behave(body):
+        seed = body["sampling_params"]["sampling_seed"]
+        if seed % 7 == 0 and stub.seen[seed] == 1:
+            time.sleep(1)
+        return ...
+
+    stub.behave = behave
+    assert folder.run(stub.url) == 0
+    folder.check_complete()
+
+
+def test_a_request_that_always_fails(folder, stub, capsys):
+    bad = seed_of(0, "p3/a/0"), seed_of(0, "p3/b/0")
+    stub.behave = lambda body: (500, {}) if body["sampling_params"]["sampling_seed"] in bad else ...
+    stub.delay = 0.01
+    assert folder.run(stub.url) == 1
+    output = capsys.readouterr()
+    assert "1 samples failed" in output.err and "HTTP 500" in output.err
+    assert len(folder.rows()) == 3 * PROBLEMS - 1
+    stub.behave = lambda body: ...
+    assert folder.run(stub.url) == 0
+    folder.check_complete()
+
+
+def test_a_request_that_is_refused(folder, stub):
+    bad = seed_of(0, "p3/a/0"), seed_of(0, "p3/b/0")
+    refusal = (400, {"error": {"message": "too long by 3 tokens"}})
+    stub.behave = lambda body: refusal if body["sampling_params"]["sampling_seed"] in bad else ...
+    assert folder.run(stub.url) == 0
+    (row,) = [row for row in folder.rows().values() if row["rejected_by"] == "server"]
+    assert row["reject_reason"] == "too long by 3 tokens" and row["token_ids"] == [] and row["id"].startswith("p3/")
+
+
+def test_every_request_is_refused(folder, stub, capsys):
+    stub.behave = lambda body: (400, {"error": {"message": "alpha_methud: unknown"}})
+    assert folder.run(stub.url) == 2
+    assert "the server refuses every request: alpha_methud: unknown" in capsys.readouterr().err
+    assert sum(stub.seen.values()) < 3 * PROBLEMS
+
+
+def test_a_server_that_does_not_mix(folder, capsys):
+    with stub_server(mixes=False) as plain:
+        assert folder.run(plain.url) == 2
+    assert "runs no student" in capsys.readouterr().err
+
+
+def test_answers_without_the_series(folder, stub, capsys):
+    meta = {"finish_reason": {"type": "stop"}}
+    stub.behave = lambda body: (200, {"text": "x", "output_ids": [1], "meta_info": meta})
+    assert folder.run(stub.url) == 1
+    assert "without alpha for every token" in capsys.readouterr().err
+
+
+def test_api_key(folder, monkeypatch, capsys):
+    with stub_server(api_key="secret") as server:
+        assert folder.run(server.url) == 1
+        assert "wants an API key; set client.api_key_env" in capsys.readouterr().err
+        folder.configure(client={"api_key_env": "STUB_KEY"})
+        monkeypatch.delenv("STUB_KEY", raising=False)
+        assert folder.run(server.url) == 2
+        assert "the environment has no STUB_KEY" in capsys.readouterr().err
+        monkeypatch.setenv("STUB_KEY", "secret")
+        assert folder.run(server.url) == 0
+    folder.check_complete()
+    assert "secret" not in "".join(path.read_text(errors="replace") for path in folder.out.rglob("*") if path.is_file())
+
+
+def test_a_run_in_use(folder, stub, capsys):
+    stub.delay = 0.2
+    process = folder.process(stub.url)
+    while not stub.seen:
+        time.sleep(0.01)
+    assert folder.run(stub.url) == 2
+    assert "another run is writing here" in capsys.readouterr().err
+    process.kill()
+    process.wait()
+
+
+def test_duplicates_are_remembered_when_resuming(folder, stub):
+    settings = {**SETTINGS, "filters": [{"type": "deduplicate", "scope": "run"}]}
+    (folder.root / "run.yaml").write_text(yaml.safe_dump(settings))
+    answer = stub_answer({"sampling_params": {"sampling_seed": 1}})
+    stub.behave = lambda body: (200, answer)
+    assert folder.run(stub.url, more=("--limit", "2")) == 0
+    assert folder.run(stub.url, more=("--limit", "4")) == 0
+    assert sum(row["accepted"] for row in folder.rows().values()) == 1
+
+
+def test_nothing_to_ask(folder, capsys):
+    assert folder.run() == 2
+    assert "client.endpoints, server.model_path: give the servers to ask" in capsys.readouterr().err
+
+
+def test_guard_before_anything_is_asked(folder, stub, capsys):
+    folder.configure(contexts={"student": "{problem} {answer}"})
+    assert folder.run(stub.url) == 2
+    assert "shows the student 'answer'" in capsys.readouterr().err
+    assert not stub.seen and not folder.out.exists()
+
+
+def test_a_folder_that_cannot_be_written(folder, stub, capsys):
+    folder.out.write_text("a file")
+    assert folder.run(stub.url) == 1
+    assert "Not a directory" in capsys.readouterr().err
+    assert not stub.seen
+
+
+def test_preview(folder, capsys):
+    config, data = str(folder.root / "run.yaml"), str(folder.root / "problems.jsonl")
+    assert main(["preview", config, "--data", data, "--problems", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "p0/" in output and "0 + 1?" in output and "40 problems, 120 samples; the file is valid." in output
