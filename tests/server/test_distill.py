@@ -1,0 +1,132 @@
+"""Distillation runs against a real server: records are what the oracle says."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from serving import server_info
+from tiny_models import small_chat_ids, small_ids
+
+from sglang_optimal.distill.cli import main
+from sglang_optimal.distill.records import SERIES
+from sglang_optimal.distill.report import write_report
+
+PROBLEMS = [{"key": f"p{i}", "question": f"what is {i} + {i}?", "answer": f"it is {2 * i}, of course."} for i in range(6)]
+
+
+def run(tmp_path, client, name="out", status=0, **settings):
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    settings = {
+        "data": {"fields": {"id": "key", "problem": "question"}},
+        "contexts": {
+            "student": "{problem}",
+            "strategies": [
+                {"name": "told", "teacher": "{problem} hint: {answer}"},
+                {"name": "system", "teacher": {"system": "say: {answer}", "user": "{problem}"}},
+            ],
+            "select": "cross",
+        },
+        "sampling": {"temperature": 0, "max_new_tokens": 12},
+        **settings,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    out = tmp_path / name
+    url = str(client.base_url).rstrip("/")
+    argv = ["run", str(tmp_path / "run.yaml"), "--data", str(tmp_path / "problems.jsonl"), "--out", str(out)]
+    assert main([*argv, "--endpoint", url]) == status
+    return out
+
+
+def rows_of(out) -> dict[str, dict]:
+    return {row["id"]: row for row in datasets.load_dataset(str(out), split="train")}
+
+
+def test_greedy_records_are_the_oracle_s(client, tiny_oracle, tiny_pair, tmp_path):
+    rows = rows_of(run(tmp_path, client))
+    assert set(rows) == {f"p{i}/{strategy}/0" for i in range(6) for strategy in ("told", "system")}
+    for i in (0, 3):
+        question, answer = PROBLEMS[i]["question"], PROBLEMS[i]["answer"]
+        student = small_chat_ids(("user", question))
+        for strategy, teacher in (
+            ("told", small_chat_ids(("user", f"{question} hint: {answer}"))),
+            ("system", small_chat_ids(("system", f"say: {answer}"), ("user", question))),
+        ):
+            row = rows[f"p{i}/{strategy}/0"]
+            expected = tiny_oracle.generate_greedy(teacher, student, len(row["token_ids"]))
+            assert row["token_ids"] == expected.token_ids
+            assert row["teacher_prompt_tokens"] == len(teacher)
+            for name, values in (
+                ("alpha", expected.alphas),
+                ("teacher_logprob", expected.teacher_logprobs),
+                ("student_logprob", expected.student_logprobs),
+                ("mixture_logprob", expected.mixture_logprobs),
+            ):
+                np.testing.assert_allclose(row[name], values, atol=2e-4)
+            weight = sum(expected.student_logprobs) - sum(expected.mixture_logprobs)
+            assert row["log_weight_student"] == pytest.approx(weight, abs=2e-3)
+            assert row["mean_alpha"] == pytest.approx(np.mean(expected.alphas), abs=1e-4)
+    row = rows["p0/told/0"]
+    assert (row["teacher_model"], row["student_model"]) == tuple(map(str, tiny_pair))
+    assert row["sglang_version"] == server_info(client)["version"]
+
+
+def test_alpha_settings_go_with_the_requests(client, tmp_path):
+    rows = rows_of(run(tmp_path, client, mixing={"fixed_alpha": 0.25}))
+    assert all(alpha == 0.25 for row in rows.values() for alpha in row["alpha"])
+    assert json.loads(rows["p0/told/0"]["sampling"])["fixed_alpha"] == 0.25
+
+
+def test_plain_contexts(client, tiny_oracle, tmp_path):
+    contexts = {"format": "text", "student": "{problem}", "strategies": [{"teacher": "{answer} {problem}"}]}
+    rows = rows_of(run(tmp_path, client, contexts=contexts))
+    row = rows["p1/default/0"]
+    question, answer = PROBLEMS[1]["question"], PROBLEMS[1]["answer"]
+    assert (row["student_text"], row["student_messages"]) == (question, None)
+    expected = tiny_oracle.generate_greedy(small_ids(f"{answer} {question}"), small_ids(question), len(row["token_ids"]))
+    assert row["token_ids"] == expected.token_ids
+
+
+def test_sampled_filtered_and_reported(client, tmp_path):
+    out = run(
+        tmp_path, client,
+        sampling={"n": 4, "temperature": 1.0, "max_new_tokens": 16, "top_p": 0.95, "stop": "e"},
+        filters=[{"type": "finish"}, {"type": "length", "min_tokens": 3}, {"type": "deduplicate"}],
+    )  # fmt: skip
+    accepted = rows_of(out)
+    rejected = datasets.load_dataset(str(out), "rejected", split="train")
+    assert len(accepted) + len(rejected) == 48 and len(rejected) > 0 and accepted
+    assert {row["rejected_by"] for row in rejected} <= {"finish", "length", "deduplicate"}
+    for row in (*accepted.values(), *rejected):
+        assert all(len(row[name]) == row["num_tokens"] == len(row["token_ids"]) for name in SERIES)
+        assert "e" not in row["text"]
+        alpha, teacher, student, mixture = (
+            np.array(row[name]) for name in ("alpha", "teacher_logprob", "student_logprob", "mixture_logprob")
+        )
+        # log q* = (1−α)·log p_s + α·log p_t − A(α), and −A is both KLs at the point of symmetry.
+        gap = mixture - ((1 - alpha) * student + alpha * teacher)
+        np.testing.assert_allclose(gap, row["kl_to_student"], atol=2e-3)
+        np.testing.assert_allclose(row["kl_to_student"], row["kl_to_teacher"], atol=2e-3)
+    assert all(row["num_tokens"] >= 3 and row["finish_reason"] == "stop" for row in accepted.values())
+    assert write_report(out).read_text().count("<svg") > 3
+
+
+def test_too_long_for_the_server(client, tmp_path):
+    """Refused requests are kept with the server's message, and the others go on."""
+    contexts = {
+        "student": "{% if problem[8] == '3' %}{{ 'long ' * 400 }}{% endif %}{problem}",
+        "strategies": [{"teacher": "{problem} {answer}"}],
+    }
+    out = run(tmp_path, client, contexts=contexts)
+    assert len(rows_of(out)) == 5
+    (row,) = datasets.load_dataset(str(out), "rejected", split="train")
+    assert row["problem_id"] == "p3" and row["rejected_by"] == "server" and "student" in row["reject_reason"]
+
+
+def test_a_setting_that_the_server_refuses(client, tmp_path, capsys):
+    settings = {"sampling": {"max_new_tokens": 5000, "min_new_tokens": 6000}}
+    run(tmp_path, client, status=2, **settings)
+    assert "the server refuses every request: min_new_tokens" in capsys.readouterr().err
