@@ -9,7 +9,7 @@ MODEL := models/smollm2-135m-instruct
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup model demo test test-slow lint format bench bench-gpu serve-demo clean
+.PHONY: help setup model demo distill-demo example-loop test test-slow lint format bench bench-gpu serve-demo clean
 BENCH_TEACHER ?= Qwen/Qwen2.5-7B-Instruct
 BENCH_STUDENT ?= Qwen/Qwen2.5-1.5B-Instruct
 .DEFAULT_GOAL := help
@@ -37,6 +37,13 @@ demo: $(MODEL)/config.json  ## mixed text from the real small model, beside teac
 
 serve-demo: $(MODEL)/config.json  ## a server with the small model as teacher and student
 	$(BIN)/python -m sglang_optimal.launch_server --model-path $(MODEL) --student-model-path $(MODEL) --config configs/base.yaml
+
+distill-demo: $(MODEL)/config.json  ## a small distillation run with its report, and its export for a trainer
+	$(BIN)/python -m sglang_optimal.distill run configs/demo.yaml --data sglang_optimal/demo/problems.jsonl --out runs/demo
+	$(BIN)/python -m sglang_optimal.distill export runs/demo --output runs/demo/train.parquet --format trl-sft
+
+example-loop: $(MODEL)/config.json  ## generate, filter, train, update the student live, evaluate; under 40 minutes on two cores
+	$(BIN)/python -m sglang_optimal.demo.loop --model-path $(MODEL) $(ARGS)
 
 test: $(READY)  ## the whole suite but the slow tests; under 15 minutes on two cores, no GPU
 	$(BIN)/python -m pytest -m 'not slow'

@@ -177,7 +177,7 @@ class MixingConfig:
 
 
 DISTILL_SECTIONS = ("data", "contexts", "sampling", "filters", "output", "client")
-"""Sections of a distillation run (`sglang_optimal.distill.config`); a server that is given the run's file skips them."""
+"""Sections of a distillation run (`sglang_optimal.distill.config`), which a server skips."""
 
 
 def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,7 +19,7 @@ Answer = tuple[int, Any] | None
 
 
 class StubServer:
-    """delay: seconds for one answer. behave: may answer in place of the stub: body -> Answer, or Ellipsis to leave it to it.
+    """delay: seconds for one answer. behave: may answer in place of the stub: body -> Answer, or Ellipsis to leave it.
 
     dies_after: requests, after which it answers no more and closes its port.
     seen: how often each sampling_seed was asked for.

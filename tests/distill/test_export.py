@@ -97,9 +97,12 @@ def test_all_columns_and_more_columns(tmp_path):
     run = make_run(tmp_path / "run")
     export(run, tmp_path / "all.parquet", "records")
     assert read(tmp_path / "all.parquet").column_names == list(COLUMNS)
-    export(run, tmp_path / "some.parquet", "sft", columns=["id", "log_weight_student", "student_logprob", "rejected_by"])
+    columns = ["id", "log_weight_student", "student_logprob", "rejected_by"]
+    export(run, tmp_path / "some.parquet", "sft", columns=columns)
     row = read(tmp_path / "some.parquet")[0]
-    assert row["log_weight_student"] == 0.0 and row["student_logprob"] == [0.5, 0.25, -1.0] and row["rejected_by"] is None
+    assert {name: row[name] for name in columns} == dict(
+        zip(columns, ("p0/default/0", 0.0, [0.5, 0.25, -1.0], None), strict=True)
+    )
 
 
 def test_rejected(tmp_path):

@@ -79,7 +79,7 @@ def test_finish():
         ({"match": "exact", "extract": "last_line"}, "Well:\n\n7\n \n", "7", None),
         ({"match": "exact", "extract": "boxed"}, "\\boxed{3} or \\boxed{\\frac{1}{2}}", "\\frac{1}{2}", None),
         ({"match": "exact", "extract": "boxed"}, "no box 7", "7", "no answer found"),
-        ({"match": "exact", "extract": "pattern", "pattern": r"answer is (\d+)"}, "answer is 3; answer is 7", "7", None),
+        ({"extract": "pattern", "pattern": r"answer is (\d+)"}, "answer is 3, answer is 7", "7", None),
         ({"match": "exact", "extract": "pattern", "pattern": r"\d+"}, "3 7", "7", None),
         ({"match": "math", "extract": "boxed"}, "so \\boxed{0.5}", "\\frac12", None),
         ({"match": "math"}, "so it is $\\boxed{\\frac{2}{4}}$", "0.5", None),

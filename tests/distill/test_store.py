@@ -44,7 +44,7 @@ def snapshot(store: RecordStore, target):
 
 @pytest.mark.parametrize("format", ["parquet", "jsonl"])
 def test_round_trip(tmp_path, format):
-    text = "line\nbreak \u2028 \"quotes\" \\ emoji 🙂 </script> \x00"
+    text = 'line\nbreak \u2028 "quotes" \\ emoji 🙂 </script> \x00'
     store = RecordStore(tmp_path, format=format, shard_records=3)
     for i in range(8):
         store.append(record(i, accepted=i % 4 > 0, text=text))

@@ -15,7 +15,9 @@ from sglang_optimal.distill.cli import main
 from sglang_optimal.distill.records import SERIES
 from sglang_optimal.distill.report import write_report
 
-PROBLEMS = [{"key": f"p{i}", "question": f"what is {i} + {i}?", "answer": f"it is {2 * i}, of course."} for i in range(6)]
+PROBLEMS = [
+    {"key": f"p{i}", "question": f"what is {i} + {i}?", "answer": f"it is {2 * i}, of course."} for i in range(6)
+]
 
 
 def run(tmp_path, client, name="out", status=0, **settings):
@@ -86,7 +88,8 @@ def test_plain_contexts(client, tiny_oracle, tmp_path):
     row = rows["p1/default/0"]
     question, answer = PROBLEMS[1]["question"], PROBLEMS[1]["answer"]
     assert (row["student_text"], row["student_messages"]) == (question, None)
-    expected = tiny_oracle.generate_greedy(small_ids(f"{answer} {question}"), small_ids(question), len(row["token_ids"]))
+    teacher, student = small_ids(f"{answer} {question}"), small_ids(question)
+    expected = tiny_oracle.generate_greedy(teacher, student, len(row["token_ids"]))
     assert row["token_ids"] == expected.token_ids
 
 
