@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="runs/example-loop", help="Default: %(default)s; must not have a loop in it.")
     parser.add_argument("--problems", type=int, default=300, help="Training problems. Default: %(default)s.")
     parser.add_argument("--held-out", type=int, default=200, help="Problems to evaluate on. Default: %(default)s.")
-    parser.add_argument("--max-tokens", type=int, default=8000, help="Most tokens of a set. Default: %(default)s.")
+    parser.add_argument("--max-tokens", type=int, default=6000, help="Most tokens of a set. Default: %(default)s.")
     parser.add_argument("--epochs", type=float, default=2.0, help="Default: %(default)s.")
     parser.add_argument("--seed", type=int, default=0, help="Of problems, sampling and training. Default: %(default)s.")
     return parser
@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     if (out / "result.json").exists():
         parser.error(f"--out: {out} has a loop in it; give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    asyncio.run(_loop(args, out, Console(soft_wrap=True)))
+    console = Console(soft_wrap=True)
+    asyncio.run(_loop(args, out, console if console.is_terminal else Console(soft_wrap=True, width=130)))
     return 0
 
 
@@ -127,7 +128,6 @@ async def _accuracy(url: str, held_out: list[WordProblem]) -> Accuracy:
 def _generate(name: str, mixing: dict[str, Any], url: str, out: Path, seed: int, console: Console) -> Arm:
     from sglang_optimal.distill.config import load_config, parse_config
     from sglang_optimal.distill.pipeline import run
-    from sglang_optimal.distill.report import write_report
     from sglang_optimal.distill.store import find_shards, read_rows
 
     folder = out / _slug(name)
@@ -139,7 +139,6 @@ def _generate(name: str, mixing: dict[str, Any], url: str, out: Path, seed: int,
     values["mixing"] = mixing
     console.print(f"{name}: sampling …")
     result = run(parse_config(values, str(CONFIG)), console=console)
-    write_report(folder)
     accepted = list(read_rows(find_shards(folder, "accepted")))
     return Arm(name, result.tally.total, result.tally.tokens, accepted)
 
@@ -182,6 +181,8 @@ def _train(arm: Arm, args: argparse.Namespace, out: Path) -> dict[str, float]:
 
 
 def _report(before: Accuracy, arms: list[Arm], minutes: float, out: Path, console: Console) -> None:
+    from sglang_optimal.distill.report import write_report
+
     table = Table(title=f"{before.total} held-out problems, solved by the student alone; {minutes:.0f} minutes")
     for name in ("trained on", "accepted", "tokens drawn", "trained: samples", "tokens", "student logprob", "solved"):
         table.add_column(name, justify="left" if name == "trained on" else "right")
@@ -205,6 +206,8 @@ def _report(before: Accuracy, arms: list[Arm], minutes: float, out: Path, consol
         },
     }  # fmt: skip
     (out / "result.json").write_text(json.dumps(content, indent=2) + "\n")
+    for arm in arms:
+        console.print(f"report of {arm.name}: {write_report(out / _slug(arm.name))}")
 
 
 def _slug(name: str) -> str:

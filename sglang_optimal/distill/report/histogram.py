@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 ALPHA_EDGES = np.concatenate([np.arange(-100, 0) / 10, np.arange(101) / 100, 1 + np.arange(1, 101) / 10])
+ALPHA_EDGES[200] += 1e-6  # an alpha of 1 belongs to [0.99, 1]
 """Bins 0.01 wide inside [0, 1], where a solved alpha is, and 0.1 wide outside, where only a fixed one can be."""
 KL_EDGES = 10.0 ** np.linspace(-6, 2, 81)
 """KL divergence of a token, nats."""
@@ -108,10 +109,27 @@ class PositionSeries:
             flat = bins * self.values.shape[1] + bin_of(values, self.edges)
             self.values += np.bincount(flat, minlength=self.values.size).reshape(self.values.shape)
 
-    @property
-    def mean(self) -> np.ndarray:
-        """Shape (positions,); NaN where no sample is."""
-        return np.divide(self.sum, self.count, out=np.full(len(self.sum), np.nan), where=self.count > 0)
+    def bins(self) -> np.ndarray:
+        """First indices of runs of bins that have enough tokens together for a mean without much noise."""
+        enough = max(1, min(1000, int(self.count.sum()) // 20))
+        starts, held = [0], 0
+        for i in range(int(np.flatnonzero(self.count)[-1]) + 1):
+            if held >= enough:
+                starts.append(i)
+                held = 0
+            held += int(self.count[i])
+        if held < enough // 2 and len(starts) > 1:
+            starts.pop()
+        return np.array(starts)
+
+    def mean(self, starts: np.ndarray) -> np.ndarray:
+        """Shape (len(starts),); NaN where no sample is."""
+        total, count = np.add.reduceat(self.sum, starts), np.add.reduceat(self.count, starts)
+        return np.divide(total, count, out=np.full(len(starts), np.nan), where=count > 0)
+
+    def quantiles(self, starts: np.ndarray, qs: list[float], low: float, high: float) -> np.ndarray:
+        """See `quantiles`; shape (len(qs), len(starts))."""
+        return quantiles(np.add.reduceat(self.values, starts, axis=0), self.edges, qs, low, high)
 
 
 def bin_of(values: np.ndarray, edges: np.ndarray) -> np.ndarray:

@@ -97,6 +97,14 @@ class Statistics:
         """Over all tokens."""
         return self.accepted.alpha_histogram + self.rejected.alpha_histogram
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Shape (longest + 1,): samples of each length."""
+        short, long = sorted((group.lengths for group in self.groups), key=len)
+        both = long.copy()
+        both[: len(short)] += short
+        return both
+
     def total(self, name: str) -> int:
         """A counter of `Group`, over both."""
         return sum(getattr(group, name) for group in self.groups)

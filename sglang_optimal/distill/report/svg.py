@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from collections.abc import Callable
@@ -46,6 +47,15 @@ _STYLE = {
     "savefig.facecolor": "none",
     "axes.unicode_minus": True,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """svg: the figure. note: how to read it."""
+
+    svg: str
+    note: str
+
 
 Draw = Callable[[Figure], None]
 

@@ -39,7 +39,14 @@ def percent(share: float) -> str:
     value = 100 * share
     if value in (0, 100):
         return f"{value:.0f} %"
-    return "under 0.1 %" if value < 0.1 else f"{value:.1f} %" if value < 10 or value > 99 else f"{value:.0f} %"
+    if value < 0.1:
+        return "under 0.1 %"
+    return f"{value:.1f} %".replace(".0 ", " ") if value < 10 or value > 99 else f"{value:.0f} %"
+
+
+def minus(value: float, form: str) -> str:
+    """A number with a typographic minus."""
+    return format(value, form).replace("-", "−")
 
 
 def _mark(good: bool) -> Literal["good", "look"]:
@@ -73,7 +80,8 @@ def _kl_balance(statistics: Statistics) -> Verdict | None:
         )  # fmt: skip
     ratio = student / teacher
     measured = (
-        f"KL(q‖student) is {student:.4f} nats and KL(q‖teacher) {teacher:.4f} nats on average {where}: ratio {ratio:.3f}."
+        f"KL(q‖student) is {student:.4f} nats and KL(q‖teacher) {teacher:.4f} nats on average {where}: "
+        f"ratio {ratio:.3f}."
     )
     method = statistics.run.method
     if method not in (None, "kl_symmetry"):
@@ -94,7 +102,9 @@ def _ess_balance(statistics: Statistics) -> Verdict | None:
     if log_ess is None:
         return Verdict("none", title, "ESS ratios of tokens with α strictly between its bounds are not stored.")
     ratio = math.exp(log_ess)
-    measured = f"The ESS ratio, student to teacher, is {ratio:.3f} (geometric mean {_where(statistics)}); 1 is balanced."
+    measured = (
+        f"The ESS ratio, student to teacher, is {ratio:.3f} (geometric mean {_where(statistics)}); 1 is balanced."
+    )
     if statistics.run.method == "ess_balance":
         good = abs(ratio - 1) <= ESS_TOLERANCE
         advice = f"ess_balance makes it 1; amber outside 1 ± {ESS_TOLERANCE}."
@@ -124,7 +134,9 @@ def _bounds(statistics: Statistics) -> Verdict | None:
         f"{run.alpha_max:g} (towards the teacher); amber above {percent(BOUND_SHARE)} together."
     )
     if not good:
-        text += " The bounds decide these tokens, not the method: widen alpha_min and alpha_max, or accept it knowingly."
+        text += (
+            " The bounds decide these tokens, not the method: widen alpha_min and alpha_max, or accept it knowingly."
+        )
     return Verdict(_mark(good), title, text)
 
 
@@ -136,14 +148,13 @@ def _coverage(statistics: Statistics) -> Verdict | None:
     if mean is None:
         return Verdict("none", title, "Log-probabilities under the student are not stored.")
     good = mean >= LOW_LOGPROB
-    text = f"Tokens of {which} samples have log-probability {mean:.3f} nats under the student on average"
+    text = f"Tokens of {which} samples have log-probability {minus(mean, '.3f')} nats under the student on average"
     if group.known:
         rare = group.rare / group.known
         good &= rare <= RARE_SHARE
         text += f", and {percent(rare)} of them a probability below {RARE:g}"
-    limit = f"{LOW_LOGPROB:g}".replace("-", "−")
-    text = text.replace("-", "−", 1) if mean < 0 and "log-probability -" in text else text
-    text += f". Amber below {limit} nats" + (f" or above {percent(RARE_SHARE)}." if group.known else ".")
+    text += f". Amber below {minus(LOW_LOGPROB, 'g')} nats"
+    text += f" or above {percent(RARE_SHARE)}." if group.known else "."
     if not good:
         text += " The student would hardly write this: lower alpha_max, or shorten what the teacher is told."
     return Verdict(_mark(good), title, text)
@@ -169,7 +180,8 @@ def _filters(statistics: Statistics) -> Verdict | None:
     name, count = max(by_filter.items(), key=lambda item: item[1])
     share = count / tally.total
     good = share <= FILTER_SHARE and tally.accepted > 0
-    reason = max((c, r) for (f, r), c in tally.reasons.items() if f == name)[1]
+    reasons = {reason: c for (f, reason), c in tally.reasons.items() if f == name}
+    reason = max(reasons, key=reasons.get)
     text = (
         f"The filter `{name}` rejects most: {count:,} of {tally.total:,} samples ({percent(share)}), usually as "
         f"“{shortened(reason)}”; amber above {percent(FILTER_SHARE)}."

@@ -1,0 +1,168 @@
+"""The report of a run: one HTML file, without anything to load, to judge the data by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sglang_optimal.distill.records import MODEL_COLUMNS
+from sglang_optimal.distill.store import find_shards, replace_file
+
+__all__ = ["write_report"]
+
+REASONS = 20
+"""Rows of the table of reasons."""
+
+
+def write_report(folder: Path, output: Path | None = None, *, tokenizer: str | None = None, samples: int = 200) -> Path:
+    """Write the report of a run, finished or under way, of all machines that wrote to ``folder``.
+
+    Args:
+        folder: of the run.
+        output: the file; by default ``report.html`` in the folder.
+        tokenizer: folder or id, to show samples as coloured text. By default the student's or the teacher's, where
+            it is on this machine. Nothing is downloaded, and no code of a model is run.
+        samples: how many to choose for the browser: half of them accepted, the others spread over the reasons.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        ValueError: no run, no records, a damaged file, or a tokenizer that cannot be read.
+    """
+    from sglang_optimal.distill.report.figures import figures
+    from sglang_optimal.distill.report.samples import choose_tokenizer, sample_data
+    from sglang_optimal.distill.report.statistics import collect
+    from sglang_optimal.distill.report.verdicts import verdicts
+
+    folder = Path(folder)
+    if samples < 0:
+        raise ValueError(f"samples: must not be negative, got {samples}.")
+    find_shards(folder, "accepted")  # no run: say so before anything is read
+    statistics = collect(folder, samples)
+    named = [_named(values) for values, _ in statistics.models.most_common()]
+    candidates = [models[key] for key in ("student_model", "teacher_model") for models in named if models[key]]
+    chosen, name, agrees = choose_tokenizer(tokenizer, list(dict.fromkeys(candidates)), statistics.selected)
+    shown = sample_data(statistics.selected, chosen)
+    page = _render(
+        statistics=statistics,
+        run=statistics.run,
+        settings=_settings(statistics, named),
+        numbers=_numbers(statistics),
+        verdicts=verdicts(statistics),
+        figures=figures(statistics),
+        reasons=[(f, r, n) for (f, r), n in statistics.tally.reasons.most_common(REASONS)],
+        more_reasons=max(0, len(statistics.tally.reasons) - REASONS),
+        throughput=_throughput(statistics),
+        samples=_json_for_script(shown),
+        count=len(shown),
+        accepted=sum(sample["accepted"] for sample in shown),
+        cut=max((len(s["ids"]) for s in shown if len(s["ids"]) < s["num_tokens"]), default=0),
+        tokenizer=name,
+        agrees=agrees,
+    )
+    output = folder / "report.html" if output is None else Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(output, page)
+    return output
+
+
+def _render(**values: Any) -> str:
+    import jinja2
+    from markupsafe import Markup, escape
+
+    def code(text: str) -> Markup:
+        """Text between backticks as code."""
+        parts = [escape(part) if i % 2 == 0 else Markup("<code>{}</code>").format(part)
+                 for i, part in enumerate(text.split("`"))]  # fmt: skip
+        return Markup("").join(parts)
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["code"] = code
+    return environment.get_template("page.html.j2").render(**values)
+
+
+def _json_for_script(value: Any) -> str:
+    """JSON in which no text can end the script element that it is in."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _named(values: tuple[str | None, ...]) -> dict[str, str | None]:
+    return dict(zip(MODEL_COLUMNS, values, strict=True))
+
+
+def _settings(statistics, named: list[dict[str, str | None]]) -> list[tuple[str, str]]:
+    """What the run was, as (name, value)."""
+    run = statistics.run
+    rows = []
+    for side in ("teacher", "student"):
+        models = list(dict.fromkeys(m[f"{side}_model"] for m in named if m[f"{side}_model"]))
+        rows.append((side, ", ".join(models) or "not stored"))
+    if run.method == "fixed":
+        alpha = "fixed" if run.fixed_alpha is None else f"fixed at {run.fixed_alpha:g}"
+    else:
+        method = run.method or "the server's own method (kl_symmetry, unless it was told otherwise)"
+        alpha = f"{method}, bounds {run.alpha_min:g} to {run.alpha_max:g}"
+    rows.append(("α", alpha))
+    sampling = run.config.get("sampling") or {}
+    keys = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "n", "seed")
+    if any(key in sampling for key in keys):
+        rows.append(("sampling", ", ".join(f"{key} {sampling[key]}" for key in keys if key in sampling)))
+    if path := (run.config.get("data") or {}).get("path"):
+        rows.append(("problems", path))
+    state = ", ".join(sorted(run.states)) or "not known"
+    if run.planned:
+        state += f": {statistics.tally.total:,} of {run.planned:,} planned samples"
+    if run.failed:
+        state += f", {run.failed:,} failed (the same command tries them again)"
+    rows.append(("state", state + (f"; started {run.started}" if run.started else "")))
+    for name, key in (("SGLang", "sglang_version"), ("sglang_optimal", "sglang_optimal_version")):
+        versions = list(dict.fromkeys(m[key] for m in named if m[key]))
+        if versions:
+            rows.append((name, ", ".join(versions)))
+    return rows
+
+
+def _numbers(statistics) -> list[tuple[str, str, str]]:
+    """The row of big numbers: (number, what it is, more)."""
+    from sglang_optimal.distill.report.verdicts import percent
+
+    tally = statistics.tally
+    alpha, student, teacher = (statistics.mean(name) for name in ("alpha", "kl_to_student", "kl_to_teacher"))
+    rate, rate_of = _rate(statistics)
+    return [
+        (f"{tally.accepted:,} / {tally.total:,}", "accepted / all samples", percent(tally.accepted / tally.total)),
+        (f"{tally.tokens:,}", "tokens", f"{tally.accepted_tokens:,} in accepted samples"),
+        (_fixed(alpha), "mean α", "the teacher's weight, over all tokens"),
+        (f"{_fixed(student)} | {_fixed(teacher)}", "mean KL, nats", "to the student | to the teacher"),
+        ("–" if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", rate_of, "sampled, kept or not"),
+    ]
+
+
+def _rate(statistics) -> tuple[float | None, str]:
+    run = statistics.run
+    rate = statistics.tally.tokens / run.elapsed if run.elapsed else None
+    return rate, "tokens/s" if run.machines < 2 else f"tokens/s on each of {run.machines} machines"
+
+
+def _throughput(statistics) -> list[tuple[str, str]]:
+    """Rates and latencies that are known, as (name, value)."""
+    rows = []
+    run, histogram = statistics.run, statistics.latency
+    rate, rate_of = _rate(statistics)
+    if rate is not None:
+        rows.append((rate_of, f"{rate:,.1f}"))
+        rows.append(("samples/s", f"{statistics.tally.total / run.elapsed:,.2f}"))
+        rows.append(("time sampling", f"{run.elapsed:,.1f} s" + (" over all machines" if run.machines > 1 else "")))
+    if histogram.total:
+        for name, q in (("median latency", 0.5), ("95 % of requests within", 0.95), ("99 % within", 0.99)):
+            rows.append((name, f"{histogram.quantile(q):.3g} s"))
+    return rows
+
+
+def _fixed(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}".replace("-", "−")
