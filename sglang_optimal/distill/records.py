@@ -212,7 +212,7 @@ def context_text(context: Context) -> str:
 
 
 def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
 
 def _context(side: str, context: Context) -> dict[str, Any]:

@@ -218,7 +218,7 @@ class _Journal:
     def append(self, line: str) -> None:
         if self._file < 0:
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        data = line.encode() + b"\n"
+        data = line.encode(errors="replace") + b"\n"  # a lone surrogate in someone's data is no reason to stop
         written = 0
         try:
             while written < len(data):

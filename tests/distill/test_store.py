@@ -176,6 +176,24 @@ def test_disk_full(tmp_path, monkeypatch):
     assert set(stored(tmp_path)) == {"p0/default/0", "p2/default/0"}
 
 
+def test_a_lone_surrogate(tmp_path):
+    store = RecordStore(tmp_path)
+    store.append(record(0, text="half \ud800 a pair"))
+    store.finalize()
+    store.close()
+    assert stored(tmp_path)["p0/default/0"]["text"] == "half ? a pair"
+
+
+def test_read_while_it_is_written(tmp_path):
+    store = RecordStore(tmp_path)
+    for i in range(2):
+        store.append(record(i))
+    journal = tmp_path / "journal" / "accepted-00000.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-5])
+    assert set(stored(tmp_path)) == {"p0/default/0"}
+    store.close()
+
+
 def test_one_process_at_a_time(tmp_path):
     store = RecordStore(tmp_path)
     with pytest.raises(ValueError, match="another run is writing here"):

@@ -35,7 +35,7 @@ def legend(axes: Axes, *, location: str = "best", columns: int = 1) -> None:
 
 
 def percent_ticks(axis: Axis) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %" if value < 1.001 else ""))
 
 
 def short_number(value: float) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from typing import Literal
 
-from sglang_optimal.distill.report.reading import RunInfo
 from sglang_optimal.distill.report.statistics import RARE, Statistics, merged
 
 KL_TOLERANCE = 0.05
@@ -71,7 +70,7 @@ def _kl_balance(statistics: Statistics) -> Verdict | None:
         student, teacher = statistics.mean("kl_to_student"), statistics.mean("kl_to_teacher")
         where = "over all tokens, those at a bound of α among them, because single tokens' KLs were not stored"
     if student is None or teacher is None:
-        return Verdict("none", title, "No KLs of tokens with α strictly between its bounds are stored.")
+        return Verdict("none", title, "No KLs are stored of tokens with α strictly between its bounds.")
     if min(student, teacher) < 1e-9:
         return Verdict(
             "none", title,
@@ -85,7 +84,7 @@ def _kl_balance(statistics: Statistics) -> Verdict | None:
     )
     method = statistics.run.method
     if method not in (None, "kl_symmetry"):
-        return Verdict("none", title, f"{measured} {_named(statistics.run)} does not ask for equal KLs.")
+        return Verdict("none", title, f"{measured} {_named(method)} does not ask for equal KLs.")
     if not statistics.has_series:
         return Verdict("none", title, f"{measured} kl_symmetry makes them equal between the bounds only.")
     good = abs(ratio - 1) <= KL_TOLERANCE
@@ -100,7 +99,7 @@ def _ess_balance(statistics: Statistics) -> Verdict | None:
     title = "ESS balance"
     log_ess = merged(*(g.inner_log_ess for g in statistics.groups)).value
     if log_ess is None:
-        return Verdict("none", title, "ESS ratios of tokens with α strictly between its bounds are not stored.")
+        return Verdict("none", title, "ESS ratios of single tokens are not stored.")
     ratio = math.exp(log_ess)
     measured = (
         f"The ESS ratio, student to teacher, is {ratio:.3f} (geometric mean {_where(statistics)}); 1 is balanced."
@@ -182,8 +181,9 @@ def _filters(statistics: Statistics) -> Verdict | None:
     good = share <= FILTER_SHARE and tally.accepted > 0
     reasons = {reason: c for (f, reason), c in tally.reasons.items() if f == name}
     reason = max(reasons, key=reasons.get)
+    who = "The server refuses" if name == "server" else f"The filter `{name}` rejects"
     text = (
-        f"The filter `{name}` rejects most: {count:,} of {tally.total:,} samples ({percent(share)}), usually as "
+        f"{who} most: {count:,} of {tally.total:,} samples ({percent(share)}), usually as "
         f"“{shortened(reason)}”; amber above {percent(FILTER_SHARE)}."
     )
     if not tally.accepted:
@@ -213,6 +213,10 @@ def _strategies(statistics: Statistics) -> Verdict | None:
         return None
     rates = {name: accepted / total for name, (accepted, total) in strategies.items()}
     best, worst = max(rates, key=rates.get), min(rates, key=rates.get)
+    if rates[best] == rates[worst]:
+        return Verdict(
+            "good", "Prefix strategies", f"{percent(rates[best])} of samples are accepted with each of them."
+        )
     gap = rates[best] - rates[worst]
     # Few samples make wide intervals, and a gap inside them says nothing.
     apart = wilson(*strategies[worst])[1] < wilson(*strategies[best])[0]
@@ -251,5 +255,5 @@ def shortened(text: str | None, length: int = 120) -> str:
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
-def _named(run: RunInfo) -> str:
-    return f"α {run.fixed_alpha:g} for every token" if run.fixed_alpha is not None else f"The method {run.method}"
+def _named(method: str) -> str:
+    return "A fixed α" if method == "fixed" else f"The method {method}"

@@ -1,0 +1,622 @@
+"""The report of a run: its numbers, its samples, and the page in a headless Chromium."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from tiny_models import EOS, SMALL_SPECIAL_TOKENS, build_small_tokenizer, small_ids
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from sglang_optimal.distill.records import SERIES, Record
+from sglang_optimal.distill.report import write_report
+from sglang_optimal.distill.report.histogram import ALPHA_EDGES, KL_EDGES, LOGPROB_EDGES
+from sglang_optimal.distill.report.samples import token_limit, token_pieces
+from sglang_optimal.distill.report.selection import Selection
+from sglang_optimal.distill.report.statistics import collect
+from sglang_optimal.distill.report.verdicts import verdicts, wilson
+from sglang_optimal.distill.store import RecordStore
+
+EOS_ID = SMALL_SPECIAL_TOKENS.index(EOS)
+HOSTILE = (
+    "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script> {{ 7*7 }} `$x$`"
+)
+REASONS = [("finish", "ended by length"), ("answer", "wrong answer"), ("answer", "no answer found")]
+TEXT = "the train travels 60 * 3 = 180.\nso the answer is 180."
+
+
+def record(i: int, rng, *, text: str = TEXT, reject=None, strategy: str = "copy", **values) -> Record:
+    """A record whose tokens are characters and an end-of-text token."""
+    ids = [*small_ids(text.lower()), EOS_ID] if all(c.lower() in TEXT for c in text) else [5] * 8
+    size = len(ids)
+    alpha = rng.beta(2, 3, size)
+    alpha[rng.random(size) < 0.1] = 0.0
+    alpha[rng.random(size) < 0.05] = 1.0
+    series = {
+        "alpha": alpha,
+        "teacher_logprob": -rng.exponential(0.5, size),
+        "student_logprob": -rng.exponential(1.5, size),
+        "mixture_logprob": -rng.exponential(0.7, size),
+        "kl_to_student": rng.lognormal(-2, 1, size),
+        "kl_to_teacher": rng.lognormal(-2, 1, size),
+        "ess_ratio": rng.lognormal(0, 1, size),
+    }
+    values = {
+        "fields": {"problem": f"problem {i}?", "answer": str(i), "level": "easy"},
+        "teacher_context": [{"role": "user", "content": f"problem {i}? the answer is {i}."}],
+        "student_context": f"problem {i}?",
+        "finish_reason": "length" if reject == REASONS[0] else "stop",
+        "latency": 0.5 + i / 10,
+        "models": {"teacher_model": "missing/teacher", "student_model": "missing/student"},
+        **{name: [float(np.float32(v)) for v in series[name]] for name in SERIES},
+        **values,
+    }
+    return Record(
+        id=f"p{i}/{strategy}/0", problem_id=f"p{i}", strategy=strategy, sample_index=0, text=text, token_ids=ids,
+        seed=i, accepted=reject is None, rejected_by=reject and reject[0], reject_reason=reject and reject[1], **values,
+    )  # fmt: skip
+
+
+def mixed_records(count: int = 60) -> list[Record]:
+    """Two of three accepted, of two strategies, and of different lengths."""
+    rng = np.random.default_rng(1)
+    return [
+        record(
+            i, rng, text=TEXT[: 10 + i % 40], reject=REASONS[i // 3 % 3] if i % 3 == 0 else None,
+            strategy=("copy", "hint")[i % 2],
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def build(folder, records, manifest=None, *, finalize: bool = True, **options):
+    store = RecordStore(folder, **{"shard_records": 25, **options})
+    for one in records:
+        store.append(one)
+    if finalize:
+        store.finalize()
+    store.write_json(store.manifest_path, {} if manifest is None else manifest)
+    store.close()
+    return folder
+
+
+MANIFEST = {
+    "state": "complete", "started": "2025-01-01T00:00:00+00:00", "elapsed_seconds": 10.0, "planned": 60, "failed": 0,
+    "filters": ["length", "finish", "answer"],
+    "config": {"mixing": {"alpha_method": "kl_symmetry"}, "sampling": {"max_new_tokens": 400}},
+}  # fmt: skip
+
+
+class _Tags(html.parser.HTMLParser):
+    """The elements of a page, the attributes of all of them, and the text of its JSON."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.data, self._in_data = "", False
+        self.visible: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.attributes += attrs
+        self._in_data = dict(attrs).get("id") == "data"
+
+    def handle_endtag(self, tag):
+        self._in_data = False
+
+    def handle_data(self, data):
+        if self._in_data:
+            self.data += data
+        elif self.lasttag not in ("script", "style"):
+            self.visible.append(data)
+
+    @property
+    def samples(self) -> list[dict]:
+        return json.loads(self.data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.visible).split())
+
+
+def page_of(folder, **options) -> _Tags:
+    path = write_report(folder, **options)
+    assert path == folder / "report.html"
+    text = path.read_text(encoding="utf-8")
+    assert "://" not in text.replace("http://www.w3.org/", "").split('id="data"')[0]
+    return _Tags(text)
+
+
+# -- numbers -------------------------------------------------------------------------------------------------------
+
+
+def flat(records, name: str) -> np.ndarray:
+    return np.concatenate([np.array(getattr(one, name), dtype=np.float64) for one in records])
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "jsonl"}, {"finalize": False}])
+def test_sums_and_histograms(tmp_path, options):
+    records = mixed_records()
+    statistics = collect(build(tmp_path, records, MANIFEST, **options), 10)
+    accepted = [one for one in records if one.accepted]
+    rejected = [one for one in records if not one.accepted]
+    for group, members in ((statistics.accepted, accepted), (statistics.rejected, rejected)):
+        alpha, logprob = flat(members, "alpha"), flat(members, "student_logprob")
+        inner = (alpha > 1e-4) & (alpha < 1 - 1e-4)
+        assert group.records == len(members) and group.tokens == group.known == len(alpha)
+        assert group.alpha.value == pytest.approx(alpha.mean())
+        for name, mean in group.means.items():
+            assert mean.value == pytest.approx(flat(members, name).mean())
+        for name, mean in group.inner_kl.items():
+            assert mean.value == pytest.approx(flat(members, name)[inner].mean())
+            edges = KL_EDGES
+            assert (group.kl_histograms[name].counts == np.histogram(flat(members, name), edges)[0]).all()
+        assert group.inner_log_ess.value == pytest.approx(np.log(flat(members, "ess_ratio")[inner]).mean())
+        assert group.at_min == (alpha == 0).sum() > 0 and group.at_max == (alpha == 1).sum() > 0
+        assert group.rare == (np.exp(logprob) < 1e-3).sum() > 0
+        assert (group.alpha_histogram.counts == np.histogram(alpha, ALPHA_EDGES)[0]).all()
+        assert (group.logprob_histogram.counts == np.histogram(logprob, LOGPROB_EDGES)[0]).all()
+        assert (group.lengths == np.bincount([len(one.token_ids) for one in members])).all()
+        assert group.by_length == sum(one.finish_reason == "length" for one in members)
+    assert statistics.alpha_histogram.counts[ALPHA_EDGES[:-1] >= 1].sum() == 0
+    for name in ("alpha", "kl_to_student"):
+        assert statistics.mean(name) == pytest.approx(flat(records, name).mean())
+    assert statistics.latency.quantile(0.5) == pytest.approx(np.median([one.latency for one in records]), rel=0.1)
+    assert statistics.tally.strategies["copy"] == [20, 30]
+
+
+def test_series_by_position(tmp_path):
+    records = mixed_records(300)
+    statistics = collect(build(tmp_path, records, MANIFEST), 0)
+    series = statistics.alpha_by_position
+    for position in (0, 1, 9):  # bins of one token
+        values = np.array([one.alpha[position] for one in records])
+        assert series.count[position] == 300
+        assert series.sum[position] == pytest.approx(values.sum())
+        mean = statistics.kl_by_position["kl_to_teacher"]
+        assert mean.sum[position] == pytest.approx(sum(one.kl_to_teacher[position] for one in records))
+        assert (series.values[position] == np.histogram(values, ALPHA_EDGES)[0]).all()
+    starts = np.arange(11)  # the last run of bins goes to the end
+    found = series.quantiles(starts, [0.3, 0.5, 0.8], 0.0, 1.0)
+    for position in starts[:10]:
+        values = [one.alpha[position] for one in records]
+        for q, value in zip((0.3, 0.5, 0.8), found[:, position], strict=True):
+            # As near as a bin of 0.01 and the gap to the next sample allow.
+            low, high = np.quantile(values, [q - 1 / 300, q + 1 / 300])
+            assert low - 0.011 < value < high + 0.011
+    assert series.count.sum() == sum(len(one.token_ids) for one in records)
+    merged = series.bins()
+    assert merged[0] == 0 and np.add.reduceat(series.count, merged).sum() == series.count.sum()
+    assert np.nanmean(series.mean(merged)) == pytest.approx(statistics.mean("alpha"), abs=0.05)
+    assert statistics.lengths.sum() == 300
+
+
+def test_a_token_without_probability(tmp_path):
+    """A stored null was −inf: no part of a mean, but far from the student."""
+    rng = np.random.default_rng(0)
+    one = record(0, rng)
+    one.student_logprob = [-1.0] * (len(one.token_ids) - 2) + [-np.inf, float("nan")]
+    statistics = collect(build(tmp_path, [one], MANIFEST), 1)
+    group = statistics.accepted
+    assert group.means["student_logprob"].value == -1.0 and group.means["student_logprob"].skipped == 2
+    assert group.rare == 2 and group.logprob_histogram.total == len(one.token_ids)
+    assert page_of(tmp_path).samples[0]["series"]["student_logprob"][-1] is None
+
+
+def test_machines_add_up(tmp_path):
+    records = mixed_records()
+    for i in range(2):
+        manifest = MANIFEST | {"shard": f"{i}/2", "planned": 40, "failed": i, "state": ("complete", "stopped")[i]}
+        build(tmp_path, records[i::2], manifest, shard=(i, 2))
+    statistics = collect(tmp_path, 0)
+    assert statistics.tally.total == 60
+    run = statistics.run
+    assert (run.machines, run.planned, run.failed, run.elapsed) == (2, 80, 1, 20.0)
+    text = page_of(tmp_path).text
+    assert "complete, stopped: 60 of 80 planned samples, 1 failed" in text
+    assert f"{statistics.tally.tokens / 20:,.1f}" in text and "tokens/s on each of 2 machines" in text
+
+
+def test_the_choice_of_samples_is_fair():
+    def choose(strata: dict, size: int) -> Counter:
+        selection = Selection(size)
+        rows = [(name, i) for name, count in strata.items() for i in range(count)]
+        for (name, i), key in zip(rows, selection.keys(len(rows)), strict=True):
+            if selection.wants(name, key):
+                selection.add(name, key, {"stratum": name, "i": i})
+        chosen = selection.rows()
+        assert len(chosen) == min(size, len(rows)) and len({(r["stratum"], r["i"]) for r in chosen}) == len(chosen)
+        assert size < 500 or 0.4 < np.mean([r["i"] for r in chosen if r["stratum"] is None]) / strata[None] < 0.6
+        return Counter(row["stratum"] for row in chosen)
+
+    a, b, c = ("f", "a"), ("f", "b"), ("g", "c")
+    found = choose({None: 9000, a: 5000, b: 300, c: 5}, 205)
+    assert found[None] in (102, 103) and found[c] == 5 and abs(found[a] - found[b]) <= 1
+    assert choose({None: 20000}, 1000) == {None: 1000}
+    assert choose({a: 2000, b: 2000}, 100) == {a: 50, b: 50}
+    assert choose({a: 3, None: 4}, 100) == {a: 3, None: 4}
+    assert choose({a: 3, None: 4}, 0) == {}
+
+
+# -- verdicts ------------------------------------------------------------------------------------------------------
+
+
+def marks(folder, **mixing) -> dict[str, tuple[str, str]]:
+    statistics = collect(folder, 0)
+    return {verdict.title: (verdict.mark, verdict.text) for verdict in verdicts(statistics)}
+
+
+def balanced(rng, i: int, **values) -> Record:
+    one = record(i, rng, **values)
+    size = len(one.token_ids)
+    series = {
+        "alpha": rng.uniform(0.2, 0.8, size),
+        "kl_to_student": np.full(size, 0.2),
+        "kl_to_teacher": np.full(size, 0.2),
+        "ess_ratio": np.exp(np.tile([0.1, -0.1], size)[:size]),
+        "student_logprob": np.full(size, -0.5),
+    }
+    for name, values in series.items():
+        setattr(one, name, values.tolist())
+    return one
+
+
+def test_a_good_run_is_green(tmp_path):
+    rng = np.random.default_rng(0)
+    found = marks(build(tmp_path, [balanced(rng, i) for i in range(20)], MANIFEST))
+    assert {mark for mark, _ in found.values()} == {"good"}
+    assert "ratio 1.000" in found["KL balance"][1] and "−0.500 nats" in found["Coverage by the student"][1]
+
+
+def test_what_is_wrong_is_amber(tmp_path):
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(40):
+        strategy = ("copy", "hint")[i % 2]
+        reject = ("deduplicate", "duplicate") if strategy == "hint" else None
+        one = balanced(rng, i, strategy=strategy, reject=reject, finish_reason="length")
+        size = len(one.token_ids)
+        one.kl_to_student, one.student_logprob, one.ess_ratio = [0.4] * size, [-8.0] * size, [10.0] * size
+        one.alpha[: size // 2] = [0.1] * (size // 2)
+        records.append(one)
+    manifest = {"config": {"mixing": {"alpha_method": "kl_symmetry", "alpha_min": 0.1, "alpha_max": 0.9}}}
+    found = marks(build(tmp_path, records, manifest))
+    assert {mark for mark, _ in found.values()} == {"look"} and len(found) == 8
+    assert "ratio 2.000" in found["KL balance"][1]
+    assert "50 % of tokens are at α = 0.1" in found["α at its bounds"][1].replace("49 %", "50 %")
+    assert "`copy` has 100 %" in found["Prefix strategies"][1]
+
+
+@pytest.mark.parametrize("method", ["ess_balance", "entropy", None])
+def test_balances_are_judged_by_the_method(tmp_path, method):
+    rng = np.random.default_rng(0)
+    records = [balanced(rng, i) for i in range(4)]
+    for one in records:
+        one.kl_to_student = [0.4] * len(one.token_ids)
+        one.ess_ratio = [1.3] * len(one.token_ids)
+    found = marks(build(tmp_path, records, {"config": {"mixing": {"alpha_method": method}}}))
+    assert found["KL balance"][0] == ("look" if method is None else "none")
+    assert found["ESS balance"][0] == ("look" if method == "ess_balance" else "good")
+
+
+def test_wilson():
+    low, high = wilson(8, 10)
+    assert (low, high) == pytest.approx((0.490, 0.943), abs=1e-3)  # a textbook's example
+    assert wilson(0, 5)[0] == 0.0 and wilson(5, 5)[1] == 1.0
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+def test_header_figures_and_reasons(tmp_path):
+    records = mixed_records()
+    page = page_of(build(tmp_path / "my run", records, MANIFEST))
+    tokens = sum(len(one.token_ids) for one in records)
+    for text in ("my run", "40 / 60", f"{tokens:,}", f"{flat(records, 'alpha').mean():.3f}", f"{tokens / 10:,.0f}",
+                 "missing/teacher", "kl_symmetry, bounds 0 to 1", "complete: 60 of 60 planned samples",
+                 "α by position in the sample", "KL by position", "Distribution of KL", "ESS ratio", "Coverage",
+                 "Length of samples", "Filters, in their order", "Acceptance by prefix strategy", "Latency",
+                 "after answer = accepted", "wrong answer"):  # fmt: skip
+        assert text in page.text, text
+    assert page.tags["figure"] == page.tags["svg"] == 10
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert len(page.samples) == 60 and {s["accepted"] for s in page.samples} == {True, False}
+    assert len(page_of(tmp_path / "my run", samples=10).samples) == 10
+    assert page_of(tmp_path / "my run", samples=0).data == ""
+
+
+def test_hostile_text_is_inert(tmp_path):
+    rng = np.random.default_rng(0)
+    fields = {"problem": HOSTILE, "answer": HOSTILE, HOSTILE: HOSTILE}
+    common = {
+        "fields": fields, "teacher_context": HOSTILE, "student_context": [{"role": HOSTILE, "content": HOSTILE}],
+        "models": {"teacher_model": HOSTILE, "student_model": None},
+    }  # fmt: skip
+    records = [
+        record(0, rng, text=HOSTILE, **common),
+        record(1, rng, text=HOSTILE, reject=(HOSTILE, HOSTILE), strategy=HOSTILE, **common),
+    ]
+    page = page_of(build(tmp_path, records, MANIFEST | {"filters": [HOSTILE]}))
+    assert page.tags["img"] == 0 and page.tags["script"] == 2
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert page.samples[0]["text"] == page.samples[0]["teacher"][0]["content"] == HOSTILE
+    assert "49" not in page.text.split("What to look for")[1].split("Samples")[0]
+
+
+def rejected(one: Record) -> None:
+    one.accepted, one.rejected_by, one.reject_reason = False, "answer", "wrong answer"
+
+
+def refused(one: Record) -> None:
+    rejected(one)
+    one.token_ids, one.text, one.latency, one.finish_reason, one.rejected_by = [], "", 0.0, "refused", "server"
+    for name in SERIES:
+        setattr(one, name, [])
+
+
+def accepted(one: Record) -> None:
+    one.accepted, one.rejected_by, one.reject_reason, one.strategy = True, None, None, "copy"
+
+
+def fixed(one: Record) -> None:
+    one.alpha = [-1.5] * len(one.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "manifest", "figures"),
+    [(rejected, MANIFEST, 10), (accepted, {}, 8), (refused, MANIFEST, 2),
+     (fixed, {"config": {"mixing": {"fixed_alpha": -1.5}}}, 10)],
+)  # fmt: skip
+def test_unusual_runs(tmp_path, change, manifest, figures):
+    records = mixed_records()
+    for one in records:
+        change(one)
+    page = page_of(build(tmp_path, records, manifest))
+    assert page.tags["figure"] == figures
+    assert len(page.samples) == 60 and "nan" not in page.text.lower()
+    if change is fixed:
+        assert "−1.500 mean α" in page.text and "fixed at -1.5" in page.text
+        found = collect(tmp_path, 0).alpha_by_position.quantiles(np.array([0]), [0.1, 0.9], -1.5, -1.5)
+        assert (found == -1.5).all()
+    if change is refused:
+        assert "The server refuses most: 60 of 60" in page.text
+
+
+def test_without_series(tmp_path):
+    records = mixed_records()
+    page = page_of(build(tmp_path, records, MANIFEST, series=False))
+    assert "output.series: false" in page.text
+    assert f"{flat(records, 'kl_to_student').mean():.3f} | {flat(records, 'kl_to_teacher').mean():.3f}" in page.text
+    assert set(page.samples[0]["series"]) == {"alpha"}
+    statistics = collect(tmp_path, 0)
+    assert statistics.mean("student_logprob") == pytest.approx(flat(records, "student_logprob").mean())
+    assert page.tags["figure"] == 6
+
+
+# -- tokens --------------------------------------------------------------------------------------------------------
+
+
+def test_texts_of_tokens(tmp_path):
+    tokenizer = build_small_tokenizer(tmp_path / "tokenizer")
+    rng = np.random.default_rng(0)
+    records = [record(i, rng, models={"student_model": str(tokenizer)}) for i in range(3)]
+    page = page_of(build(tmp_path / "run", records, MANIFEST))
+    for sample in page.samples:
+        assert "".join(sample["pieces"]) == TEXT + EOS
+        assert sample["special"] == [len(TEXT)] and len(sample["pieces"]) == len(sample["ids"])
+    assert "no-tokenizer" not in dict.fromkeys(value for name, value in page.attributes if name == "id")
+    other = page_of(build(tmp_path / "other", mixed_records(), MANIFEST))
+    assert other.samples[0]["pieces"] is None and "--tokenizer" in other.text
+    assert page_of(tmp_path / "other", tokenizer=str(tokenizer)).samples[0]["pieces"] is not None
+
+
+def test_another_models_tokenizer(tmp_path):
+    tokenizer = build_small_tokenizer(tmp_path / "tokenizer")
+    one = record(0, np.random.default_rng(0), models={"student_model": str(tokenizer)})
+    one.token_ids = one.token_ids[::-1]
+    build(tmp_path / "run", [one], MANIFEST)
+    assert page_of(tmp_path / "run").samples[0]["pieces"] is None
+    assert "another model's" in page_of(tmp_path / "run", tokenizer=str(tokenizer)).text
+
+
+def test_pieces_of_split_characters():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = "naïve 🙂 12€ 三\n"
+    ids = tokenizer.encode(text).ids
+    pieces = token_pieces(lambda part: tokenizer.decode(list(part)), ids)
+    assert "".join(pieces) == text and len(pieces) == len(ids) == len(text.encode())
+    assert pieces.count("") == len(text.encode()) - len(text)
+    broken = token_pieces(lambda part: tokenizer.decode(list(part)), ids[:8] * 3)  # ends in half a character
+    assert len(broken) == 24
+
+
+def test_long_samples_are_cut():
+    assert token_limit([10, 20, 1000], 130) == 100
+    assert token_limit([10, 20], 100) == 20
+    assert token_limit([50, 50, 50, 50], 100) == 25
+    assert token_limit([], 100) == token_limit([0], 100) == 1
+
+
+# -- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_errors_name_the_problem(tmp_path):
+    with pytest.raises(ValueError, match="no run in it"):
+        write_report(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="no records"):
+        write_report(build(tmp_path / "empty", [], MANIFEST))
+    run = build(tmp_path / "run", mixed_records(), MANIFEST)
+    with pytest.raises(ValueError, match="'no/such' is no tokenizer"):
+        write_report(run, tokenizer="no/such")
+    with pytest.raises(ValueError, match="samples"):
+        write_report(run, samples=-1)
+    assert not (run / "report.html").exists()
+    next((run / "data").iterdir()).write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match=r"data/accepted.*damaged"):
+        write_report(run)
+    (run / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json.*damaged"):
+        write_report(run)
+
+
+def test_another_output(tmp_path):
+    run = build(tmp_path / "run", mixed_records(), MANIFEST)
+    output = write_report(run, tmp_path / "new" / "r.html")
+    assert output == tmp_path / "new" / "r.html" and output.stat().st_size > 10_000
+
+
+# -- in a browser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def driver():
+    pytest.importorskip("selenium", reason="selenium is not installed")
+    from browser import CHROMEDRIVER, CHROMIUM, chromium
+
+    if CHROMIUM is None or CHROMEDRIVER is None:
+        pytest.skip("chromium and chromedriver are not installed")
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture
+def opened(driver, tmp_path):
+    def open_page(records, manifest=MANIFEST, **options):
+        path = write_report(build(tmp_path / "run", records, manifest), **options)
+        driver.get(path.as_uri())
+        return driver
+
+    yield open_page
+    assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def css(driver, selector: str) -> list:
+    return driver.find_elements("css selector", selector)
+
+
+def fill(driver, name: str, value: str) -> None:
+    driver.execute_script(
+        "const f = document.getElementById(arguments[0]); f.value = arguments[1];"
+        "f.dispatchEvent(new Event('input', {bubbles: true}))", name, value,
+    )  # fmt: skip
+
+
+def listed(driver) -> list[str]:
+    return [entry.text for entry in css(driver, "#list b")]
+
+
+def tip(driver) -> dict[str, str]:
+    rows = css(driver, "#tip:not([hidden]) tr")
+    return {css(row, "th")[0].text: css(row, "td")[0].text.replace("−", "-") for row in rows}
+
+
+def test_browsing(opened, tmp_path):
+    tokenizer = build_small_tokenizer(tmp_path / "tokenizer")
+    records = mixed_records()
+    driver = opened(records, tokenizer=str(tokenizer))
+    by_id = {one.id: one for one in records}
+    assert sorted(listed(driver)) == sorted(by_id)
+
+    for name, value, chosen in (
+        ("verdict", "rejected", lambda one: not one.accepted),
+        ("reason", "answer: wrong answer", lambda one: one.reject_reason == "wrong answer"),
+        ("strategy", "hint", lambda one: one.strategy == "hint"),
+        ("search", "The Answer is 7.", lambda one: one.problem_id == "p7"),
+        ("search", "no such text", lambda one: False),
+    ):
+        fill(driver, name, value)
+        expected = {one.id for one in records if chosen(one)}
+        assert set(listed(driver)) == expected
+        assert driver.find_element("id", "count").text == f"{len(expected)} of 60 samples"
+        fill(driver, name, "")
+
+    def value(name):
+        return lambda one: len(one.token_ids) if name is None else np.mean(getattr(one, name))
+
+    sorts = [value(name) for name in ("alpha", "kl_to_student", "kl_to_teacher", None, "student_logprob")]
+    for reverse in (True, False):
+        for i, key in enumerate(sorts, 1):
+            fill(driver, "sort", str(i))
+            values = [key(by_id[name]) for name in listed(driver)]
+            assert np.allclose(values, sorted(values, reverse=reverse), atol=2e-3), i
+        driver.find_element("id", "direction").click()
+
+
+def test_a_samples_tokens(opened, tmp_path):
+    from selenium.webdriver import ActionChains, Keys
+
+    tokenizer = build_small_tokenizer(tmp_path / "tokenizer")
+    rng = np.random.default_rng(0)
+    records = [record(i, rng) for i in range(3)]
+    driver = opened(records, tokenizer=str(tokenizer))
+    css(driver, "#list button")[1].click()
+    one = records[1]
+    assert css(driver, "#detail h3")[0].text == one.id
+    details = css(driver, "#detail details")
+    assert [css(d, "summary")[0].text for d in details] == [
+        "Problem", "Answer", "Teacher context", "Student context", "Other fields",
+    ]  # fmt: skip
+    details[2].find_element("css selector", "summary").click()
+    assert details[2].text == "Teacher context\nuser\nproblem 1? the answer is 1."
+    tokens = css(driver, "#detail .text .token")
+    assert "".join(t.get_property("textContent") for t in tokens) == TEXT + EOS
+    assert [i for i, t in enumerate(tokens) if "end" in t.get_attribute("class").split()] == [len(TEXT)]
+
+    ActionChains(driver).move_to_element(tokens[4]).perform()
+    labels = {"α": "alpha", "log p, teacher": "teacher_logprob", "log p, student": "student_logprob",
+              "log p, mixture": "mixture_logprob", "KL to student": "kl_to_student", "KL to teacher": "kl_to_teacher",
+              "ESS ratio": "ess_ratio"}  # fmt: skip
+
+    def check(place: int) -> None:
+        shown = tip(driver)
+        assert shown.pop("token") == f"{place + 1} of {len(tokens)}, id {one.token_ids[place]}"
+        assert shown.keys() == labels.keys()
+        for label, name in labels.items():
+            assert float(shown[label]) == pytest.approx(getattr(one, name)[place], rel=1e-3, abs=1e-4)
+
+    check(4)
+    # By keyboard: one stop for Tab, arrows inside, and the tip goes with Escape.
+    ActionChains(driver).move_to_element(css(driver, "#detail h3")[0]).perform()
+    assert tip(driver) == {}
+    driver.execute_script("arguments[0].focus()", tokens[0])
+    for key, place in ((Keys.ARROW_RIGHT, 1), (Keys.ARROW_RIGHT, 2), (Keys.ARROW_LEFT, 1), (Keys.END, len(tokens) - 1)):
+        driver.switch_to.active_element.send_keys(key)
+        check(place)
+    assert [t.get_property("tabIndex") for t in tokens].count(0) == 1
+    driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert tip(driver) == {}
+
+    # Students' tokens are blue, teachers' orange.
+    for token, alpha in zip(tokens, one.alpha, strict=True):
+        colour = token.value_of_css_property("background-color")
+        red, _, blue = (float(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3])
+        assert abs(alpha - 0.5) < 0.01 or (red > blue) == (alpha > 0.5)
+
+    css(driver, "#list button")[1].send_keys(Keys.ARROW_DOWN)
+    assert css(driver, "#detail h3")[0].text == records[2].id
+
+
+def test_strips_and_hostile_text(opened):
+    rng = np.random.default_rng(0)
+    common = {"fields": {"problem": HOSTILE, "answer": HOSTILE}, "teacher_context": HOSTILE}
+    one = record(0, rng, text=HOSTILE, reject=("answer", HOSTILE), **common)
+    one.alpha = [-3.0, *one.alpha[1:-1], 4.0]  # no colour is stronger than that of 0 or 1
+    driver = opened([one])
+    assert driver.title == "run: distillation report"
+    assert css(driver, "img") == [] and len(css(driver, "script")) == 2
+    assert css(driver, "#detail > p.plain")[0].get_property("textContent") == HOSTILE
+    cells = css(driver, "#detail .strip .token")
+    assert len(cells) == len(one.token_ids) and cells[0].text == ""
+    driver.execute_script("arguments[0].focus()", cells[0])
+    assert float(tip(driver)["α"]) == -3.0
+    blue, orange = (cell.value_of_css_property("background-color") for cell in (cells[0], cells[-1]))
+    assert blue.endswith("0.62)") and orange.endswith("0.62)") and blue != orange
