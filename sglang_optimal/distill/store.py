@@ -304,6 +304,8 @@ def read_rows(paths: list[Path], columns: list[str] | None = None) -> Iterator[d
             else:
                 with path.open("rb") as lines:
                     for line in lines:
+                        if not line.endswith(b"\n"):
+                            break  # being written
                         row = json.loads(line)
                         yield row if columns is None else {name: row[name] for name in columns}
         except (pyarrow.ArrowInvalid, json.JSONDecodeError, KeyError) as error:

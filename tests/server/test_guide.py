@@ -82,8 +82,8 @@ def as_flags(values: dict) -> list[str]:
 def test_links_and_anchors():
     for text, target in re.findall(r"\[([^\]]+)\]\(([^)]+)\)", GUIDE):
         if target.startswith("#"):
-            headings = [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", GUIDE, re.M)]
-            assert target[1:] in headings, text
+            headings = re.findall(r"^#+ (.+)$", GUIDE, re.MULTILINE)
+            assert target[1:] in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], text
         elif not target.startswith("http"):
             assert (REPOSITORY / "docs" / target).exists(), target
 
