@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from sglang_optimal.distill.records import COLUMNS, MODEL_COLUMNS
+from sglang_optimal.distill.records import COLUMNS, MODEL_COLUMNS, sha256
 from sglang_optimal.distill.store import TALLIED, Tally, find_shards, read_rows, replace_file
 
 
@@ -26,17 +26,27 @@ def write_card(folder: Path) -> Path:
         models[tuple(row[name] for name in MODEL_COLUMNS)] += 1
     manifests = [json.loads(path.read_text()) for path in sorted(folder.glob("run*.json"))]
     path = folder / "README.md"
-    replace_file(path, f"---\n{_front_matter(folder, shards)}---\n\n{_body(folder, tally, models, manifests)}")
+    state = _state(shards, manifests)
+    replace_file(path, f"---\n{_front_matter(folder, shards, state)}---\n\n{_body(folder, tally, models, manifests)}")
     return path
 
 
-def _front_matter(folder: Path, shards: dict[str, list[Path]]) -> str:
+def _state(shards: dict[str, list[Path]], manifests: list[dict[str, Any]]) -> str:
+    """Another text for every run, and for every state of one."""
+    files = [(path.name, path.stat().st_size) for paths in shards.values() for path in paths]
+    return sha256(json.dumps([files, [manifest.get("run_id") for manifest in manifests]]))[:12]
+
+
+def _front_matter(folder: Path, shards: dict[str, list[Path]], state: str) -> str:
     configs = []
     for kind, name, split in (("accepted", "default", "train"), ("rejected", "rejected", "train")):
         suffixes = sorted({p.suffix for p in shards[kind] if p.parent.name != "journal"})
         if suffixes:
             files = [f"{'data' if kind == 'accepted' else kind}/*{suffix}" for suffix in suffixes]
             entry: dict[str, Any] = {"config_name": name, "data_files": [{"split": split, "path": files}]}
+            # datasets finds its cache by what is written here, and knows neither the folder's place nor its files:
+            # without this it would give the records of another run in a folder of the same name.
+            entry["description"] = f"state {state}"
             configs.append(entry | ({"default": True} if name == "default" else {}))
     content = {
         "pretty_name": folder.resolve().name,

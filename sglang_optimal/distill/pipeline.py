@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import json
 import time
+import uuid
 import zlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -173,7 +174,7 @@ class _Run:
         if not path.exists():
             if self._store.done:
                 raise ValueError(f"{self._store.folder}: has records but no {path.name}; give another --out.")
-            return {"fingerprint": ours, "started": _now()}
+            return {"run_id": uuid.uuid4().hex, "fingerprint": ours, "started": _now()}
         manifest = json.loads(path.read_text())
         if manifest.get("fingerprint") != ours:
             changed = _changed(manifest.get("config", {}), self._config.model_dump(mode="json"))

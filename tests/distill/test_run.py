@@ -127,6 +127,24 @@ def test_read_by_load_dataset(folder, stub):
     assert "wrong answer" in card and "| `log_weight_student` |" in card
 
 
+def test_load_dataset_does_not_mistake_one_run_for_another(folder, stub, tmp_path):
+    """datasets has a cache, and two runs may have folders of one name."""
+
+    def ids(run: Folder) -> list[str]:
+        return sorted(datasets.load_dataset(str(run.out), split="train")["id"])
+
+    (tmp_path / "other").mkdir()
+    other = Folder(tmp_path / "other")
+    assert folder.run(stub.url, more=("--limit", "10")) == 0
+    before = ids(folder)
+    assert folder.run(stub.url) == 0
+    assert len(ids(folder)) > len(before)
+    settings = yaml.safe_load((other.root / "run.yaml").read_text())
+    (other.root / "run.yaml").write_text(yaml.safe_dump({**settings, "filters": []}))
+    assert other.run(stub.url) == 0
+    assert len(ids(other)) == 3 * PROBLEMS and len(ids(folder)) < 3 * PROBLEMS
+
+
 def test_jsonl_by_load_dataset(folder, stub):
     folder.configure(output={"format": "jsonl", "shard_records": 16})
     assert folder.run(stub.url) == 0

@@ -130,6 +130,6 @@ def test_too_long_for_the_server(client, tmp_path):
 
 
 def test_a_setting_that_the_server_refuses(client, tmp_path, capsys):
-    settings = {"sampling": {"max_new_tokens": 5000, "min_new_tokens": 6000}}
+    settings = {"sampling": {"max_new_tokens": 50, "min_new_tokens": 60}}
     run(tmp_path, client, status=2, **settings)
     assert "the server refuses every request: min_new_tokens" in capsys.readouterr().err
