@@ -165,7 +165,7 @@ class _Run:
         self._manifest = self._resumed_manifest()
         self._sampled = 0
         self._refused: dict[str, set[str]] = {}  # message: problems
-        self._began = time.monotonic()
+        self._sampling_since: float | None = None
         self._elapsed_before = float(self._manifest.get("elapsed_seconds", 0.0))
 
     def _resumed_manifest(self) -> dict[str, Any]:
@@ -223,6 +223,7 @@ class _Run:
     async def _sample_all(self, servers: Servers, tasks: list[Task]) -> int:
         """Returns how many samples servers gave up on."""
         queue = iter(tasks)
+        self._sampling_since = time.monotonic()
         progress = RunProgress(self._plan.total, self._store.tally, self._console)
 
         async def work() -> None:
@@ -272,6 +273,9 @@ class _Run:
             record.accepted, record.rejected_by, record.reject_reason = False, rejection.filter, rejection.reason
         return record
 
+    def _sampling_seconds(self) -> float:
+        return time.monotonic() - self._sampling_since if self._sampling_since is not None else 0.0
+
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -280,7 +284,7 @@ class _Run:
         self._manifest |= {
             "state": state,
             "finished": _now() if state == "complete" else None,
-            "elapsed_seconds": round(self._elapsed_before + time.monotonic() - self._began, 1),
+            "elapsed_seconds": round(self._elapsed_before + self._sampling_seconds(), 1),
             "shard": "{}/{}".format(*self._plan.shard),
             "planned": self._plan.total,
             "failed": failed,
