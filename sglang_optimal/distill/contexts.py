@@ -85,18 +85,21 @@ class ContextBuilder:
         """How many tasks a problem has."""
         return n * (len(self._contexts.strategies) if self._contexts.select == "cross" else 1)
 
+    def check(self, problem: Problem) -> None:
+        """Render a problem with every strategy; raises as `render`."""
+        for strategy in self._sides:
+            self.render(Task("", problem, strategy, 0))
+
     def render(self, task: Task) -> tuple[Context, Context]:
         """(teacher's context, student's context).
 
         Raises:
             ValueError: a template fails on this problem, renders nothing, or shows the student a privileged text.
         """
-        teacher, student = self._sides[task.strategy]
-        fields = task.problem.fields
-        contexts = tuple(side.render(fields, task.problem.id) for side in (teacher, student))
+        teacher, student = (side.render(task.problem.fields, task.problem.id) for side in self._sides[task.strategy])
         if self._contexts.guard:
-            self._check_unseen(task.problem, context_text(contexts[1]))
-        return contexts
+            self._check_unseen(task.problem, context_text(student))
+        return teacher, student
 
     def _drawn(self, problem: Problem, k: int) -> Strategy:
         strategies = self._contexts.strategies

@@ -29,8 +29,6 @@ from sglang_optimal.distill.records import Context, Record
 from sglang_optimal.distill.server import OwnServer
 from sglang_optimal.distill.store import RecordStore, Tally
 
-CHECKED = 200
-"""Problems whose contexts are rendered before anything is started."""
 REFUSALS = 8
 """A run ends when so many problems are refused with one message before any is sampled: the settings are wrong then, not
 the data."""
@@ -58,23 +56,23 @@ class Plan:
 
     Args:
         config: the run's settings.
-        shard: (i, n).
+        shard: (i, n): every n-th problem, from the i-th on.
 
     Raises:
-        ValueError: problems, templates or filters are wrong.
+        ValueError: problems, templates or filters are wrong; every context has been rendered once.
     """
 
     def __init__(self, config: DistillConfig, shard: tuple[int, int] = (0, 1)):
         self.config, self.shard = config, shard
-        self.problems = load_problems(config.data, shard)
+        everything = load_problems(config.data)
+        index, count = shard
+        self.problems = everything[index::count]
         self.filters = FilterChain(config.filters)
         self.builder = ContextBuilder(
-            config.contexts, list(self.problems[0].fields) if self.problems else [], config.data.privileged,
-            config.sampling.seed,
-        )  # fmt: skip
-        for problem in self.problems[:CHECKED]:
-            for task in self.builder.tasks(problem, 1):
-                self.builder.render(task)
+            config.contexts, list(everything[0].fields), config.data.privileged, config.sampling.seed
+        )
+        for problem in self.problems:
+            self.builder.check(problem)
 
     @property
     def total(self) -> int:

@@ -26,12 +26,11 @@ class Problem:
     fields: dict[str, Any]
 
 
-def load_problems(data: Data, shard: tuple[int, int] = (0, 1)) -> list[Problem]:
-    """Read every problem of one shard.
+def load_problems(data: Data) -> list[Problem]:
+    """Read every problem.
 
     Args:
         data: the section ``data`` of the run's file.
-        shard: (i, n): every n-th problem, from the i-th on.
 
     Raises:
         ValueError: no data, a missing file, split or column, an id that occurs twice.
@@ -49,9 +48,7 @@ def load_problems(data: Data, shard: tuple[int, int] = (0, 1)) -> list[Problem]:
         dataset = dataset.select(range(min(data.limit, len(dataset))))
     if len(dataset) == 0:
         raise ValueError(f"data.path: {data.path} has no problems.")
-    problems = list(_numbered(dataset, columns, own_ids="id" in data.fields))
-    index, count = shard
-    return problems[index::count]
+    return list(_numbered(dataset, columns, own_ids="id" in data.fields))
 
 
 def _numbered(dataset: Any, columns: dict[str, str], *, own_ids: bool) -> Iterator[Problem]:

@@ -66,12 +66,6 @@ def test_made_ids(written, tmp_path):
     assert load_problems(Data(path=str(same)))[1].id == first
 
 
-def test_shards_cover_everything(written):
-    data = Data(path=str(written("csv")), fields={"id": "key"})
-    parts = [[p.id for p in load_problems(data, (i, 2))] for i in range(2)]
-    assert parts == [["a", "c"], ["b"]]
-
-
 def test_limit_and_split(written):
     path = str(written("jsonl"))
     assert len(load_problems(Data(path=path, limit=2))) == 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import signal
 import subprocess
@@ -187,6 +189,30 @@ def test_machines_with_shards_of_their_own(folder, stub):
     assert len(datasets.load_dataset(str(folder.out), split="train")) == sum(
         row["accepted"] for row in folder.rows().values()
     )
+
+
+def test_more_machines_than_problems(folder, stub):
+    assert folder.run(stub.url, more=("--limit", "2", "--shard", "2/3")) == 0
+    assert not folder.rows() and not stub.seen
+
+
+def test_disk_full(folder, stub, monkeypatch, capsys):
+    write, written = os.write, []
+
+    def full_after_a_while(descriptor, data):
+        if len(data) > 200:
+            written.append(len(data))
+            if len(written) > 30:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", full_after_a_while)
+    assert folder.run(stub.url) == 1
+    assert "No space left on device; what was sampled is kept." in capsys.readouterr().err
+    monkeypatch.undo()
+    assert len(folder.rows()) == 30
+    assert folder.run(stub.url) == 0
+    folder.check_complete()
 
 
 @pytest.mark.parametrize("shard", ["2", "2/2", "-1/2", "a/b", "0/0"])
@@ -419,6 +445,13 @@ def test_guard_before_anything_is_asked(folder, stub, capsys):
     assert not stub.seen and not folder.out.exists()
 
 
+def test_every_problem_is_rendered_before_anything_is_asked(folder, stub, capsys):
+    folder.configure(contexts={"student": "{{ problem }} {{ 1 // (39 - (id | replace('p', '') | int)) }}"})
+    assert folder.run(stub.url) == 2
+    assert "contexts.student: fails on problem p39" in capsys.readouterr().err
+    assert not stub.seen
+
+
 def test_a_folder_that_cannot_be_written(folder, stub, capsys):
     folder.out.write_text("a file")
     assert folder.run(stub.url) == 1
@@ -431,3 +464,27 @@ def test_preview(folder, capsys):
     assert main(["preview", config, "--data", data, "--problems", "1"]) == 0
     output = capsys.readouterr().out
     assert "p0/" in output and "0 + 1?" in output and "40 problems, 120 samples; the file is valid." in output
+
+
+@pytest.mark.parametrize("name", ["distillation", "math_qa", "demo", "example_loop"])
+def test_shipped_configs(tmp_path, name, capsys):
+    configs = Path(__file__).parents[2] / "configs"
+    row = {
+        "id": "1",
+        "unique_id": "1",
+        "problem": "What is 1 + 1?",
+        "solution": "It is 1 + 1 = 2, I think.",
+        "answer": "2",
+    }
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    split = yaml.safe_load((configs / f"{name}.yaml").read_text()).get("data", {}).get("split", "train")
+    path = str(data)
+    if split != "train":  # a folder, with the split's name in the file's
+        data.rename(tmp_path / f"{split}.jsonl")
+        path = str(tmp_path)
+    assert main(["preview", str(configs / f"{name}.yaml"), "--data", path]) == 0
+    output = capsys.readouterr().out
+    assert "What is 1 + 1?" in output and "the file is valid" in output
+    if name == "math_qa":
+        assert "final answer within \\boxed{}" in " ".join(output.split()) and "is \\boxed{2}." in output
