@@ -25,8 +25,10 @@ class StubServer:
     seen: how often each sampling_seed was asked for.
     """
 
-    def __init__(self, *, delay: float = 0.0, api_key: str | None = None, mixes: bool = True, port: int = 0):
-        self.delay, self.api_key, self.mixes = delay, api_key, mixes
+    def __init__(
+        self, *, delay: float = 0.0, api_key: str | None = None, mixes: bool = True, router: bool = False, port: int = 0
+    ):
+        self.delay, self.api_key, self.mixes, self.router = delay, api_key, mixes, router
         self.behave: Callable[[dict], Answer | type(Ellipsis)] = lambda body: ...
         self.seen: Counter[int] = Counter()
         self.bodies: list[dict] = []
@@ -48,6 +50,8 @@ class StubServer:
             self._thread.join()
 
     def info(self) -> Any:
+        if self.router:
+            return {"workers": 2}
         mixing = {"teacher_model_path": "teacher", "student_model_path": "student", "student_weight_version": "v1"}
         return {"version": "stub", "internal_states": [{"mixing": mixing} if self.mixes else {}]}
 

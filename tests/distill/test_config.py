@@ -112,6 +112,11 @@ def test_shipped_configs(path):
     load_yaml(path)  # starts a server too
 
 
+def test_shipped_schema_is_up_to_date():
+    text = (CONFIGS[0].parent / "schema.json").read_text()
+    assert json.loads(text) == json_schema(), "python -m sglang_optimal.distill schema --output configs/schema.json"
+
+
 def test_schema_refuses_what_we_refuse():
     validator = jsonschema.Draft202012Validator(json_schema())
     validator.check_schema(json_schema())

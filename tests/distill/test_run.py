@@ -391,6 +391,13 @@ def test_a_server_that_does_not_mix(folder, capsys):
     assert "runs no student" in capsys.readouterr().err
 
 
+def test_a_router_does_not_tell_what_is_behind_it(folder):
+    with stub_server(router=True) as router:
+        assert folder.run(router.url) == 0
+    rows = folder.check_complete()
+    assert {row["teacher_model"] for row in rows.values()} == {None}
+
+
 def test_answers_without_the_series(folder, stub, capsys):
     meta = {"finish_reason": {"type": "stop"}}
     stub.behave = lambda body: (200, {"text": "x", "output_ids": [1], "meta_info": meta})
