@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 from harness import SMALL
 
@@ -59,6 +60,7 @@ def records(out: Path) -> list[dict]:
     return [row for kind in ("accepted", "rejected") for row in read_rows(find_shards(out, kind))]
 
 
+@pytest.mark.slow  # two starts of a server; tests/distill/test_run.py has servers that die, without an engine
 def test_it_is_restarted_and_goes_with_the_run(tiny_pair, tmp_path):
     out = tmp_path / "out"
     command = settings(tiny_pair, tmp_path)
