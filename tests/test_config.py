@@ -188,7 +188,10 @@ def test_load_yaml_of_nothing(write, text):
         ("- mixing", "server.yaml must hold a mapping with the sections 'mixing' and 'server'"),
         ("[]", "must hold a mapping"),
         ("mixng: {}", "server.yaml: unknown key 'mixng'. Did you mean 'mixing'?"),
-        ("model_path: m", "server.yaml: unknown key 'model_path'. Known: mixing, server"),
+        (
+            "model_path: m",
+            "server.yaml: unknown key 'model_path'. Known: client, contexts",
+        ),
         ("mixing: [alpha_min]", "server.yaml: section 'mixing' must be a mapping"),
         ("server: false", "server.yaml: section 'server' must be a mapping"),
         ("mixing: {alpha_mn: 0.1}", "server.yaml: mixing: unknown key 'alpha_mn'. Did you mean 'alpha_min'?"),
@@ -273,7 +276,10 @@ def test_config_of_sglang_is_not_ours(write, tmp_path):
     """SGLang has a --config too: a flat file. It reads neither our file nor its own through ours."""
     flat = tmp_path / "flat.yaml"
     flat.write_text("model-path: m\n")
-    with pytest.raises(ValueError, match="unknown key 'model-path'. Known: mixing, server"):
+    with pytest.raises(
+        ValueError,
+        match="unknown key 'model-path'. Known: client, contexts",
+    ):
         launch_server.parse(["--config", str(flat)])
     with pytest.raises(ValueError, match="server: unknown key 'config'"):
         launch_server.parse([*MODEL, "--config", str(write(f"server: {{config: {flat}}}"))])

@@ -19,7 +19,9 @@ def write_card(folder: Path) -> Path:
     Raises:
         ValueError: no run in it.
     """
-    shards = {kind: find_shards(folder, kind) for kind in ("accepted", "rejected")}
+    # No journals: another machine may be writing them, and writes the card again when it is done.
+    found = {kind: find_shards(folder, kind) for kind in ("accepted", "rejected")}
+    shards = {kind: [path for path in paths if path.parent.name != "journal"] for kind, paths in found.items()}
     tally, models = Tally(), Counter()
     for row in read_rows(shards["accepted"] + shards["rejected"], [*TALLIED, *MODEL_COLUMNS]):
         tally.add(row)
@@ -40,7 +42,7 @@ def _state(shards: dict[str, list[Path]], manifests: list[dict[str, Any]]) -> st
 def _front_matter(folder: Path, shards: dict[str, list[Path]], state: str) -> str:
     configs = []
     for kind, name, split in (("accepted", "default", "train"), ("rejected", "rejected", "train")):
-        suffixes = sorted({p.suffix for p in shards[kind] if p.parent.name != "journal"})
+        suffixes = sorted({path.suffix for path in shards[kind]})
         if suffixes:
             files = [f"{'data' if kind == 'accepted' else kind}/*{suffix}" for suffix in suffixes]
             entry: dict[str, Any] = {"config_name": name, "data_files": [{"split": split, "path": files}]}

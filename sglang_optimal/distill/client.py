@@ -127,6 +127,11 @@ class Servers:
         """Names of models and versions at an endpoint; empty for a router, which does not tell."""
         return next(e.models for e in self._endpoints if e.url == endpoint)
 
+    async def refresh(self) -> None:
+        """Look again what the servers run: someone may put new weights into them. Servers that do not answer keep what
+        was known of them."""
+        await asyncio.gather(*(self._look(endpoint) for endpoint in self._endpoints))
+
     async def generate(
         self, teacher: Context, student: Context, sampling: dict[str, Any], fields: dict[str, Any]
     ) -> Sample:

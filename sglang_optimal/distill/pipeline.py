@@ -34,6 +34,8 @@ REFUSALS = 8
 the data."""
 SYNC_EVERY = 1.0
 """Seconds between two times that the disk is told to keep everything."""
+LOOK_EVERY = 10.0
+"""Seconds between two looks at the servers' models; records name them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,14 +240,20 @@ class _Run:
                 progress.update()
                 await asyncio.to_thread(self._store.sync)
 
+        async def look() -> None:
+            while True:
+                await asyncio.sleep(LOOK_EVERY)
+                await servers.refresh()
+
         with progress:
             try:
                 async with asyncio.TaskGroup() as group:
-                    keeper = group.create_task(keep())
+                    helpers = [group.create_task(keep()), group.create_task(look())]
                     async with asyncio.TaskGroup() as workers:
                         for _ in range(min(self._config.client.concurrency, len(tasks))):
                             workers.create_task(work())
-                    keeper.cancel()
+                    for helper in helpers:
+                        helper.cancel()
             except BaseExceptionGroup as errors:
                 raise _first(errors) from None
             finally:

@@ -169,6 +169,7 @@ class MixedScheduler(Scheduler):
         output.internal_state["mixing"] = {
             "teacher_model_path": self.tp_worker.model_config.model_path,
             "student_model_path": self.tp_worker.student.weights_path,
+            "student_revision": self.mixing_config.student_revision,
             "student_weight_version": self.tp_worker.student.weight_version,
             "alpha": dataclasses.asdict(self.mixing_config.alpha),
             "teacher_pool": {

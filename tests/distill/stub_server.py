@@ -34,6 +34,7 @@ class StubServer:
         self.bodies: list[dict] = []
         self.in_flight = self.most_in_flight = 0
         self.dies_after: int | None = None
+        self.student_version = "v1"
         self.stopped = threading.Event()
         self.lock = threading.Lock()
         self._http = _Server(("127.0.0.1", port), _handler(self))
@@ -52,7 +53,10 @@ class StubServer:
     def info(self) -> Any:
         if self.router:
             return {"workers": 2}
-        mixing = {"teacher_model_path": "teacher", "student_model_path": "student", "student_weight_version": "v1"}
+        mixing = {
+            "teacher_model_path": "teacher", "student_model_path": "student",
+            "student_weight_version": self.student_version,
+        }  # fmt: skip
         return {"version": "stub", "internal_states": [{"mixing": mixing} if self.mixes else {}]}
 
     def generate(self, body: dict) -> Answer:

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from stub_server import StubServer, stub_answer, stub_server
 
-from sglang_optimal.distill import client
+from sglang_optimal.distill import client, pipeline
 from sglang_optimal.distill.cli import main
 from sglang_optimal.distill.pipeline import seed_of
 from sglang_optimal.distill.store import find_shards, read_rows
@@ -308,6 +308,21 @@ def test_never_a_server(folder, capsys):
     folder.configure(client={"max_downtime": 0.2})
     assert folder.run("http://127.0.0.1:9") == 1
     assert "no server answers at http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_new_student_weights_while_it_runs(folder, stub, monkeypatch):
+    monkeypatch.setattr(pipeline, "LOOK_EVERY", 0.05)
+    stub.delay = 0.02
+
+    def behave(body):
+        if sum(stub.seen.values()) > 60:
+            stub.student_version = "v2"
+        return ...
+
+    stub.behave = behave
+    assert folder.run(stub.url) == 0
+    versions = [row["student_weight_version"] for row in folder.check_complete().values()]
+    assert set(versions) == {"v1", "v2"} and versions.count("v1") >= 50
 
 
 def test_round_robin_and_concurrency(folder):

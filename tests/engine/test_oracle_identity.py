@@ -28,12 +28,9 @@ SHARED = {"roomy": {}, **{name: {**ENGINES[name], **MORE} for name in ENGINES if
 
 LORA = {"roomy": {}, "small": SHARED["small"]}
 MODES = {"": ENGINES, "shared-": SHARED, "lora-": LORA}
-# Half a minute each; what they alone would find is what two modes have in common, which others have.
-SLOW = ("shared-small-no-overlap", "lora-roomy")
-NAMES = [f"{mode}{name}" for mode, engines in MODES.items() for name in engines]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
+@pytest.fixture(scope="module", params=[f"{mode}{name}" for mode, engines in MODES.items() for name in engines])
 def sampler(request, tiny_pair):
     mode = next(mode for mode in reversed(MODES) if request.param.startswith(mode))
     name = request.param.removeprefix(mode)

@@ -21,7 +21,7 @@ GUIDE = (REPOSITORY / "docs" / "distillation_guide.md").read_text()
 BLOCKS = re.findall(r"^```(\w+) ?(\S*)\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
 
 
-def test_the_guide(client, tiny_pair, tmp_path, monkeypatch, capsys):
+def test_the_guide(client, tiny_pair, tmp_path, monkeypatch):
     """The server's address and the models' names are ours; the rest is as it stands there."""
     monkeypatch.chdir(tmp_path)
     port = str(client.base_url.port)
