@@ -331,7 +331,7 @@ class OptimalSampler:
         return results[0] if request.single and request.n == 1 else results
 
     def _result(self, request: _Request, position: int, entry: dict[str, Any]) -> GenerationResult:
-        from sglang_optimal.runtime.observer import SERIES
+        from sglang_optimal.series import SERIES
 
         meta = entry["meta_info"]
         series = {name: meta[name] for name in SERIES if name in meta}

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from importlib import resources
 
-from sglang_optimal.distill.numbers import numbers
+from sglang_optimal.distill.numbers import last_number, numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,7 @@ class Problem:
 
     def solved_by(self, text: str) -> bool:
         """Whether the last number in ``text`` is the solution's."""
-        found = numbers(text)
-        return bool(found) and found[-1] == numbers(self.answer)[-1]
+        return last_number(text) == numbers(self.answer)[-1]
 
 
 def load_problems() -> list[Problem]:

@@ -13,7 +13,8 @@ import httpx
 import tenacity
 
 from sglang_optimal import __version__
-from sglang_optimal.distill.records import SERIES, Context
+from sglang_optimal.distill.records import Context
+from sglang_optimal.series import SERIES
 
 if TYPE_CHECKING:
     from sglang_optimal.distill.config import Client
@@ -48,7 +49,7 @@ class Sample:
 
     Attributes:
         text, token_ids, finish_reason: the sample.
-        series: the per-token lists, see `sglang_optimal.distill.records.SERIES`.
+        series: the per-token lists, see `sglang_optimal.series.SERIES`.
         prompt_tokens: of the teacher's prompt.
         latency: seconds.
         endpoint: who answered.
@@ -252,7 +253,6 @@ def request_body(
     custom["student_text" if isinstance(student, str) else "student_messages"] = student
     body: dict[str, Any] = {"sampling_params": {**sampling, "custom_params": custom}}
     if isinstance(teacher, str):
-        custom.pop("teacher_chat_template_kwargs", None)
         body["text"] = teacher
     else:
         custom["teacher_messages"] = teacher

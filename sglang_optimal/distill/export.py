@@ -79,14 +79,15 @@ def _shape(format: str, tokenizer: str | None) -> Callable[[dict[str, Any]], dic
         except (OSError, ValueError) as error:
             raise ValueError(f"--tokenizer: cannot load {tokenizer}: {error}") from None
         return lambda row: {"text": _rendered(row, template)}
-    return {"sft": _sft, "trl-sft": _trl_sft, "trl-gkd": _trl_gkd, "text": _text, "records": dict}[format]
+    return {"sft": _sft, "trl-sft": trl_sft, "trl-gkd": _trl_gkd, "text": _text, "records": dict}[format]
 
 
 def _sft(row: dict[str, Any]) -> dict[str, Any]:
     return {"messages": _conversation(row, "student")}
 
 
-def _trl_sft(row: dict[str, Any]) -> dict[str, Any]:
+def trl_sft(row: dict[str, Any]) -> dict[str, Any]:
+    """TRL's prompt and completion of a stored row."""
     if row["student_messages"] is None:
         return {"prompt": row["student_text"], "completion": row["text"]}
     return {"prompt": row["student_messages"], "completion": [{"role": "assistant", "content": row["text"]}]}

@@ -9,22 +9,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sglang_optimal.series import SERIES
+
 if TYPE_CHECKING:
     import pyarrow
 
 Context = str | list[dict[str, str]]
 """Plain text, or the messages of a chat."""
-
-SERIES = (
-    "alpha",
-    "teacher_logprob",
-    "student_logprob",
-    "mixture_logprob",
-    "kl_to_student",
-    "kl_to_teacher",
-    "ess_ratio",
-)
-"""Per-token lists of a record, one value for each of ``token_ids``; see docs/api.md for their meaning."""
 
 
 @dataclasses.dataclass
@@ -39,7 +30,7 @@ class Record:
         fields: every field of the problem.
         teacher_context, student_context: what each side read, before chat templates.
         text, token_ids: the sample. finish_reason: ``stop`` or ``length``.
-        alpha … ess_ratio: see `SERIES`; floats, log-probabilities and KLs in nats.
+        alpha … ess_ratio: see `sglang_optimal.series.SERIES`; floats, log-probabilities and KLs in nats.
         sampling: what the request asked for, alpha settings among it.
         seed: the request's ``sampling_seed``.
         teacher_prompt_tokens: tokens of the teacher's prompt.

@@ -18,17 +18,7 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from sglang_optimal.mixing import Mixture, mix, token_logprobs
 from sglang_optimal.runtime.plan import MixedRows
-
-SERIES = (
-    "alpha",
-    "teacher_logprob",
-    "student_logprob",
-    "mixture_logprob",
-    "kl_to_student",
-    "kl_to_teacher",
-    "ess_ratio",
-)
-"""Per-token series in ``meta_info``; ``alpha`` always, the others with ``return_mixing_info``."""
+from sglang_optimal.series import SERIES
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ import contextvars
 from collections.abc import AsyncIterator
 from typing import Any
 
-from sglang_optimal.runtime.observer import SERIES
+from sglang_optimal.series import SERIES
 
 MIXING_TAP: contextvars.ContextVar[MixingTap | None] = contextvars.ContextVar("mixing_tap", default=None)
 """Set while a handler starts a request that it wants to follow."""

@@ -13,10 +13,10 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.messages import render
-from sglang_optimal.runtime.observer import SERIES
 from sglang_optimal.runtime.request import mixing_fields, take_teacher_messages, to_wire
 from sglang_optimal.runtime.student_weights import is_for_student, mark_for_student
 from sglang_optimal.runtime.tap import MIXING_TAP
+from sglang_optimal.series import SERIES
 
 # Request features whose meaning for two contexts is not defined; refused rather than answered by the teacher alone.
 _UNSUPPORTED = ("input_embeds", "image_data", "video_data", "audio_data", "session_params", "session_id", "lora_path")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from sglang_optimal.distill.records import SERIES
+from sglang_optimal.series import SERIES
 
 Answer = tuple[int, Any] | None
 """(HTTP status, body); None: hang up."""

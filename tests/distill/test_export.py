@@ -10,8 +10,9 @@ from tiny_models import build_tiny_tokenizer_model
 
 from sglang_optimal.distill.cli import main
 from sglang_optimal.distill.export import FORMATS, export
-from sglang_optimal.distill.records import COLUMNS, SERIES, Record
+from sglang_optimal.distill.records import COLUMNS, Record
 from sglang_optimal.distill.store import RecordStore
+from sglang_optimal.series import SERIES
 
 STUDENT = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "what is 3 + 4?"}]
 TEACHER = [{"role": "user", "content": "what is 3 + 4? it is 7"}]

@@ -11,7 +11,7 @@ import pytest
 from tiny_models import EOS, SMALL_SPECIAL_TOKENS, build_small_tokenizer, small_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from sglang_optimal.distill.records import SERIES, Record
+from sglang_optimal.distill.records import Record
 from sglang_optimal.distill.report import write_report
 from sglang_optimal.distill.report.histogram import ALPHA_EDGES, KL_EDGES, LOGPROB_EDGES
 from sglang_optimal.distill.report.samples import token_limit, token_pieces
@@ -19,6 +19,7 @@ from sglang_optimal.distill.report.selection import Selection
 from sglang_optimal.distill.report.statistics import collect
 from sglang_optimal.distill.report.verdicts import verdicts, wilson
 from sglang_optimal.distill.store import RecordStore
+from sglang_optimal.series import SERIES
 
 EOS_ID = SMALL_SPECIAL_TOKENS.index(EOS)
 HOSTILE = (

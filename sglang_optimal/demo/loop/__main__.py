@@ -145,6 +145,8 @@ def _generate(name: str, mixing: dict[str, Any], url: str, out: Path, seed: int,
 
 def _cut(arms: list[Arm], most: int, out: Path, seed: int) -> None:
     """Give every set the same number of tokens, of samples in random order, and write it for the trainer."""
+    from sglang_optimal.distill.export import trl_sft
+
     budget = min(most, *(sum(row["num_tokens"] for row in arm.accepted) for arm in arms))
     for arm in arms:
         rows = sorted(arm.accepted, key=lambda row: row["id"])
@@ -157,12 +159,8 @@ def _cut(arms: list[Arm], most: int, out: Path, seed: int) -> None:
         arm.used = len(used)
         logprob = sum(row["mean_student_logprob"] * row["num_tokens"] for row in used)
         arm.mean_student_logprob = logprob / max(arm.used_tokens, 1)
-        pairs = [
-            {"prompt": row["student_messages"], "completion": [{"role": "assistant", "content": row["text"]}]}
-            for row in used
-        ]
         path = out / _slug(arm.name) / "train.jsonl"
-        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        path.write_text("".join(json.dumps(trl_sft(row)) + "\n" for row in used))
 
 
 def _train(arm: Arm, args: argparse.Namespace, out: Path) -> dict[str, float]:

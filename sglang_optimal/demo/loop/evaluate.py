@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import httpx
 
 from sglang_optimal.demo.loop.problems import WordProblem
-from sglang_optimal.distill.numbers import numbers
+from sglang_optimal.distill.numbers import last_number
+from sglang_optimal.distill.report.verdicts import wilson
 
 TIMEOUT = 1800.0
 
@@ -24,12 +24,8 @@ class Accuracy:
     def share(self) -> float:
         return self.solved / self.total
 
-    def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Wilson's score interval, see https://doi.org/10.1080/01621459.1927.10502953."""
-        n, p = self.total, self.share
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return middle - half, middle + half
+    def interval(self) -> tuple[float, float]:
+        return wilson(self.solved, self.total)
 
     def __str__(self) -> str:
         low, high = self.interval()
@@ -65,5 +61,4 @@ def student_accuracy(url: str, problems: list[WordProblem], prompt: str, max_new
 
 def solves(text: str, problem: WordProblem) -> bool:
     """Whether the last number of ``text`` is the answer."""
-    found = numbers(text)
-    return bool(found) and found[-1] == float(problem.answer)
+    return last_number(text) == float(problem.answer)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sglang_optimal.distill.filters.base import Check, Filter
-from sglang_optimal.distill.numbers import numbers
+from sglang_optimal.distill.numbers import last_number
 from sglang_optimal.distill.records import Record
 
 
@@ -68,12 +68,12 @@ class Answer(Filter):
 
     def _compare(self, said: str, expected: str) -> str | None:
         if self.match == "numeric":
-            ours, theirs = numbers(said), numbers(expected)
-            if not theirs:
+            ours, theirs = last_number(said), last_number(expected)
+            if theirs is None:
                 return "the expected answer has no number"
-            if not ours:
+            if ours is None:
                 return "no answer found"
-            return None if math.isclose(ours[-1], theirs[-1], rel_tol=self.tolerance, abs_tol=1e-12) else "wrong answer"
+            return None if math.isclose(ours, theirs, rel_tol=self.tolerance, abs_tol=1e-12) else "wrong answer"
         if self.match == "math":
             return None if mathematically_equal(said, expected) else "wrong answer"
         said, expected = said.strip(), expected.strip()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sglang_optimal.distill.records import MODEL_COLUMNS, SERIES
+from sglang_optimal.distill.records import MODEL_COLUMNS
 from sglang_optimal.distill.report.histogram import (
     ALPHA_EDGES,
     ESS_EDGES,
@@ -25,6 +25,7 @@ from sglang_optimal.distill.report.histogram import (
 from sglang_optimal.distill.report.reading import RunInfo, read_batches
 from sglang_optimal.distill.report.selection import Selection
 from sglang_optimal.distill.store import TALLIED, Tally, find_shards
+from sglang_optimal.series import SERIES
 
 if TYPE_CHECKING:
     import pyarrow

@@ -241,7 +241,7 @@ def rejections(statistics: Statistics) -> dict[str, int]:
 
 
 def wilson(successes: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
+    """Wilson's 95 % interval of a share, see https://doi.org/10.1080/01621459.1927.10502953."""
     share = successes / total
     centre = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
