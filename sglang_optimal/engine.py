@@ -161,12 +161,14 @@ class OptimalSampler:
 
         Raises:
             ValueError: no prompts, an empty prompt, lengths that differ, or parameters that are wrong.
+            RuntimeError: a model failed; see docs/operations.md. A stream ends with finish_reason "abort" instead.
         """
         request = self._request(
             prompts, student_prompts, sampling_params, sampling, return_mixing_info,
             alpha_method=alpha_method, alpha_min=alpha_min, alpha_max=alpha_max, fixed_alpha=fixed_alpha,
         )  # fmt: skip
-        output = self._running().generate(**request.arguments, stream=stream)
+        with _plain_errors():
+            output = self._running().generate(**request.arguments, stream=stream)
         if stream:
             return self._stream(request, output)
         return self._results(request, output)
@@ -191,7 +193,8 @@ class OptimalSampler:
             alpha_method=alpha_method, alpha_min=alpha_min, alpha_max=alpha_max, fixed_alpha=fixed_alpha,
         )  # fmt: skip
         engine = self._running()
-        output = await engine.loop.run(engine.async_generate(**request.arguments, stream=stream))
+        with _plain_errors():
+            output = await engine.loop.run(engine.async_generate(**request.arguments, stream=stream))
         if stream:
             return self._async_stream(request, output)
         return self._results(request, output)
@@ -370,6 +373,17 @@ class _Request:
     single: bool
     n: int
     call: int
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What SGLang raises for its HTTP server, as an exception that a program expects."""
+    from fastapi import HTTPException
+
+    try:
+        yield
+    except HTTPException as error:
+        raise RuntimeError(error.detail) from error
 
 
 def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any]):

@@ -32,6 +32,15 @@ def mixing_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def restart_parser() -> argparse.ArgumentParser:
+    """The parser of the flag that is not the server's, but that of the process which starts it."""
+    parser = argparse.ArgumentParser(prog="sglang_optimal.launch_server", add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, help="Start the server again when it dies, up to this often in a row."
+    )
+    return parser
+
+
 def parse(argv: list[str]):
     """Split the command line into (SGLang's ServerArgs, MixingConfig).
 
@@ -42,6 +51,7 @@ def parse(argv: list[str]):
     parser = mixing_parser()
     if "-h" in argv or "--help" in argv:
         parser.print_help()
+        print(restart_parser().format_help().partition("\n\n")[2])
         print("\nEvery SGLang flag follows:\n", flush=True)
     ours, rest = parser.parse_known_args(argv)
     flags = {k: v for k, v in vars(ours).items() if v is not None}
@@ -186,10 +196,23 @@ def start_server_process(context, teacher: str, config: MixingConfig, arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    ours, rest = restart_parser().parse_known_args(argv)
+    if ours.max_restarts < 0:
+        print("sglang_optimal.launch_server: error: --max-restarts: must not be negative.", file=sys.stderr)
+        return 2
+    if ours.max_restarts and not {"-h", "--help"} & set(rest):
+        from sglang_optimal.supervise import supervise
+
+        return supervise([sys.executable, "-m", "sglang_optimal.launch_server", *rest], ours.max_restarts)
+    return _run(rest)
+
+
+def _run(argv: list[str]) -> int:
     from sglang_optimal.runtime import launch
 
     try:
-        server_args, config = parse(sys.argv[1:] if argv is None else argv)
+        server_args, config = parse(argv)
         launch.check_models(server_args, config)
         launch.resolve(server_args, config)
     except ValueError as error:

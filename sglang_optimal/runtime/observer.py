@@ -8,17 +8,22 @@ the sampled tokens, in one asynchronous copy.
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from typing import Any
 
 import torch
 from sglang.srt.managers.auxiliary_output import CommittedTokens
-from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from sglang_optimal.mixing import Mixture, mix, token_logprobs
 from sglang_optimal.runtime.plan import MixedRows
 from sglang_optimal.series import SERIES
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -29,6 +34,7 @@ class MixingStep:
         rows: which rows of the batch, and their settings.
         student_logits: [n, V_student].
         vocab_size: number of ids both models have; the mixture's support is [0, vocab_size).
+        failure: why there are no student logits (they are NaN then, and the rows end with this message); else None.
     """
 
     rows: MixedRows
@@ -37,6 +43,7 @@ class MixingStep:
     teacher_logits: torch.Tensor | None = None
     temperatures: torch.Tensor | None = None
     mixture: Mixture | None = None
+    failure: str | None = None
 
     def apply_logit_transforms(self, width: int, info: SamplingBatchInfo) -> None:
         """Penalties, grammar mask and logit bias, applied to the student's logits as SGLang does to the teacher's."""
@@ -80,6 +87,7 @@ class MixingStep:
             ess_ratio=self.rows.info,
             out=mixed[:, :v],
         )
+        _make_samplable(mixed, self.mixture)
         if self.rows.index is None:
             return mixed.to(logits.dtype)
         return logits.index_copy_(0, self.rows.index, mixed.to(logits.dtype))
@@ -95,6 +103,17 @@ class MixingStep:
         return torch.stack([m.alpha, teacher, student, mixture, m.kl_to_student, m.kl_to_teacher, ess], dim=-1)
 
 
+def _make_samplable(mixed: torch.Tensor, mixture: Mixture) -> None:
+    """Rows that no mixture came of get finite logits [n, V], in place.
+
+    Sampling from NaN would end the whole process. The statistics stay as they are, which ends the request.
+    """
+    bad = ~(mixture.alpha + mixture.kl_to_student + mixture.kl_to_teacher).isfinite()
+    # The look is free on a CPU; elsewhere it would wait for the device, which the pass does not.
+    if mixed.device.type != "cpu" or bool(bad.any()):
+        mixed.masked_fill_(bad.unsqueeze(-1), 0.0)
+
+
 class MixingObserver:
     """SGLang's SamplingObserver for batches with mixed rows. ``on_tokens``: told the values of every sampled token."""
 
@@ -108,7 +127,7 @@ class MixingObserver:
         return sampling_info.mixing
 
     def after_sample(self, state: MixingStep, token_ids: torch.Tensor) -> MixingDeviceOutput:
-        output = MixingDeviceOutput(state.rows.host, state.extras(token_ids), self.on_tokens)
+        output = MixingDeviceOutput(state.rows.host, state.extras(token_ids), self.on_tokens, state.failure)
         # Free both models' logits now: the step lives on with the batch for two more iterations.
         state.teacher_logits = state.student_logits = state.mixture = None
         return output
@@ -121,9 +140,10 @@ class MixingDeviceOutput:
     host_rows: list[int]
     values: torch.Tensor
     on_tokens: Callable[[list[list[float]]], None] | None = None
+    failure: str | None = None
 
     def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> MixingHostOutput:
-        return MixingHostOutput(self.host_rows, copy_tensor(self.values), self.on_tokens)
+        return MixingHostOutput(self.host_rows, copy_tensor(self.values), self.on_tokens, self.failure)
 
 
 @dataclasses.dataclass
@@ -133,14 +153,20 @@ class MixingHostOutput:
     host_rows: list[int]
     values: torch.Tensor
     on_tokens: Callable[[list[list[float]]], None] | None = None
+    failure: str | None = None
 
     def consume(self, batch: ScheduleBatch, commits: Sequence[CommittedTokens | None]) -> None:
         sampled = []
         for row, values in zip(self.host_rows, self.values.tolist(), strict=True):
-            if commits[row] is None:  # chunk in flight, or a request that had already finished
+            commit = commits[row]
+            if commit is None:  # chunk in flight, or a request that had already finished
+                continue
+            req: Any = batch.reqs[row]
+            problem = self._problem(values)
+            if problem is not None:
+                _end(req, commit.output_index, problem)
                 continue
             sampled.append(values)
-            req: Any = batch.reqs[row]
             if req.customized_info is None:
                 req.customized_info = {}
             names = SERIES if req.student.return_mixing_info else SERIES[:1]
@@ -148,3 +174,29 @@ class MixingHostOutput:
                 req.customized_info.setdefault(name, []).append(value)
         if sampled and self.on_tokens is not None:
             self.on_tokens(sampled)
+
+    def _problem(self, values: list[float]) -> str | None:
+        """Why there is no mixture that this token could have come from; None when there is."""
+        alpha, teacher, student, _, kl_to_student, kl_to_teacher, _ = values
+        if math.isfinite(alpha) and math.isfinite(kl_to_student) and math.isfinite(kl_to_teacher):
+            return None
+        if self.failure is not None:
+            return self.failure
+        if math.isinf(kl_to_student):
+            return "teacher and student have no token in common here: each is masked on one side."
+        for side, logprob in (("student", student), ("teacher", teacher)):  # NaN of the student spreads to both
+            if math.isnan(logprob):
+                return f"the {side}'s logits are not finite: NaN or infinity in its weights or its numbers."
+        return "the mixture is not finite; fixed_alpha may be too large."
+
+
+def _end(req: Req, length: int, problem: str) -> None:
+    """End a request with an error (HTTP 500) and ``length`` tokens; what it decoded does not enter the radix caches."""
+    logger.error("request %s: %s", req.rid, problem)
+    reason = FINISH_ABORT(problem, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+    if req.finished():
+        req.finished_reason = reason
+    else:
+        req.to_finish = reason
+    req.finished_len = length
+    req.skip_radix_cache_insert = True

@@ -68,8 +68,18 @@ def check_has_student(fields: dict[str, Any], config: MixingConfig) -> None:
         )
 
 
+def check_size(chars: int, max_chars: int, name: str) -> None:
+    """Refuse, before any tokenizer sees it, what no tokenization could fit into the context length.
+
+    Raises:
+        ValueError: names the field.
+    """
+    if chars > max_chars:
+        raise ValueError(f"{name}: {chars} characters are too long; at most {max_chars} can fit the context length.")
+
+
 def take_teacher_messages(
-    custom_params: dict[str, Any], config: MixingConfig
+    custom_params: dict[str, Any], config: MixingConfig, max_chars: int
 ) -> tuple[list[dict], dict[str, Any], dict[str, Any]] | None:
     """Split off the messages that the teacher reads on ``/generate``.
 
@@ -84,15 +94,16 @@ def take_teacher_messages(
     if fields.get("teacher_messages") is None:
         return None
     check_has_student(fields, config)
-    messages, kwargs = _messages_of(fields, "teacher")
+    messages, kwargs = _messages_of(fields, "teacher", max_chars)
     used = ("teacher_messages", "teacher_system_prompt", "teacher_chat_template_kwargs")
     return messages, kwargs, {k: v for k, v in custom_params.items() if k not in used}
 
 
-def _messages_of(fields: dict[str, Any], side: str) -> tuple[list[dict], dict[str, Any]]:
+def _messages_of(fields: dict[str, Any], side: str, max_chars: int) -> tuple[list[dict], dict[str, Any]]:
     """The messages of ``side`` with its own system prompt, and the extra variables for its chat template."""
     messages = checked_messages(fields[f"{side}_messages"], f"{side}_messages")
     messages = with_system_prompt(messages, fields, f"{side}_system_prompt")
+    check_size(sum(len(message["content"]) + 1 for message in messages), max_chars, f"{side}_messages")
     name = f"{side}_chat_template_kwargs"
     return messages, checked_template_kwargs(fields.get(name) or {}, name)
 
@@ -105,6 +116,7 @@ def to_wire(
     encode_messages: Callable[[list[dict], dict], Sequence[int]],
     vocab_size: int,
     context_length: int,
+    max_chars: int,
     max_new_tokens: int | None,
 ) -> dict[str, Any] | None:
     """Check a request's mixing fields and tokenize its student context (in the tokenizer manager).
@@ -114,6 +126,7 @@ def to_wire(
         encode_text, encode_messages: the student's tokenizer; and its chat template, with extra variables for it.
         vocab_size: number of ids both models know; ids must lie in [0, vocab_size).
         context_length: the student's context length, in tokens.
+        max_chars: characters that can fit into it at the most.
         max_new_tokens: the request's limit, or None.
 
     Returns:
@@ -138,11 +151,12 @@ def to_wire(
     if name == "student_text":
         if not isinstance(value, str) or not value:
             raise ValueError("student_text: must be a non-empty string.")
+        check_size(len(value), max_chars, name)
         ids = list(encode_text(value))
     elif name == "student_messages":
-        ids = list(encode_messages(*_messages_of(fields, "student")))
+        ids = list(encode_messages(*_messages_of(fields, "student", max_chars)))
     else:
-        ids = _checked_ids(value, vocab_size)
+        ids = _checked_ids(value, vocab_size, context_length)
     if name != "student_messages":
         for extra in ("student_system_prompt", "student_chat_template_kwargs"):
             if fields.get(extra) is not None:
@@ -180,10 +194,10 @@ def from_wire(custom_params: Any) -> StudentContext | None:
     )
 
 
-def _checked_ids(value: Any, vocab_size: int) -> list[int]:
+def _checked_ids(value: Any, vocab_size: int, context_length: int) -> list[int]:
     if not isinstance(value, list | tuple):
         raise ValueError(f"student_input_ids: must be a list of token ids, got {type(value).__name__}.")
-    for position, token in enumerate(value):
+    for position, token in enumerate(value[: context_length + 1]):  # a longer one is refused for its length
         if isinstance(token, bool) or not isinstance(token, int):
             raise ValueError(f"student_input_ids[{position}]: must be an integer, got {token!r}.")
         if not 0 <= token < vocab_size:

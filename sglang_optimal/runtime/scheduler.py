@@ -15,6 +15,7 @@ from sglang.srt.runtime_context import get_device
 from sglang.utils import TypeBasedDispatcher
 
 from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime.invariants import MixedInvariantChecker
 from sglang_optimal.runtime.plan import Planner
 from sglang_optimal.runtime.request import from_wire
 from sglang_optimal.runtime.shared_worker import SharedTpWorker
@@ -99,6 +100,10 @@ class MixedScheduler(Scheduler):
         ours += self._request_dispatcher
         self._request_dispatcher = ours
 
+    def init_invariant_checker(self) -> None:
+        super().init_invariant_checker()
+        self.invariant_checker = MixedInvariantChecker.like(self.invariant_checker, self.tp_worker.student_kv)
+
     def get_prefill_adder_class(self) -> type[PrefillAdder]:
         MixedPrefillAdder.student_kv = self.tp_worker.student_kv
         return MixedPrefillAdder
@@ -159,9 +164,7 @@ class MixedScheduler(Scheduler):
         if self.mixing_metrics is not None:
             self.mixing_metrics.refresh()
         if self.is_fully_idle():
-            leak = self.tp_worker.student_kv.leak_report()
-            if leak is not None:
-                self.invariant_checker._report_leak("student pool", leak)
+            self.invariant_checker.check_idle()
 
     def get_internal_state(self, recv_req):
         output = super().get_internal_state(recv_req)

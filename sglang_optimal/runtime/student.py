@@ -7,19 +7,16 @@ from collections.abc import Callable
 
 import torch
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.distributed import get_tp_group
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.plan import DecodePlan, PrefillChunk, PrefillPlan
-from sglang_optimal.runtime.student_weights import (
-    check_checkpoint,
-    checkpoint_layout,
-    student_version,
-    update_from_disk,
-)
+from sglang_optimal.runtime.student_weights import checkpoint_layout, student_version, update_from_disk
 
 
 class StudentWorker(TpModelWorker):
@@ -41,16 +38,25 @@ class StudentWorker(TpModelWorker):
 
     def update_weights_from_disk(self, request: UpdateWeightFromDiskReqInput) -> tuple[bool, str]:
         """New weights of the same shapes, in place. Returns (success, message); on failure the old weights stay."""
-        try:
-            check_checkpoint(request.model_path, self._layout)
-        except ValueError as error:
-            return False, str(error)
         success, message = update_from_disk(
-            self.model_runner, request.model_path, request.load_format, request.recapture_cuda_graph
+            self.model_runner,
+            request.model_path,
+            self._layout,
+            request.load_format,
+            request.recapture_cuda_graph,
+            self._everywhere,
         )
         if success:
             self.weights_path, self.weight_version = request.model_path, student_version(request)
         return success, message
+
+    def _everywhere(self, success: bool) -> bool:
+        """Whether something went well on every rank."""
+        if get_parallel().tp_size == 1:
+            return success
+        every = torch.tensor(int(success))
+        torch.distributed.all_reduce(every, torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group)
+        return bool(every)
 
     def forward_decode(self, batch: ScheduleBatch, plan: DecodePlan) -> torch.Tensor:
         """Run the mixed rows of a decode batch. Returns logits [n, V_student]."""

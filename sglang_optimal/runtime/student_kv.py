@@ -47,6 +47,7 @@ class StudentKVState:
         protected_len: [0, protected_len) of the row is not the student's own: the tree's, or the teacher's.
         borrows: whether part of it is still the teacher's.
         bound: whether the row is written. forwarded: whether the prefill was launched.
+        failed: a forward failed; what the slots hold must not enter the radix cache.
     """
 
     ids: array
@@ -59,6 +60,7 @@ class StudentKVState:
     borrows: bool = False
     bound: bool = False
     forwarded: bool = False
+    failed: bool = False
 
     @property
     def extend_len(self) -> int:
@@ -89,7 +91,7 @@ class StudentKV:
         self.allocator = allocator
         self.tree = self._make_tree(disable_radix_cache, eviction_policy)
         self.size = allocator.size
-        self.held = 0  # requests that hold slots; 0 means that every slot is free or in the tree
+        self.holders: dict[int, Req] = {}  # by id(): requests that hold slots; without any, all are free or in the tree
         self.prompt_tokens = 0
         self.cached_tokens = 0
 
@@ -112,6 +114,11 @@ class StudentKV:
         return req
 
     # -- accounting ------------------------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> int:
+        """Number of requests that hold slots."""
+        return len(self.holders)
 
     def available(self) -> int:
         """Tokens that can be allocated, evicting if needed."""
@@ -136,6 +143,41 @@ class StudentKV:
         if stats["free"] + stats["evictable"] == self.size and stats["protected"] == 0 and self.held == 0:
             return None
         return f"student KV pool leak while idle: {stats}"
+
+    def private_tokens(self) -> int:
+        """Tokens whose slots belong to one request, and to no radix cache."""
+        return sum(self._total(req) - req.student.kv.protected_len for req in self.holders.values())
+
+    def busy_report(self, *, every_slot: bool) -> str | None:
+        """None when the accounting is right while requests run: every slot is free, in the tree, or one request's.
+
+        Args:
+            every_slot: look at the slots themselves, and not at their numbers alone (slow).
+        """
+        stats, private = self.stats(), self.private_tokens()
+        known = stats["free"] + stats["evictable"] + stats["protected"] + private
+        if known != self.size:
+            return f"student KV pool: {self.size - known} slots are missing while busy: {stats}, private {private}"
+        if not every_slot:
+            return None
+        owned = [self.allocator.get_all_free_pages().cpu(), self.tree.all_values_flatten().cpu()]
+        owned += [self._private_slots(req).cpu() for req in self.holders.values()]
+        slots, counts = torch.cat([part.to(torch.int64) for part in owned]).unique(return_counts=True)
+        if len(slots) == self.size and bool((counts == 1).all()):
+            return None
+        return f"student KV pool: slots with more than one owner: {slots[counts > 1].tolist()[:20]}; {stats}"
+
+    def _private_slots(self, req: Req) -> torch.Tensor:
+        state = req.student.kv
+        if not state.bound:
+            return state.slots
+        return self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, state.protected_len : self._total(req)]
+
+    def _total(self, req: Req) -> int:
+        """Length of the student's row: prefix and slots of its own."""
+        state = req.student.kv
+        # Not forwarded yet (waiting for the teacher's chunks): the row holds the prompt's slots and nothing else.
+        return req.kv.kv_allocated_len + length_offset(req) if state.forwarded else len(state.ids)
 
     def can_decode(self, mixed: int, requests: int) -> bool:
         """Whether one more token fits for each of ``mixed`` students, evicting if needed. ``requests``: all that decode
@@ -172,7 +214,7 @@ class StudentKV:
         state.protected_len = state.start
         state.borrows = state.start > state.prefix_len
         req.student.kv = state
-        self.held += 1
+        self.holders[id(req)] = req
         self.prompt_tokens += len(state.ids)
         self.cached_tokens += state.start
 
@@ -207,7 +249,9 @@ class StudentKV:
     def checkpoint(self, req: Req) -> None:
         """After the prefill: put the prompt into the radix cache, so that others can share it at once."""
         state = req.student.kv
-        if state is None or not state.forwarded or self.tree.disable or state.protected_len >= len(state.ids):
+        if state is None or not state.forwarded or state.failed or self.tree.disable:
+            return
+        if state.protected_len >= len(state.ids):
             return
         if self._settle(req, state):
             self._insert(req, state, len(state.ids))
@@ -234,17 +278,15 @@ class StudentKV:
         state = req.student.kv
         if state is None:
             return
+        total = self._total(req)
         req.student.kv = None
-        self.held -= 1
+        del self.holders[id(req)]
         if not state.bound:
             self.allocator.free_segment(state.slots, start_pos=state.start)
             self.tree.unlock(state.lock)
             return
-        offset = length_offset(req)
-        # Not forwarded yet (aborted between chunks): the row holds the prompt's slots and nothing else.
-        total = req.kv.kv_allocated_len + offset if state.forwarded else len(state.ids)
-        if keep and state.forwarded and not self.tree.disable:
-            computed = min(req.owned_kv_len() + offset, total)
+        if keep and state.forwarded and not state.failed and not self.tree.disable:
+            computed = min(req.owned_kv_len() + length_offset(req), total)
             if computed > state.protected_len and self._settle(req, state):
                 state.ids = (req.student.prompt_ids + req.output_ids)[:computed]
                 self._insert(req, state, computed)
@@ -339,6 +381,9 @@ class SharedStudentKV(StudentKV):
     def leak_report(self) -> str | None:
         # SGLang checks the pool itself, which is one.
         return None if self.held == 0 else f"student KV leak while idle: {self.held} requests hold slots"
+
+    def busy_report(self, *, every_slot: bool) -> str | None:
+        return None  # SGLang's own report, which is told of ``private_tokens``
 
     def can_decode(self, mixed: int, requests: int) -> bool:
         evict_from_tree_cache(self.tree, requests + mixed)

@@ -7,6 +7,7 @@ message types but SGLang's.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,29 +79,59 @@ def check_checkpoint(path: str, expected: dict[str, list[int]] | None) -> None:
             raise ValueError(f"model_path: tensor {name!r} has shape {new} in {path}, but {old} in the student.")
 
 
-def update_from_disk(runner: Any, path: str, load_format: str | None, recapture_cuda_graph: bool) -> tuple[bool, str]:
+def update_from_disk(
+    runner: Any,
+    path: str,
+    layout: dict[str, list[int]] | None,
+    load_format: str | None,
+    recapture_cuda_graph: bool,
+    everywhere: Callable[[bool], bool],
+) -> tuple[bool, str]:
     """Load new weights into a model runner; on failure the old ones are put back.
 
     SGLang's own rollback reads the checkpoint that has just failed once more, so the old weights are kept here.
+
+    Args:
+        runner: the student's model runner.
+        path: folder or Hugging Face id of the new weights.
+        layout: of the checkpoint that the student was loaded from, see `check_checkpoint`.
+        load_format, recapture_cuda_graph: as in SGLang's request.
+        everywhere: given whether it went well here, says whether it did on every rank.
 
     Returns:
         (success, message)
     """
     model, config = runner.model, runner.model_config
     old_path = config.model_path
-    with torch.no_grad():
-        backup = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    backup: dict[str, torch.Tensor] = {}
     try:
+        check_checkpoint(path, layout)
+        with torch.no_grad():
+            backup = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
         success, message = runner.weight_updater.update_weights_from_disk(
             path, load_format, recapture_cuda_graph=recapture_cuda_graph
         )
+        if success:
+            _check_finite(model, path)
+    except ValueError as error:
+        success, message = False, str(error)
     except Exception as error:  # whatever the loader raises; the server goes on with the old weights
         logger.exception("student weights")
         success, message = False, f"Failed to update the student's weights: {error}"
-    if not success:
-        with torch.no_grad():
-            for name, tensor in model.state_dict().items():
+    if everywhere(success):
+        return True, "Succeeded to update the student's weights."
+    if success:
+        message = "Another rank could not load the weights; see its log."
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name in backup:
                 tensor.copy_(backup[name])
-        config.model_path = old_path
-        return False, f"{message} The student's old weights are in place."
-    return True, "Succeeded to update the student's weights."
+    config.model_path = old_path
+    return False, f"{message} The student's old weights are in place."
+
+
+def _check_finite(model: torch.nn.Module, path: str) -> None:
+    """Raises ValueError for weights with NaN or infinity, which no request could be answered with."""
+    for name, tensor in model.state_dict().items():
+        if tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) and not bool(tensor.isfinite().all()):
+            raise ValueError(f"model_path: {name!r} has NaN or infinity in {path}.")

@@ -31,6 +31,7 @@ class MixedTokenizerManager(TokenizerManager):
         super().init_tokenizer_and_processor()
         config = self.mixing_config
         self.student_tokenizer = None
+        self.teacher_max_chars = self.student_max_chars = 0
         if config.student_model_path is None:
             return
         model_config = ModelConfig.from_server_args(
@@ -45,6 +46,8 @@ class MixedTokenizerManager(TokenizerManager):
                 trust_remote_code=self.server_args.trust_remote_code,
                 revision=config.student_revision,
             )
+        self.teacher_max_chars = _max_chars(self.tokenizer, self.model_config.context_len)
+        self.student_max_chars = _max_chars(self.student_tokenizer, self.student_context_length)
 
     @property
     def serving_chat_class(self):
@@ -89,7 +92,8 @@ class MixedTokenizerManager(TokenizerManager):
         batch = isinstance(obj.sampling_params, list)
         params = obj.sampling_params if batch else [obj.sampling_params]
         customs = [p.get("custom_params") if isinstance(p, dict) else None for p in params]
-        parts = [take_teacher_messages(c, self.mixing_config) if isinstance(c, dict) else None for c in customs]
+        config, limit = self.mixing_config, self.teacher_max_chars
+        parts = [take_teacher_messages(c, config, limit) if isinstance(c, dict) else None for c in customs]
         if not any(parts):
             return
         if not all(parts):
@@ -123,6 +127,7 @@ class MixedTokenizerManager(TokenizerManager):
             encode_messages=self._encode_student_messages,
             vocab_size=self.common_vocab_size if has_student else 0,
             context_length=self.student_context_length if has_student else 0,
+            max_chars=self.student_max_chars if has_student else 0,
             max_new_tokens=params.get("max_new_tokens"),
         )
         for name in _UNSUPPORTED:
@@ -152,6 +157,12 @@ class MixedTokenizerManager(TokenizerManager):
             or (values[index] and values[index][0] is not None)
         }
         super().update_request_meta_info(meta_info, state, own, index, finish_reason)
+
+
+def _max_chars(tokenizer, context_length: int) -> int:
+    """No text with more characters fits ``context_length`` tokens; generous, as some tokenizers drop characters."""
+    longest = 0 if tokenizer is None else max(map(len, tokenizer.get_vocab()), default=0)
+    return context_length * max(longest, 32)
 
 
 def _init(config: MixingConfig, server_args, port_args):

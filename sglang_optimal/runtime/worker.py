@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.runtime_context import get_context, get_memory, get_parallel, get_schedule
@@ -107,5 +108,25 @@ class MixedTpWorker(TpModelWorker):
         plan = getattr(batch, "student_plan", None)
         if plan is None:
             return None
+        step = MixingStep(rows=plan.rows, student_logits=None, vocab_size=self.vocab_size)
         forward = self.student.forward_prefill if isinstance(plan, PrefillPlan) else self.student.forward_decode
-        return MixingStep(rows=plan.rows, student_logits=forward(batch, plan), vocab_size=self.vocab_size)
+        try:
+            step.student_logits = forward(batch, plan)
+        except Exception as error:
+            if not self._survives(error):
+                raise
+            logger.exception("student forward")
+            step.failure = f"the student's forward failed: {type(error).__name__}: {error}"
+            n = len(plan.rows.reqs)
+            step.student_logits = torch.full((n, self.vocab_size), torch.nan, device=batch.device)
+            for req in plan.rows.reqs:
+                req.student.kv.failed = True
+        return step
+
+    @staticmethod
+    def _survives(error: Exception) -> bool:
+        """Whether to end the mixed requests of this batch only, and go on.
+
+        Not where other ranks wait for this one, nor where the accelerator itself has failed.
+        """
+        return get_parallel().tp_size == 1 and not isinstance(error, torch.AcceleratorError)

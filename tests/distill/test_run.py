@@ -49,6 +49,11 @@ def stub():
         yield server
 
 
+def _hear_interrupts() -> None:
+    """A shell's background jobs ignore SIGINT, and so would their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Folder:
     """A run's file and data, and what has come out of it."""
 
@@ -71,7 +76,9 @@ class Folder:
 
     def process(self, *urls: str, more: tuple[str, ...] = ()) -> subprocess.Popen:
         command = [sys.executable, "-m", "sglang_optimal.distill", *self.command(*urls), *more]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=_hear_interrupts
+        )
 
     def rows(self) -> dict[str, dict]:
         rows = [row for kind in ("accepted", "rejected") for row in read_rows(find_shards(self.out, kind))]

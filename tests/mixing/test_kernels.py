@@ -13,14 +13,16 @@ import torch
 from sglang_optimal.mixing import ALPHA_METHODS, AlphaParams, Mixture, mix
 
 FIELDS = ("logits", "alpha", "kl_to_student", "kl_to_teacher", "teacher_log_z", "student_log_z", "mixture_log_z")
+ROWS = 11
+STUDENT_BAD, TEACHER_BAD = [4, 10], [8, 9]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rows(width=9001, dtype=torch.float32):
-    """Ordinary rows and every special one: masked, equal, without a common token, NaN, nearly disjoint."""
+    """Ordinary rows and every special one: masked, equal, without a common token, NaN, infinity, nearly disjoint."""
     generator = torch.Generator().manual_seed(0)
-    teacher = 3.0 * torch.randn(8, width, generator=generator)
-    student = 0.6 * teacher + 1.5 * torch.randn(8, width, generator=generator)
+    teacher = 3.0 * torch.randn(ROWS, width, generator=generator)
+    student = 0.6 * teacher + 1.5 * torch.randn(ROWS, width, generator=generator)
     teacher[1, ::3], student[1, ::5] = -torch.inf, -torch.inf
     student[2] = teacher[2]
     teacher[3] = -torch.inf
@@ -28,30 +30,41 @@ def rows(width=9001, dtype=torch.float32):
     teacher[5], student[5] = 0.0, 0.0
     teacher[5, 1], student[5, 2] = 500.0, 500.0
     teacher[6, ::2], student[6, 1::2] = -torch.inf, -torch.inf
-    temperatures = torch.tensor([1.0, 0.3, 1.0, 0.7, 1.0, 1.0, 0.9, 2.0])
+    teacher[8, 7] = torch.nan
+    teacher[9, 8] = torch.inf
+    student[10, 9] = torch.inf
+    temperatures = torch.tensor([1.0, 0.3, 1.0, 0.7, 1.0, 1.0, 0.9, 2.0, 1.0, 1.0, 1.0])
     return teacher.to(dtype), student.to(dtype), temperatures
 
 
 def assert_same(got, expected, ess_ratio=True):
     common = [0, 1, 2, 5, 7]  # one model's log normaliser means nothing where nothing is common, or beside a NaN
+    bad = STUDENT_BAD + TEACHER_BAD
+    good = [row for row in range(ROWS) if row not in bad]
     for name in (*FIELDS, "ess_ratio") if ess_ratio else FIELDS:
         a, b = getattr(got, name), getattr(expected, name)
-        if name in ("teacher_log_z", "student_log_z"):
-            a, b = a[common], b[common]
+        rows = common if name in ("teacher_log_z", "student_log_z") else good
+        a, b = a[rows], b[rows]
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+    for mixture in (got, expected):
+        # What the engine tells the user by (`MixingHostOutput`): there is no mixture, and whose fault it is.
+        assert mixture.kl_to_student[bad].isnan().all() and mixture.kl_to_teacher[bad].isnan().all()
+        assert mixture.student_log_z[STUDENT_BAD].isnan().all()
+        assert mixture.student_log_z[TEACHER_BAD].isfinite().all() and mixture.teacher_log_z[TEACHER_BAD].isnan().all()
+        assert mixture.kl_to_student[3] == mixture.kl_to_teacher[3] == torch.inf
 
 
 def wide_case():
     """Views into wider buffers, as when one vocabulary is padded, and one that is not contiguous in the vocabulary."""
     teacher, student, temperatures = rows(width=1000)
-    wide = torch.full((8, 1100), torch.nan)
+    wide = torch.full((ROWS, 1100), torch.nan)
     wide[:, :1000] = teacher
-    out = torch.full((8, 1050), 7.0)[:, :1000]
-    return (wide[:, :1000], student.t().contiguous().t(), temperatures, AlphaParams.uniform(8)), {"out": out}
+    out = torch.full((ROWS, 1050), 7.0)[:, :1000]
+    return (wide[:, :1000], student.t().contiguous().t(), temperatures, AlphaParams.uniform(ROWS)), {"out": out}
 
 
 def method_case(method, dtype):
-    params = AlphaParams.uniform(8, method, alpha_min=0.1, alpha_max=0.9, fixed_alpha=1.7)
+    params = AlphaParams.uniform(ROWS, method, alpha_min=0.1, alpha_max=0.9, fixed_alpha=1.7)
     return (*rows(dtype=dtype), params), {"ess_ratio": True}
 
 
@@ -89,12 +102,12 @@ def test_padded_and_strided_logits(interpreted):
     expected = mix(teacher.clone(), student.clone(), *rest, implementation="torch")
     assert_same(interpreted["wide"], expected, ess_ratio=False)
     assert_same(mix(teacher, student, *rest, **kwargs, implementation="numba"), expected, ess_ratio=False)
-    beyond = kwargs["out"].as_strided((8, 50), (1050, 1), 1000)
+    beyond = kwargs["out"].as_strided((ROWS, 50), (1050, 1), 1000)
     assert torch.all(beyond == 7.0)
-    beyond = interpreted["wide"].logits.as_strided((8, 50), (1050, 1), 1000)
+    beyond = interpreted["wide"].logits.as_strided((ROWS, 50), (1050, 1), 1000)
     assert torch.all(beyond == 7.0)
     with pytest.raises(ValueError, match="out"):
-        mix(teacher, student, *rest, out=torch.empty(1000, 8).t(), implementation="numba")
+        mix(teacher, student, *rest, out=torch.empty(1000, ROWS).t(), implementation="numba")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -103,11 +116,12 @@ def test_threads_do_not_change_the_result(threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        got = mix(teacher, student, temperatures, AlphaParams.uniform(8))
+        got = mix(teacher, student, temperatures, AlphaParams.uniform(ROWS))
     finally:
         torch.set_num_threads(before)
     one_by_one = [
-        mix(teacher[i : i + 1], student[i : i + 1], temperatures[i : i + 1], AlphaParams.uniform(1)) for i in range(8)
+        mix(teacher[i : i + 1], student[i : i + 1], temperatures[i : i + 1], AlphaParams.uniform(1))
+        for i in range(ROWS)
     ]
     torch.testing.assert_close(got.alpha, torch.cat([m.alpha for m in one_by_one]), equal_nan=True, rtol=0, atol=0)
     torch.testing.assert_close(got.logits, torch.cat([m.logits for m in one_by_one]), equal_nan=True, rtol=0, atol=0)
@@ -145,6 +159,6 @@ def test_gpu_kernel_compiles(capability, dtype):
 @pytest.mark.parametrize("method", ALPHA_METHODS)
 def test_gpu_kernel_on_a_gpu(method, dtype):
     teacher, student, temperatures = (t.cuda() for t in rows(width=151_936, dtype=dtype))
-    params = AlphaParams.uniform(8, method, fixed_alpha=1.7, device="cuda")
+    params = AlphaParams.uniform(ROWS, method, fixed_alpha=1.7, device="cuda")
     got = mix(teacher, student, temperatures, params, ess_ratio=True, implementation="triton")
     assert_same(got, mix(teacher, student, temperatures, params, ess_ratio=True, implementation="torch"))

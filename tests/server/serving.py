@@ -34,7 +34,14 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serve(module: str, argv: Sequence[str], log: Path, *, api_key: str | None = None) -> Iterator[httpx.Client]:
+def serve(
+    module: str,
+    argv: Sequence[str],
+    log: Path,
+    *,
+    api_key: str | None = None,
+    environment: dict[str, str] | None = None,
+) -> Iterator[httpx.Client]:
     """Run ``python -m module argv --port <free>`` until the block ends; gives a client for it.
 
     Args:
@@ -42,6 +49,7 @@ def serve(module: str, argv: Sequence[str], log: Path, *, api_key: str | None = 
         argv: its arguments.
         log: file for everything it prints; its end is shown when it does not start.
         api_key: start the server with it, and send it with every request of the client.
+        environment: variables for the server, beside this process's own.
     """
     port = free_port()
     command = [sys.executable, "-m", module, *argv, "--port", str(port)]
@@ -49,7 +57,7 @@ def serve(module: str, argv: Sequence[str], log: Path, *, api_key: str | None = 
     if api_key is not None:
         command += ["--api-key", api_key]
         headers["Authorization"] = f"Bearer {api_key}"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
     with log.open("w") as output:
         # A session of its own, so that the scheduler and the detokenizer end with it.
         process = subprocess.Popen(

@@ -1,0 +1,128 @@
+"""What an operator does to a server while it is busy, and which weights a request can have met meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+from ledger import Ledger
+
+
+class Weights:
+    """The history of the student's weights.
+
+    Args:
+        folders: {version: checkpoint}; the first is what the server starts with.
+    """
+
+    def __init__(self, folders: dict[str, Path]):
+        self.folders = folders
+        self.current = next(iter(folders))
+        self._changes: list[tuple[float, float, str, str, bool]] = []  # begin, end, from, to, while paused
+
+    def changed(self, begin: float, end: float, version: str, paused: bool) -> None:
+        self._changes.append((begin, end, self.current, version, paused))
+        self.current = version
+
+    def between(self, begin: float, end: float) -> set[str] | None:
+        """Versions that were current at some time between the two; None: a change while requests were paused."""
+        versions = {self.current}
+        for change_begin, change_end, old, new, paused in reversed(self._changes):
+            if change_end < begin:
+                break
+            if change_begin > end:
+                versions = {old}
+                continue
+            if paused:
+                return None
+            versions |= {old, new}
+        return versions
+
+
+class Operator:
+    """Disturbs the server at random.
+
+    Args:
+        http: client of the server.
+        weights: the student's; with one version nothing is updated.
+        ledger: told of everything.
+    """
+
+    def __init__(self, http: httpx.AsyncClient, weights: Weights, ledger: Ledger, seed: int):
+        self._http = http
+        self._weights = weights
+        self._ledger = ledger
+        self._rng = random.Random(seed)
+
+    async def one(self) -> None:
+        """One random operation."""
+        choices: list[Callable[[], Awaitable[None]]] = [
+            self._flush,
+            self._pause_in_place,
+            self._pause_retract,
+            self._abort_everything,
+            self._look,
+        ]
+        if len(self._weights.folders) > 1:
+            choices += [self._update, self._update, self._update_while_paused, self._corrupt_update]
+        action = self._rng.choice(choices)
+        self._ledger.faults[action.__name__.lstrip("_").replace("_", " ")] += 1
+        try:
+            async with asyncio.timeout(120):
+                await action()
+        except TimeoutError:
+            self._ledger.violation(f"{action.__name__}: not done in 120 s")
+        except (httpx.HTTPError, AssertionError) as error:
+            self._ledger.violation(f"{action.__name__}: {type(error).__name__}: {error}")
+
+    async def _post(self, path: str, body: dict, expected: tuple[int, ...] = (200,)) -> httpx.Response:
+        response = await self._http.post(path, json=body)
+        assert response.status_code in expected, f"{path}: {response.status_code} {response.text[:200]}"
+        return response
+
+    async def _flush(self) -> None:
+        await self._post("/flush_cache", {}, (200, 400))  # refused while something runs
+
+    async def _look(self) -> None:
+        for path in ("/get_server_info", "/health", "/v1/models", "/mixing"):
+            assert (await self._http.get(path)).status_code == 200, path
+
+    async def _pause_in_place(self) -> None:
+        await self._paused("in_place")
+
+    async def _pause_retract(self) -> None:
+        await self._paused("retract")
+
+    async def _paused(self, mode: str) -> None:
+        await self._post("/pause_generation", {"mode": mode})
+        await asyncio.sleep(self._rng.random() * 0.5)
+        await self._post("/continue_generation", {})
+
+    async def _abort_everything(self) -> None:
+        await self._post("/abort_request", {"abort_all": True})
+
+    def _other(self) -> str:
+        return next(version for version in self._weights.folders if version != self._weights.current)
+
+    async def _update(self, paused: bool = False, flush: bool = True) -> None:
+        version = self._other()
+        begin = asyncio.get_running_loop().time()
+        body = {"model_path": str(self._weights.folders[version]), "flush_cache": flush}
+        await self._post("/update_student_weights_from_disk", body)
+        self._weights.changed(begin, asyncio.get_running_loop().time(), version, paused)
+
+    async def _update_while_paused(self) -> None:
+        """As an RL trainer does it: requests are put back, and go on with the new weights."""
+        await self._post("/pause_generation", {"mode": "retract"})
+        try:
+            await self._update(paused=True)
+        finally:
+            await self._post("/continue_generation", {})
+
+    async def _corrupt_update(self) -> None:
+        folder = self._weights.folders[self._weights.current]
+        body = {"model_path": str(folder.parent / "no-such-checkpoint")}
+        await self._post("/update_student_weights_from_disk", body, (400,))

@@ -1,0 +1,96 @@
+"""Minutes of everything at once on pools that are far too small: nothing may be lost, wrong, twice, or kept.
+
+``make soak`` runs it for half an hour, ``make test`` for two minutes; SOAK_SECONDS is the time of all modes together.
+SGLang's own leak checkers run after every step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+from expectations import Expectations
+from harness import SMALL
+from ledger import Ledger
+from operations import Weights
+from oracle import MixedOracle
+from serving import as_argv, serve
+from soak import soak
+from tiny_models import build_tiny_tokenizer_model
+
+SECONDS = float(os.environ.get("SOAK_SECONDS", "120"))
+REPORTS = os.environ.get("SOAK_REPORTS")
+STRICT = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+    "SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1",
+}
+# About three requests fit; prompts come in several chunks.
+TIGHT = {
+    **SMALL,
+    "max_total_tokens": 420,
+    "context_length": 256,
+    "max_running_requests": 12,
+    "chunked_prefill_size": 24,
+    "schedule_conservativeness": 0.05,
+}
+MODES = {
+    "two-models": (0.4, {}),
+    "shared-weights": (0.3, {"max_total_tokens": 640}),
+    "student-pool-is-the-bottleneck": (0.1, {"student_max_total_tokens": 220}),
+    "no-overlap": (0.1, {"disable_overlap_schedule": True}),
+    "lora-student": (0.1, {"max_total_tokens": 640}),
+}
+SHORT_MODES = ("two-models", "shared-weights")
+"""What a short soak is made of, in equal parts: every mode costs a start of a server."""
+
+
+def seconds_of(mode: str) -> float:
+    if SECONDS < 600:
+        return SECONDS / len(SHORT_MODES) if mode in SHORT_MODES else 0.0
+    return SECONDS * MODES[mode][0]
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if seconds_of(mode)])
+def test_soak(mode, tiny_pair, tmp_path, request):
+    teacher, student = tiny_pair
+    argv = ["--model-path", str(teacher), *as_argv({**TIGHT, **MODES[mode][1]})]
+    folders, oracles = {"first": student}, {}
+    if mode == "shared-weights":
+        oracles["first"] = request.getfixturevalue("self_oracle")
+    elif mode == "lora-student":
+        adapter, oracles["first"] = request.getfixturevalue("lora_adapter")
+        argv += ["--student-lora-path", str(adapter)]
+    else:
+        argv += ["--student-model-path", str(student)]
+        shape = {"hidden_size": 32, "num_layers": 1, "vocab_size": 80}
+        folders["second"] = build_tiny_tokenizer_model(tmp_path / "second", seed=7, **shape)
+        oracles = {"first": request.getfixturevalue("tiny_oracle"), "second": MixedOracle(teacher, folders["second"])}
+    expectations = Expectations(oracles, seed=29)
+    expectations.grow(16, 40)
+    ledger, log = Ledger(), tmp_path / "server.log"
+    with serve("sglang_optimal.launch_server", argv, log, api_key="soak", environment=STRICT) as client:
+        (server,) = [p for p in psutil.Process().children() if str(client.base_url.port) in p.cmdline()]
+
+        def processes() -> list[psutil.Process]:
+            return [server, *server.children(recursive=True)]
+
+        seconds = seconds_of(mode)
+        headers = dict(client.headers)
+        try:
+            asyncio.run(soak(str(client.base_url), headers, processes, expectations, Weights(folders), seconds, ledger))
+        finally:
+            report = ledger.report(mode)
+            print(f"\n{report}")
+            if REPORTS:
+                ledger.write(mode, Path(REPORTS))
+        assert server.is_running() and server.status() != psutil.STATUS_ZOMBIE
+    assert not ledger.violations, "\n".join(ledger.violations) + "\n" + log.read_text(errors="replace")[-4000:]
+    # It must have been what it says.
+    assert report["retractions"] > 0 and report["answers equal to the oracle's"] > 0
+    assert report["rests with all slots accounted for"] >= seconds / 40
+    assert report["faults_injected"]["abort"] > 0 and report["faults_injected"]["disconnect"] > 0
+    assert ledger.memory_growth() < 64, ledger.memory
