@@ -183,7 +183,9 @@ class MixingHostOutput:
         if self.failure is not None:
             return self.failure
         if math.isinf(kl_to_student):
-            return "teacher and student have no token in common here: each is masked on one side."
+            return (
+                "no token is left to sample: the models, grammar, logit_bias and min_new_tokens together mask them all."
+            )
         for side, logprob in (("student", student), ("teacher", teacher)):  # NaN of the student spreads to both
             if math.isnan(logprob):
                 return f"the {side}'s logits are not finite: NaN or infinity in its weights or its numbers."

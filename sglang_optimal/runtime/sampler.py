@@ -23,7 +23,18 @@ class MixtureSampler(Sampler):
         step = getattr(sampling_info, "mixing", None)
         if step is not None:
             logits_output.next_token_logits = step.mix_into(logits_output.next_token_logits, sampling_info)
+        if sampling_info.grammars:
+            _unmask_dead_rows(logits_output.next_token_logits)
         return super().forward(logits_output, sampling_info, *args, **kwargs)
+
+
+def _unmask_dead_rows(logits: torch.Tensor) -> None:
+    """Let rows [B, V] without any allowed token be sampled, in place.
+
+    A grammar that is at its end and ``min_new_tokens`` mask every token together, and sampling that row would end the
+    whole process. The grammar refuses whatever is drawn, which ends the request alone.
+    """
+    logits.masked_fill_((logits.amax(-1) == -torch.inf).unsqueeze(-1), 0.0)
 
 
 def create_mixture_sampler() -> MixtureSampler:

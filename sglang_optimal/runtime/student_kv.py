@@ -160,7 +160,9 @@ class StudentKV:
             return f"student KV pool: {self.size - known} slots are missing while busy: {stats}, private {private}"
         if not every_slot:
             return None
-        owned = [self.allocator.get_all_free_pages().cpu(), self.tree.all_values_flatten().cpu()]
+        owned = [self.allocator.get_all_free_pages().cpu()]
+        if stats["evictable"] + stats["protected"]:
+            owned.append(self.tree.all_values_flatten().cpu())
         owned += [self._private_slots(req).cpu() for req in self.holders.values()]
         slots, counts = torch.cat([part.to(torch.int64) for part in owned]).unique(return_counts=True)
         if len(slots) == self.size and bool((counts == 1).all()):

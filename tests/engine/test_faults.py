@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 
+import fastapi
 import pytest
 from faulty import faulty_scheduler_process
 from harness import Case, check_all, check_greedy, check_pools, random_cases, random_ids, run, start
@@ -33,7 +34,7 @@ FAULTS = {
     "student-inf": "the student's logits are not finite",
     "teacher-nan": "the teacher's logits are not finite",
     "teacher-inf": "the teacher's logits are not finite",
-    "student-masked": "teacher and student have no token in common",
+    "student-masked": "no token is left to sample",
 }
 
 
@@ -86,6 +87,18 @@ def test_a_forward_that_raises(sampler, tiny_oracle, after):
     check_all(tiny_oracle, plain, outputs[3:])
     for i, case in enumerate(mixed):
         assert check_greedy(tiny_oracle, case, generate(sampler, case, f"again-raise-{after}-{i}")) == 20
+
+
+@pytest.mark.parametrize("student", [[13, 14], None])
+def test_a_request_that_masks_everything(sampler, student):
+    """The grammar is at its end, and the request wants more tokens: SGLang alone would die of sampling that row."""
+    case = Case([10, 11, 12], student, 30)
+    params = {"ignore_eos": False, "temperature": 1.0, "top_p": 0.9, "top_k": 5, "min_p": 0.1}
+    params |= {"min_new_tokens": 20, "regex": "[a-p ]{3,5}"}
+    with pytest.raises(fastapi.HTTPException) as caught:
+        sampler.engine.generate(input_ids=case.teacher, sampling_params=case.params(**params))
+    assert caught.value.status_code == 500
+    assert "no token is left" in caught.value.detail or "Grammar accept_token failed" in caught.value.detail
 
 
 def test_in_a_stream(sampler):

@@ -71,15 +71,17 @@ def test_soak(mode, tiny_pair, tmp_path, request):
         oracles = {"first": request.getfixturevalue("tiny_oracle"), "second": MixedOracle(teacher, folders["second"])}
     expectations = Expectations(oracles, seed=29)
     expectations.grow(16, 40)
-    ledger, log = Ledger(), tmp_path / "server.log"
+    log = tmp_path / "server.log"
     with serve("sglang_optimal.launch_server", argv, log, api_key="soak", environment=STRICT) as client:
-        (server,) = [p for p in psutil.Process().children() if str(client.base_url.port) in p.cmdline()]
+        port = str(client.base_url.port)
+        (server,) = [
+            p for p in psutil.process_iter(["cmdline"]) if port in (p.info["cmdline"] or []) and p.ppid() == os.getpid()
+        ]
 
         def processes() -> list[psutil.Process]:
             return [server, *server.children(recursive=True)]
 
-        seconds = seconds_of(mode)
-        headers = dict(client.headers)
+        seconds, headers, ledger = seconds_of(mode), dict(client.headers), Ledger()
         try:
             asyncio.run(soak(str(client.base_url), headers, processes, expectations, Weights(folders), seconds, ledger))
         finally:

@@ -67,8 +67,8 @@ class Traffic:
             self._ledger.violation(f"{rid} ({kind}): no answer in {ANSWER_DEADLINE} s")
         except httpx.HTTPError as error:
             self._ledger.violation(f"{rid} ({kind}): {type(error).__name__}: {error}")
-        except AssertionError as error:
-            self._ledger.violation(f"{rid} ({kind}): {error}")
+        except (AssertionError, LookupError, TypeError, ValueError) as error:  # an answer that is not what it should be
+            self._ledger.violation(f"{rid} ({kind}): {type(error).__name__}: {error}")
 
     # -- kinds -----------------------------------------------------------------------------------------------------
 
@@ -89,7 +89,8 @@ class Traffic:
         known, n, params = self._known(grammar=False)
         version = next(iter(known.answers))
         text = text_of(known.answers[version].token_ids[:n])
-        stop = self._rng.choice(text) if text else "x"
+        # SGLang finds stop strings in special tokens too ("s" in "<usr>"), which the text does not have.
+        stop = self._rng.choice([c for c in text if c not in "<padboseunksyrt>"] or ["%"])
         begin = self._now()
         answer = await self._generate(rid, known, {**params, "stop": [stop]})
         if self._was_aborted(answer):
@@ -110,7 +111,7 @@ class Traffic:
     async def _sampled_n(self, rid: str) -> None:
         known = self._rng.choice(self._expectations.pool)
         body = self._body(rid, known, {**self._sampling(), "n": 3})
-        body["rid"] = [f"{rid}-{i}" for i in range(3)]
+        del body["rid"]  # SGLang gives each of the three its own
         answers = await self._post("/generate", body)
         assert len(answers) == 3, f"{len(answers)} answers for n=3"
         for answer in answers:
@@ -245,7 +246,7 @@ class Traffic:
             "frequency_penalty": rng.uniform(-0.5, 0.5),
             "presence_penalty": rng.uniform(-0.5, 0.5),
             "sampling_seed": rng.randrange(2**31),
-            "min_new_tokens": rng.randint(0, 5),
+            "min_new_tokens": rng.randint(0, min(params["max_new_tokens"], 3)),  # the grammar may not want more
             "regex": "[a-p ]{3,40}",
             "stop_token_ids": random_ids(rng, 2),
         }
@@ -312,7 +313,7 @@ class Traffic:
         self._ledger.counts["tokens"] += len(ids)
         self._ledger.counts["retractions"] += meta.get("num_retractions", 0)
         assert reason in ("stop", "length", "abort"), f"finish reason {reason}"
-        assert meta["finish_reason"].get("status_code") in (None, 200), f"{meta['finish_reason']}"
+        assert meta["finish_reason"].get("status_code") is None, f"{meta['finish_reason']}"
         if known.student is None:
             assert "alpha" not in meta, "a plain request with alpha"
             return
@@ -329,6 +330,8 @@ class Traffic:
         ids = answer["output_ids"]
         aborted = self._was_aborted(answer)
         assert aborted or len(ids) == n, f"{len(ids)} tokens, {n} were asked for"
+        if not ids:  # aborted before its first token
+            return
         if known.grammar:
             assert all(FIRST_LETTER <= token < FIRST_LETTER + LETTERS for token in ids), "outside the grammar"
         allowed = self._allowed(begin)
