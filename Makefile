@@ -9,7 +9,8 @@ MODEL := models/smollm2-135m-instruct
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup model demo distill-demo example-loop test test-slow lint format bench bench-gpu serve-demo clean
+.PHONY: help setup model demo distill-demo example-loop test test-slow soak audit lint format bench bench-gpu serve-demo clean
+SOAK_SECONDS ?= 1800
 BENCH_TEACHER ?= Qwen/Qwen2.5-7B-Instruct
 BENCH_STUDENT ?= Qwen/Qwen2.5-1.5B-Instruct
 .DEFAULT_GOAL := help
@@ -52,6 +53,9 @@ test-slow: $(READY)  ## minutes of random traffic, and new random examples for t
 	$(BIN)/python -m pytest -m slow
 	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest tests/mixing tests/test_config.py
 
+soak: $(READY)  ## half an hour of everything at once on pools that are far too small; reports under soak/
+	SOAK_SECONDS=$(SOAK_SECONDS) SOAK_REPORTS=soak $(BIN)/python -m pytest -s tests/soak
+
 bench: $(MODEL)/config.json  ## all benchmarks on the small model, about 35 minutes on two cores; results under bench/results
 	$(BIN)/python -m bench.throughput --model-path $(MODEL)
 	$(BIN)/python -m bench.alpha
@@ -68,6 +72,9 @@ bench-gpu: $(READY)  ## the same questions on one GPU, with dummy weights (BENCH
 		--batch-size 1 8 32 128 256 --output-len 256 --mem-fraction-static 0.25
 	$(BIN)/python -m bench.profile --model-path $(BENCH_TEACHER) --student-model-path $(BENCH_STUDENT) \
 		--batch-size 1 32 256 --server-args --load-format dummy
+
+audit: $(READY)  ## known vulnerabilities of what is installed
+	$(BIN)/pip-audit --local --progress-spinner off
 
 lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check .

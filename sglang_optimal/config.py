@@ -97,6 +97,8 @@ class MixingConfig:
             updated. ``auto``: shared when both paths are the same. ``none``: no student; SGLang's own server.
         student_lora_path: a LoRA adapter of the teacher (Hugging Face id or folder in peft's format) that makes it the
             student; needs shared weights. The student's rows run with it, in the same forward.
+        plain_requests: ``allow``, or ``refuse`` requests without a student context: something on the way may have
+            dropped it (sglang-router drops ``custom_params``), and the teacher alone is not what was asked for.
         alpha: defaults for requests that do not say.
         shared_weights: what ``student_weights`` came to, see `settled`.
     """
@@ -106,6 +108,7 @@ class MixingConfig:
     student_max_total_tokens: int | None = None
     student_weights: str = "auto"
     student_lora_path: str | None = None
+    plain_requests: str = "allow"
     alpha: AlphaSettings = AlphaSettings()
     shared_weights: bool = False
 
@@ -116,8 +119,10 @@ class MixingConfig:
         "student_max_total_tokens",
         "student_weights",
         "student_lora_path",
+        "plain_requests",
     )
     STUDENT_WEIGHTS = ("auto", "shared", "separate", "none")
+    PLAIN_REQUESTS = ("allow", "refuse")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "mixing") -> MixingConfig:
@@ -133,6 +138,11 @@ class MixingConfig:
         kind = values.get("student_weights")
         if kind is not None and kind not in cls.STUDENT_WEIGHTS:
             raise ValueError(f"student_weights: {kind!r} is not one of {', '.join(cls.STUDENT_WEIGHTS)}.")
+        plain = values.get("plain_requests")
+        if plain is not None and plain not in cls.PLAIN_REQUESTS:
+            raise ValueError(f"plain_requests: {plain!r} is not one of {', '.join(cls.PLAIN_REQUESTS)}.")
+        if plain == "refuse" and kind == "none":
+            raise ValueError("plain_requests: 'refuse' leaves nothing for a server with student_weights 'none'.")
         if values.get("student_model_path") is None:
             for name in ("student_revision", "student_max_total_tokens"):
                 if values.get(name) is not None:

@@ -24,6 +24,9 @@ def mixing_parser() -> argparse.ArgumentParser:
     group.add_argument("--student-max-total-tokens", type=int, help="Upper bound on the student's KV pool, in tokens.")
     group.add_argument("--student-weights", help=f"{', '.join(MixingConfig.STUDENT_WEIGHTS)}; see docs/api.md.")
     group.add_argument("--student-lora-path", help="LoRA adapter that makes the teacher the student (shared weights).")
+    group.add_argument(
+        "--plain-requests", help="allow, or refuse: requests without a student context get HTTP 400; see docs/api.md."
+    )
     group.add_argument("--alpha-method", help=f"Default for requests: {', '.join(ALPHA_METHODS)}.")
     group.add_argument("--alpha-min", type=float, help="Default lower bound on alpha.")
     group.add_argument("--alpha-max", type=float, help="Default upper bound on alpha.")

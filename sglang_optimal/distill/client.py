@@ -248,10 +248,10 @@ class Servers:
 def request_body(
     teacher: Context, student: Context, sampling: dict[str, Any], fields: dict[str, Any]
 ) -> dict[str, Any]:
-    """The body of ``POST /generate``."""
+    """The body of ``POST /generate``; the mixing fields travel where sglang-router lets them through."""
     custom = {**fields, "return_mixing_info": True}
     custom["student_text" if isinstance(student, str) else "student_messages"] = student
-    body: dict[str, Any] = {"sampling_params": {**sampling, "custom_params": custom}}
+    body: dict[str, Any] = {"sampling_params": dict(sampling), "session_params": {"mixing": custom}}
     if isinstance(teacher, str):
         body["text"] = teacher
     else:

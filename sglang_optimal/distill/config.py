@@ -189,6 +189,8 @@ class Mixing(Section):
     """Whether the student has weights of its own; see docs/api.md."""
     student_lora_path: str | None = None
     """A LoRA adapter that makes the teacher the student."""
+    plain_requests: Literal["allow", "refuse"] | None = None
+    """Whether the server takes requests without a student context."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Mixing:
@@ -200,7 +202,7 @@ class Mixing(Section):
         return self.model_dump(exclude_none=True)
 
     def request_fields(self) -> dict[str, Any]:
-        """What goes into ``custom_params`` of every request."""
+        """The mixing fields of every request."""
         return {k: v for k, v in self.given().items() if k in MixingConfig.ALPHA_KEYS}
 
 

@@ -51,12 +51,16 @@ class MixedBackend:
         return getattr(self._backend, name)
 
     def generate(self, state: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[str, dict[str, Any]]:
-        return self._backend.generate(*self._request(state, sampling_params))
+        text, meta = self._backend.generate(*self._request(state, sampling_params))
+        _check_mixed(meta)
+        return text, meta
 
     def generate_stream(
         self, state: StreamExecutor, sampling_params: SglSamplingParams
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        yield from self._backend.generate_stream(*self._request(state, sampling_params))
+        for text, meta in self._backend.generate_stream(*self._request(state, sampling_params)):
+            _check_mixed(meta)
+            yield text, meta
 
     def _request(self, state: StreamExecutor, sampling_params: SglSamplingParams):
         """What stands for the state (its text is the teacher's), and the parameters with the student's context."""
@@ -77,6 +81,15 @@ class MixedBackend:
             custom["student_messages" if isinstance(student[0], dict) else "student_input_ids"] = student
         params = MixedSamplingParams(**vars(sampling_params), custom_params=custom)
         return SimpleNamespace(text_=teacher, images_=[]), params
+
+
+def _check_mixed(meta: dict[str, Any]) -> None:
+    aborted = (meta.get("finish_reason") or {}).get("type") == "abort"
+    if "alpha" not in meta and not aborted:
+        raise RuntimeError(
+            "mixed_gen: the server answered with the teacher alone. Ask a server of `python -m "
+            "sglang_optimal.launch_server` directly; sglang-router drops what the student reads."
+        )
 
 
 def _execute_gen(original: Callable[..., None], executor: StreamExecutor, expr: SglGen) -> None:

@@ -1,8 +1,8 @@
 """Mixed requests on the OpenAI routes: the contexts of both sides from one chat, and the mixing series in the answer.
 
-A chat request is mixed when its ``custom_params`` has a mixing field. The teacher reads ``teacher_only_messages`` +
-``messages``; the student reads ``messages``, or its own ``student_*`` field. The series come back in ``sglext.mixing``,
-one entry for each entry of ``choices``.
+A chat request is mixed when its ``custom_params`` (or ``session_params.mixing``) has a mixing field. The teacher reads
+``teacher_only_messages`` + ``messages``; the student reads ``messages``, or its own ``student_*`` field. The series
+come back in ``sglext.mixing``, one entry for each entry of ``choices``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_optimal.runtime.messages import checked_messages, checked_template_kwargs, joined, with_system_prompt
-from sglang_optimal.runtime.request import STUDENT_FIELDS, check_has_student, mixing_fields
+from sglang_optimal.runtime.request import STUDENT_FIELDS, check_has_student, mixing_fields, take_carried
 from sglang_optimal.runtime.tap import MIXING_TAP, MixingTap, series_of
 
 _CHAT_FIELDS = ("teacher_only_messages", "teacher_system_prompt")
@@ -28,6 +28,9 @@ class MixedServingChat(OpenAIServingChat):
     """SGLang's ``/v1/chat/completions`` for both sides of a mixed request."""
 
     def _convert_to_internal_request(self, request: ChatCompletionRequest, raw_request=None):
+        custom, session = take_carried(request.custom_params, request.session_params)
+        if custom is not request.custom_params:
+            request = request.model_copy(update={"custom_params": custom, "session_params": session})
         if mixing_fields(request.custom_params):
             request = self._split_sides(request)
         return super()._convert_to_internal_request(request, raw_request)

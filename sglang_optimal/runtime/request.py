@@ -22,6 +22,10 @@ MIXING_FIELDS = (
 # Keys with these beginnings can only be meant for us: a typo must not quietly give plain teacher samples.
 _OUR_PREFIXES = ("student", "alpha", "fixed_alpha", "return_mixing", "teacher")
 
+CARRIER = "mixing"
+"""Key of a request's ``session_params`` under which its mixing fields may come instead: sglang-router passes those on,
+and drops ``custom_params``."""
+
 _TEACHER_ONLY_WITH = {
     "teacher_messages": "only /generate reads it, in place of text and input_ids.",
     "teacher_only_messages": "only /v1/chat/completions reads it, beside messages.",
@@ -58,6 +62,29 @@ def mixing_fields(custom_params: Any) -> dict[str, Any]:
     ours = {k: v for k, v in custom_params.items() if isinstance(k, str) and k.startswith(_OUR_PREFIXES)}
     check_known(ours, MIXING_FIELDS, "custom_params")
     return ours
+
+
+def take_carried(custom_params: Any, session_params: Any) -> tuple[Any, Any]:
+    """Move mixing fields that came in ``session_params`` to where they belong.
+
+    Returns:
+        (custom_params, session_params), as they would be had the fields come in the first; unchanged if they did.
+
+    Raises:
+        ValueError: names the field and the fix.
+    """
+    if not isinstance(session_params, dict) or CARRIER not in session_params:
+        return custom_params, session_params
+    fields = session_params[CARRIER]
+    if not isinstance(fields, dict) or not fields:
+        raise ValueError(f"session_params.{CARRIER}: must be a mapping with the mixing fields.")
+    check_known(fields, MIXING_FIELDS, f"session_params.{CARRIER}")
+    custom = dict(custom_params) if isinstance(custom_params, dict) else {}
+    for name in fields:
+        if name in custom:
+            raise ValueError(f"{name}: is in custom_params and in session_params.{CARRIER}; give it once.")
+    rest = {key: value for key, value in session_params.items() if key != CARRIER}
+    return {**custom, **fields}, rest or None
 
 
 def check_has_student(fields: dict[str, Any], config: MixingConfig) -> None:

@@ -6,14 +6,21 @@ import functools
 from collections.abc import Callable
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.entrypoints.engine import init_tokenizer_manager
 from sglang.srt.managers.io_struct import GenerateReqInput, UpdateWeightFromDiskReqInput
-from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.messages import render
-from sglang_optimal.runtime.request import mixing_fields, take_teacher_messages, to_wire
+from sglang_optimal.runtime.request import (
+    STUDENT_FIELDS,
+    mixing_fields,
+    take_carried,
+    take_teacher_messages,
+    to_wire,
+)
 from sglang_optimal.runtime.student_weights import is_for_student, mark_for_student
 from sglang_optimal.runtime.tap import MIXING_TAP
 from sglang_optimal.series import SERIES
@@ -59,6 +66,7 @@ class MixedTokenizerManager(TokenizerManager):
 
     def generate_request(self, obj, request=None):
         if isinstance(obj, GenerateReqInput):
+            _unpack_carried(obj)
             self._render_teacher_messages(obj)
         outputs = super().generate_request(obj, request)
         tap = MIXING_TAP.get()
@@ -118,6 +126,7 @@ class MixedTokenizerManager(TokenizerManager):
         params = obj.sampling_params or {}
         custom = params.get("custom_params")
         if not mixing_fields(custom):
+            self._check_plain(obj)
             return
         has_student = self.mixing_config.student_model_path is not None
         wire = to_wire(
@@ -135,6 +144,16 @@ class MixedTokenizerManager(TokenizerManager):
                 raise ValueError(f"{name}: not supported in a mixed request; remove it or the student context.")
         # A new dict: the requests of one batch may share theirs.
         obj.sampling_params = {**params, "custom_params": wire}
+
+    def _check_plain(self, obj: GenerateReqInput) -> None:
+        if self.mixing_config.plain_requests == "allow" or self.server_status == ServerStatus.Starting:
+            return  # SGLang warms the server up with a plain request
+        if isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX):
+            return
+        raise ValueError(
+            f"a mixed request needs one of {', '.join(STUDENT_FIELDS)} in custom_params (behind sglang-router, in "
+            "session_params.mixing); this server takes no plain requests (--plain-requests refuse)."
+        )
 
     def _encode_student_text(self, text: str) -> list[int]:
         return self._student_tokenizer("student_text").encode(text)
@@ -157,6 +176,32 @@ class MixedTokenizerManager(TokenizerManager):
             or (values[index] and values[index][0] is not None)
         }
         super().update_request_meta_info(meta_info, state, own, index, finish_reason)
+
+
+def _unpack_carried(obj: GenerateReqInput) -> None:
+    """Mixing fields that came in ``session_params`` go to ``custom_params``, for each prompt of a batch."""
+    sessions = obj.session_params
+    if isinstance(sessions, dict) and isinstance(obj.sampling_params, list):
+        sessions = [sessions] * len(obj.sampling_params)
+    if not isinstance(sessions, list):
+        params = obj.sampling_params or {}
+        if not isinstance(params, dict):
+            return  # SGLang refuses it
+        custom, obj.session_params = take_carried(params.get("custom_params"), sessions)
+        if custom is not params.get("custom_params"):
+            obj.sampling_params = {**params, "custom_params": custom}
+        return
+    params = obj.sampling_params
+    params = params if isinstance(params, list) else [params or {}] * len(sessions)
+    if len(params) != len(sessions) or not all(isinstance(p, dict) for p in params):
+        return  # SGLang refuses it
+    taken = [take_carried(p.get("custom_params"), session) for p, session in zip(params, sessions, strict=True)]
+    obj.sampling_params = [
+        p if custom is p.get("custom_params") else {**p, "custom_params": custom}
+        for p, (custom, _) in zip(params, taken, strict=True)
+    ]
+    rest = [session for _, session in taken]
+    obj.session_params = rest if any(rest) else None
 
 
 def _max_chars(tokenizer, context_length: int) -> int:

@@ -121,7 +121,7 @@ def test_complete(folder, stub, capsys):
     row = rows[min(accepted)]
     assert row["teacher_model"] == "teacher" and row["student_weight_version"] == "v1" and row["seed"]
     assert json.loads(row["sampling"])["max_new_tokens"] == 16
-    body = stub.bodies[0]["sampling_params"]["custom_params"]
+    body = stub.bodies[0]["session_params"]["mixing"]
     assert body["return_mixing_info"] is True and body["student_messages"][0]["role"] == "user"
 
 

@@ -258,7 +258,10 @@ class Traffic:
 
     def _body(self, rid: str, known: Known, params: dict[str, Any], **more: Any) -> dict[str, Any]:
         if known.student is not None and "custom_params" not in params:
-            params = {**params, "custom_params": self._custom(known)}
+            if self._rng.random() < 0.3:  # the other way in
+                more["session_params"] = {"mixing": self._custom(known)}
+            else:
+                params = {**params, "custom_params": self._custom(known)}
         return {"rid": rid, "input_ids": list(known.teacher), "sampling_params": params, **more}
 
     async def _generate(self, rid: str, known: Known, params: dict[str, Any], **more: Any) -> dict[str, Any]:
