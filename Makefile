@@ -73,8 +73,9 @@ bench-gpu: $(READY)  ## the same questions on one GPU, with dummy weights (BENCH
 	$(BIN)/python -m bench.profile --model-path $(BENCH_TEACHER) --student-model-path $(BENCH_STUDENT) \
 		--batch-size 1 32 256 --server-args --load-format dummy
 
-audit: $(READY)  ## known vulnerabilities of what is installed
-	$(BIN)/pip-audit --local --progress-spinner off
+audit: $(READY)  ## known vulnerabilities of everything installed; fails if something cannot be looked up
+	$(BIN)/pip freeze --exclude-editable > $(VENV)/audit.txt
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off -r $(VENV)/audit.txt
 
 lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -12,11 +12,25 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from sglang_optimal.demo.prepare_model import prepare_smollm2, save_tokenizer
 
@@ -32,6 +46,23 @@ SMALL_CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ '<eos>' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<ast>' }}{% endif %}"
 )
+
+
+_EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "phi3": (Phi3Config, {"sliding_window": None}),
+    "gemma": (GemmaConfig, {"tie_word_embeddings": True}),
+    "gemma2": (Gemma2Config, {"tie_word_embeddings": True, "sliding_window": 4096, "query_pre_attn_scalar": 64}),
+    "gemma3": (Gemma3TextConfig, {"tie_word_embeddings": True, "sliding_window": 4096, "query_pre_attn_scalar": 64}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2-moe": (Qwen2MoeConfig, {**_EXPERTS, "shared_expert_intermediate_size": 64}),
+    "qwen3-moe": (Qwen3MoeConfig, _EXPERTS),
+}
+"""transformers' configuration of an architecture, and what it needs beside the sizes that all have in common."""
 
 
 def smollm2_tokenizer_dir() -> Path:
@@ -51,7 +82,7 @@ def build_tiny_model(
     num_layers: int = 2,
     vocab_size: int | None = None,
     logit_std: float = 3.5,
-    family: Literal["llama", "qwen2"] = "llama",
+    family: str = "llama",
 ) -> Path:
     """Write a random float32 model, with the tokenizer of ``tokenizer_dir`` beside it, to ``path``.
 
@@ -64,7 +95,7 @@ def build_tiny_model(
         vocab_size: rows of the logits; the tokenizer's own size by default. May be larger (padding), not smaller.
         logit_std: standard deviation of the next-token logits, see the module's docstring. Models of equal spread mix
             at an alpha near 1/2; a student with a smaller one brings other alphas.
-        family: architecture; both have grouped-query attention (4 heads, 2 of keys and values, 64 wide).
+        family: one of `FAMILIES`; all have grouped-query attention (4 heads, 2 of keys and values, 64 wide).
 
     Returns:
         ``path``.
@@ -74,10 +105,8 @@ def build_tiny_model(
         vocab_size = len(tokenizer)
     if vocab_size < len(tokenizer):
         raise ValueError(f"vocab_size {vocab_size} is smaller than the tokenizer's {len(tokenizer)}")
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    }[family]
+    config_class, more = FAMILIES[family]
+    tied = more.get("tie_word_embeddings", False)
     config = config_class(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -89,14 +118,14 @@ def build_tiny_model(
         head_dim=64,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype=torch.float32,
+        **{"tie_word_embeddings": False, **more},
     )
-    model = model_class(config)
-    _randomize(model, seed=seed, logit_std=logit_std)
+    model = AutoModelForCausalLM.from_config(config)
+    _randomize(model, seed=seed, logit_std=logit_std, embedding_std=logit_std / math.sqrt(hidden_size) if tied else 1.0)
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -104,7 +133,7 @@ def build_tiny_model(
     return path
 
 
-def _randomize(model: torch.nn.Module, *, seed: int, logit_std: float) -> None:
+def _randomize(model: torch.nn.Module, *, seed: int, logit_std: float, embedding_std: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -113,7 +142,7 @@ def _randomize(model: torch.nn.Module, *, seed: int, logit_std: float) -> None:
             elif name.endswith("bias"):
                 weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
             elif "embed_tokens" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator))
+                weight.copy_(embedding_std * torch.randn(weight.shape, generator=generator))
             else:
                 # Unit variance in, unit variance out.
                 gain = 1.0
@@ -125,7 +154,7 @@ def _randomize(model: torch.nn.Module, *, seed: int, logit_std: float) -> None:
                     gain = 2.5
                 elif "o_proj" in name or "down_proj" in name:
                     gain = 2.0
-                weight.copy_(gain / math.sqrt(weight.shape[1]) * torch.randn(weight.shape, generator=generator))
+                weight.copy_(gain / math.sqrt(weight.shape[-1]) * torch.randn(weight.shape, generator=generator))
 
 
 def build_lora_adapter(model_path: Path, adapter_path: Path, merged_path: Path, *, seed: int, rank: int = 4) -> None:
@@ -199,7 +228,7 @@ def build_tiny_tokenizer_model(
     num_layers: int = 2,
     vocab_size: int | None = None,
     logit_std: float = 1.5,
-    family: Literal["llama", "qwen2"] = "llama",
+    family: str = "llama",
 ) -> Path:
     """A `build_tiny_model` with the 64-token tokenizer, small enough to compare whole distributions by sampling."""
     with tempfile.TemporaryDirectory() as scratch:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_optimal.config import MixingConfig, check_known
+from sglang_optimal.platforms import cpu_ranks
 
 OTHER_FRONT_ENDS = ("encoder_only", "grpc_mode", "smg_grpc_mode", "use_ray")
 """ServerArgs fields that start something else than SGLang's HTTP server."""
@@ -141,12 +142,25 @@ def resolve(server_args, config: MixingConfig) -> None:
         if not str(error):
             raise
         raise ValueError(str(error)) from error
+    cpu_ranks.share_cores(server_args.tp_size * server_args.dp_size // server_args.nnodes)
     if config.student_model_path is None:
         return
     try:
         _check_features(resolving_view(server_args), config)
     except ValueError as error:
         raise ValueError(f"{error} SGLang chose this for the model, the device or another flag.") from None
+    _check_architectures(server_args, config)
+
+
+def _check_architectures(server_args, config: MixingConfig) -> None:
+    from sglang.srt.configs.model_config import ModelConfig
+
+    from sglang_optimal.runtime.architectures import check_architecture, student_model_config
+
+    check_architecture(ModelConfig.from_server_args(server_args), "--model-path")
+    if not config.shared_weights:
+        student = student_model_config(server_args, config.student_model_path, config.student_revision)
+        check_architecture(student, "--student-model-path")
 
 
 def check_models(server_args, config: MixingConfig) -> None:

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 
 import torch
-from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -15,6 +14,7 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, Forw
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime.architectures import student_model_config
 from sglang_optimal.runtime.plan import DecodePlan, PrefillChunk, PrefillPlan
 from sglang_optimal.runtime.student_weights import checkpoint_layout, student_version, update_from_disk
 
@@ -30,11 +30,8 @@ class StudentWorker(TpModelWorker):
         super().__init__(**worker_kwargs)
 
     def _init_model_config(self) -> None:
-        self.model_config = ModelConfig.from_server_args(
-            self.server_args,
-            model_path=self._mixing.student_model_path,
-            model_revision=self._mixing.student_revision,
-        )
+        mixing = self._mixing
+        self.model_config = student_model_config(self.server_args, mixing.student_model_path, mixing.student_revision)
 
     def update_weights_from_disk(self, request: UpdateWeightFromDiskReqInput) -> tuple[bool, str]:
         """New weights of the same shapes, in place. Returns (success, message); on failure the old weights stay."""

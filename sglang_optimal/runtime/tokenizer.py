@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.entrypoints.engine import init_tokenizer_manager
 from sglang.srt.managers.io_struct import GenerateReqInput, UpdateWeightFromDiskReqInput
@@ -13,6 +12,7 @@ from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime.architectures import student_model_config
 from sglang_optimal.runtime.messages import render
 from sglang_optimal.runtime.request import (
     STUDENT_FIELDS,
@@ -41,9 +41,7 @@ class MixedTokenizerManager(TokenizerManager):
         self.teacher_max_chars = self.student_max_chars = 0
         if config.student_model_path is None:
             return
-        model_config = ModelConfig.from_server_args(
-            self.server_args, model_path=config.student_model_path, model_revision=config.student_revision
-        )
+        model_config = student_model_config(self.server_args, config.student_model_path, config.student_revision)
         self.student_context_length = model_config.context_len
         self.common_vocab_size = min(self.model_config.vocab_size, model_config.vocab_size)
         if self.tokenizer is not None:

@@ -125,6 +125,20 @@ def test_complete(folder, stub, capsys):
     assert body["return_mixing_info"] is True and body["student_messages"][0]["role"] == "user"
 
 
+def test_ids_name_no_files(folder, stub, tmp_path_factory):
+    """What a data file says becomes a value in a record, never a path."""
+    ids = ["../../evil", "/tmp/evil", "a/b/../c", "..", "~", "con\\evil", "x" * 500, "\u202e", "nul\0"]
+    lines = [json.dumps({"key": name, "problem": f"{i} + 1?", "answer": "1"}) + "\n" for i, name in enumerate(ids)]
+    (folder.root / "problems.jsonl").write_text("".join(lines))
+    before = {path for path in folder.root.parent.rglob("*")}
+    assert folder.run(stub.url) == 0
+    assert {name.rsplit("/", 2)[0] for name in folder.rows()} == set(ids)
+    new = {path for path in folder.root.parent.rglob("*")} - before
+    assert new and all(path == folder.out or folder.out in path.parents for path in new)
+    names = {path.name for path in new}
+    assert not [name for name in names if "evil" in name or "x" * 20 in name]
+
+
 def test_read_by_load_dataset(folder, stub):
     assert folder.run(stub.url) == 0
     rows = folder.rows()

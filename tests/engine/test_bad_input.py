@@ -60,6 +60,19 @@ BAD = {
     "messages not a list": ({"student_messages": "hi"}, "student_messages: must be a non-empty list"),
     "message without a role": ({"student_messages": [{"content": "hi"}]}, r"student_messages\[0\]: must be a mapping"),
     "role the template refuses": ({"student_messages": [{"role": "judge", "content": "hi"}]}, "chat template refused"),
+    "text of megabytes": (
+        {"student_text": "a" * 100_000},
+        r"student_text: 100000 characters are too long; at most \d+ can fit the context length",
+    ),
+    "messages of megabytes": (
+        {"student_messages": [{"role": "user", "content": "a" * 60_000}] * 2},
+        "student_messages: 120002 characters are too long",
+    ),
+    "too many ids, and a bad one": (
+        {"student_input_ids": [10] * 99_999 + ["x"]},
+        "student context is too long: 100000",
+    ),
+    "a pickle": ({"student_input_ids": b"\x80\x04."}, "student_input_ids: must be a list of token ids, got bytes"),
     "info not a boolean": ({**IDS, "return_mixing_info": "yes"}, "return_mixing_info: must be true or false"),
     "student longer than its context": (
         {"student_input_ids": [10] * (CONTEXT_LENGTH + 1)},
@@ -102,6 +115,16 @@ def test_unlimited_length_ends_with_the_students_room(sampler):
     output = sampler.engine.generate(input_ids=case.teacher, sampling_params=case.params(max_new_tokens=80))
     assert output["meta_info"]["finish_reason"]["type"] == "length"
     assert 40 <= len(output["output_ids"]) < 50  # the student's pool has 200 slots
+
+
+def test_the_student_s_pool_is_the_bottleneck(sampler, tiny_oracle):
+    """One student of these fits at a time, and ten teachers: requests wait or come back, and none is cut short."""
+    rng = random.Random(33)
+    cases = [Case(random_ids(rng, 5), random_ids(rng, 60), 60, bias={2: -100.0}) for _ in range(6)]
+    cases += [Case(random_ids(rng, 80), random_ids(rng, 5), 40, bias={2: -100.0}) for _ in range(4)]
+    cases.append(Case(random_ids(rng, 30), None, 40, bias={2: -100.0}))
+    outputs = run(sampler, cases, ignore_eos=False)
+    check_all(tiny_oracle, cases, outputs)
 
 
 def test_other_custom_params_are_left_alone(sampler):

@@ -144,6 +144,37 @@ def test_retraction(sampler, oracle):
         assert retracted > 0
 
 
+def test_lopsided_contexts(sampler, oracle):
+    """Long teachers with short students and the other way round: either pool is the one that runs out."""
+    rng = random.Random(11)
+    cases = [
+        Case(random_ids(rng, t), random_ids(rng, s), rng.randint(30, 40), bias={2: -100.0})
+        for t, s in [(110, 4), (3, 120)] * 4 + [(90, 90)] * 2
+    ]
+    cases.append(Case(random_ids(rng, 100), None, 30, bias={2: -100.0}))
+    check_all(oracle, cases, run(sampler, cases, ignore_eos=False))
+
+
+@pytest.mark.parametrize("teacher,student", [(900, 3), (3, 900), (600, 600)])
+def test_a_request_that_can_never_fit(sampler, oracle, teacher, student):
+    """Refused at once, also while others run; what fits only just, runs alone and ends with the room."""
+    if sampler.name == "roomy":
+        teacher, student = 2 * teacher, 2 * student  # beyond the context length
+    rng = random.Random(12)
+    cases = random_cases(13, 3, 1)
+
+    async def everything():
+        bad = sampler.engine.async_generate(
+            input_ids=random_ids(rng, teacher), sampling_params=Case([], random_ids(rng, student), 8).params()
+        )
+        good = [sampler.engine.async_generate(input_ids=case.teacher, sampling_params=case.params()) for case in cases]
+        return await asyncio.gather(*good, bad, return_exceptions=True)
+
+    *outputs, error = sampler.engine.loop.run_until_complete(everything())
+    assert isinstance(error, ValueError), error
+    check_all(oracle, cases, outputs)
+
+
 def test_aborts_in_flight(sampler, oracle):
     """Requests aborted in the queue, in prefill and in decode leave nothing behind and disturb nobody."""
     cases = random_cases(7, 8, 3, longest=80, tokens=(40, 50))

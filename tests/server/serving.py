@@ -52,23 +52,28 @@ def serve(
         environment: variables for the server, beside this process's own.
     """
     port = free_port()
-    command = [sys.executable, "-m", module, *argv, "--port", str(port)]
     headers = {}
+    arguments = [*argv, "--port", str(port)]
     if api_key is not None:
-        command += ["--api-key", api_key]
+        arguments += ["--api-key", api_key]
         headers["Authorization"] = f"Bearer {api_key}"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
-    with log.open("w") as output:
-        # A session of its own, so that the scheduler and the detokenizer end with it.
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+    process = start_process(module, arguments, log, environment)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as client:
             _wait_until_ready(client, process, log)
             yield client
     finally:
-        _stop(process)
+        stop_process(process)
+
+
+def start_process(
+    module: str, argv: Sequence[str], log: Path, environment: dict[str, str] | None = None
+) -> subprocess.Popen:
+    """``python -m module argv`` in a session of its own, so that whatever it starts can be ended with it."""
+    command = [sys.executable, "-m", module, *argv]
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
+    with log.open("w") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
 
 
 def _wait_until_ready(client: httpx.Client, process: subprocess.Popen, log: Path) -> None:
@@ -84,7 +89,7 @@ def _wait_until_ready(client: httpx.Client, process: subprocess.Popen, log: Path
         time.sleep(0.2)
 
 
-def _stop(process: subprocess.Popen) -> None:
+def stop_process(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):

@@ -73,6 +73,29 @@ def test_api_key_on_our_routes(client, method, route):
     assert client.get("/mixing").status_code == 200
 
 
+def test_api_key_on_every_route(client):
+    """SGLang's and ours alike, but for what it leaves open on purpose."""
+    from sglang.srt.entrypoints.http_server import app
+
+    from sglang_optimal.runtime import routes
+
+    routes.install()
+    paths = [
+        (method, route.path.replace("{", "").replace("}", "").replace(":path", ""))
+        for route in app.routes
+        for method in getattr(route, "methods", None) or ()
+        if method not in ("HEAD", "OPTIONS")
+    ]
+    assert len(paths) > 60 and ("POST", "/update_student_weights_from_disk") in paths and ("GET", "/mixing") in paths
+    open_paths = set()
+    for method, path in paths:
+        response = httpx.request(method, client.base_url.join(path), json={}, timeout=60)
+        if response.status_code not in (401, 403):  # 403: not without an admin key
+            assert response.status_code < 500, (method, path, response.status_code)
+            open_paths.add(path)
+    assert all(path.startswith(("/health", "/ready", "/metrics")) for path in open_paths), open_paths
+
+
 def test_flush_cache_clears_both(client):
     rng = random.Random(1)
     ask(client, Case(random_ids(rng, 40), random_ids(rng, 30), 4))

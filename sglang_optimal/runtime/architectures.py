@@ -1,0 +1,41 @@
+"""Which models can be teacher or student; the others are refused before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
+
+# (whether a model is of this kind, what to call it)
+_REFUSED: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
+    (lambda model: not model.is_generation, "an embedding or reward model"),
+    (lambda model: model.is_encoder_decoder, "an encoder-decoder model"),
+    (lambda model: model.is_multimodal, "a multimodal model (for text alone, give --no-enable-multimodal if it may)"),
+    (uses_ssm_state, "a model with recurrent layers (Mamba, linear attention)"),
+    (
+        lambda model: model.is_hybrid_swa,
+        "a model whose sliding-window layers have a KV pool of their own (try --disable-hybrid-swa-memory)",
+    ),
+)
+
+
+def student_model_config(server_args, path: str, revision: str | None) -> ModelConfig:
+    """SGLang's configuration of the student; ``revision`` None: the hub's main one, whatever the teacher's is."""
+    return ModelConfig.from_server_args(server_args, model_path=path, model_revision=revision or "main")
+
+
+def check_architecture(model: ModelConfig, flag: str) -> None:
+    """Refuse a model that cannot be one side of a mixture.
+
+    Args:
+        model: SGLang's configuration of it.
+        flag: where it was given.
+
+    Raises:
+        ValueError: names the flag, the architecture and the reason.
+    """
+    for refused, what in _REFUSED:
+        if refused(model):
+            name = model.hf_config.architectures[0]
+            raise ValueError(f"{flag}: {name} is {what}, which is not supported beside a student.")
