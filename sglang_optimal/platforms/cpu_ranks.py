@@ -8,11 +8,12 @@ _VARIABLE = "SGLANG_CPU_OMP_THREADS_BIND"
 _ours: str | None = None
 
 
-def share_cores(ranks: int) -> None:
+def share_cores(ranks: int, machines: int) -> None:
     """Give each rank its part of the cores where SGLang would refuse to start: it binds one rank to each NUMA node.
 
     Args:
-        ranks: processes with a model on this machine. Fewer cores than ranks are shared in turn.
+        ranks: processes with a model, on all machines. Where a machine has fewer cores, they are shared in turn.
+        machines: how many there are.
     """
     global _ours
     import torch
@@ -24,9 +25,9 @@ def share_cores(ranks: int) -> None:
         return  # the user's
     os.environ.pop(_VARIABLE, None)
     _ours = None
-    if ranks > 1 and ranks > len(get_cpu_ids_by_node()):
+    if ranks > len(get_cpu_ids_by_node()):
         cores = sorted(os.sched_getaffinity(0))
-        _ours = os.environ[_VARIABLE] = split(cores, ranks)
+        _ours = os.environ[_VARIABLE] = split(cores, max(ranks // machines, 1))
 
 
 def split(cores: list[int], ranks: int) -> str:

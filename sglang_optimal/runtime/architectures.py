@@ -7,12 +7,16 @@ from collections.abc import Callable
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
 
+from sglang_optimal.config import MixingConfig
+
 # (whether a model is of this kind, what to call it)
 _REFUSED: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
     (lambda model: not model.is_generation, "an embedding or reward model"),
     (lambda model: model.is_encoder_decoder, "an encoder-decoder model"),
     (lambda model: model.is_multimodal, "a multimodal model (for text alone, give --no-enable-multimodal if it may)"),
     (uses_ssm_state, "a model with recurrent layers (Mamba, linear attention)"),
+)
+_REFUSED_POOLS = (
     (
         lambda model: model.is_hybrid_swa,
         "a model whose sliding-window layers have a KV pool of their own (try --disable-hybrid-swa-memory)",
@@ -25,17 +29,27 @@ def student_model_config(server_args, path: str, revision: str | None) -> ModelC
     return ModelConfig.from_server_args(server_args, model_path=path, model_revision=revision or "main")
 
 
-def check_architecture(model: ModelConfig, flag: str) -> None:
-    """Refuse a model that cannot be one side of a mixture.
+def check_architectures(server_args, config: MixingConfig, *, resolved: bool) -> None:
+    """Refuse models that cannot be one side of a mixture.
 
     Args:
-        model: SGLang's configuration of it.
-        flag: where it was given.
+        server_args: SGLang's.
+        config: the student, settled.
+        resolved: whether SGLang has filled in what the user left open; some answers depend on it.
 
     Raises:
         ValueError: names the flag, the architecture and the reason.
     """
-    for refused, what in _REFUSED:
-        if refused(model):
-            name = model.hf_config.architectures[0]
-            raise ValueError(f"{flag}: {name} is {what}, which is not supported beside a student.")
+    sides = {"--model-path": lambda: ModelConfig.from_server_args(server_args)}
+    if not config.shared_weights:
+        path, revision = config.student_model_path, config.student_revision
+        sides["--student-model-path"] = lambda: student_model_config(server_args, path, revision)
+    for flag, read in sides.items():
+        try:
+            model = read()
+        except Exception as error:  # whatever transformers and SGLang find wrong with it
+            raise ValueError(f"{flag}: {error}") from error
+        for refused, what in (*_REFUSED, *_REFUSED_POOLS) if resolved else _REFUSED:
+            if refused(model):
+                name = model.hf_config.architectures[0]
+                raise ValueError(f"{flag}: {name} is {what}, which is not supported beside a student.")

@@ -136,31 +136,24 @@ def resolve(server_args, config: MixingConfig) -> None:
     """
     from sglang.srt.arg_groups.overrides import resolving_view
 
+    from sglang_optimal.runtime.architectures import check_architectures
+
     try:
+        if config.student_model_path is not None:
+            check_architectures(server_args, config, resolved=False)
         server_args.resolve_once()
     except (AssertionError, OSError) as error:  # a flag or a teacher that SGLang refuses
         if not str(error):
             raise
         raise ValueError(str(error)) from error
-    cpu_ranks.share_cores(server_args.tp_size * server_args.dp_size // server_args.nnodes)
+    cpu_ranks.share_cores(server_args.tp_size * server_args.dp_size, server_args.nnodes)
     if config.student_model_path is None:
         return
     try:
         _check_features(resolving_view(server_args), config)
     except ValueError as error:
         raise ValueError(f"{error} SGLang chose this for the model, the device or another flag.") from None
-    _check_architectures(server_args, config)
-
-
-def _check_architectures(server_args, config: MixingConfig) -> None:
-    from sglang.srt.configs.model_config import ModelConfig
-
-    from sglang_optimal.runtime.architectures import check_architecture, student_model_config
-
-    check_architecture(ModelConfig.from_server_args(server_args), "--model-path")
-    if not config.shared_weights:
-        student = student_model_config(server_args, config.student_model_path, config.student_revision)
-        check_architecture(student, "--student-model-path")
+    check_architectures(server_args, config, resolved=True)
 
 
 def check_models(server_args, config: MixingConfig) -> None:

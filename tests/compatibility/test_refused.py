@@ -47,11 +47,18 @@ def test_flags(models, flag):
 
 # What SGLang knows a model by, over the tiny teacher's own configuration.
 MODELS = {
+    "recurrent": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "multimodal": {"architectures": ["Qwen2VLForConditionalGeneration"]},
     "embedding or reward": {"architectures": ["LlamaForSequenceClassification"]},
     "sliding-window": {
         "architectures": ["GptOssForCausalLM"],
         "sliding_window": 64,
+        "num_hidden_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"],
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
@@ -72,6 +79,16 @@ def test_models(models, tiny_pair, tmp_path, kind, side):
     with pytest.raises(ValueError, match=f"^{side}: .*{kind}.*not supported beside a student"):
         server_args, config = launch_server.parse(argv)
         launch.resolve(server_args, config)
+
+
+def test_a_configuration_that_cannot_be_read(models, tiny_pair, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_pair[1], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layer_types": ["full_attention"] * 7}))
+    server_args, mixing = launch_server.parse([*models[:3], str(folder)])
+    with pytest.raises(ValueError, match="(?s)^--student-model-path: .*layer_types"):
+        launch.resolve(server_args, mixing)
 
 
 def test_a_good_pair_passes(models):

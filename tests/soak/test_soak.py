@@ -7,6 +7,7 @@ SGLang's own leak checkers run after every step.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_soak(mode, tiny_pair, tmp_path, request):
             asyncio.run(soak(str(client.base_url), headers, processes, expectations, Weights(folders), seconds, ledger))
         finally:
             report = ledger.report(mode)
-            print(f"\n{report}")
+            print(f"\n{json.dumps(report, indent=1)}")
             if REPORTS:
                 ledger.write(mode, Path(REPORTS))
         assert server.is_running() and server.status() != psutil.STATUS_ZOMBIE
