@@ -13,6 +13,7 @@ import inspect
 import re
 import textwrap
 import tomllib
+import types
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,13 @@ IMPORTED = (
     "plugins.hook_registry.HookType.REPLACE",
     "runtime_context.get_context",
     "runtime_context.get_device",
+    "constants.HEALTH_CHECK_RID_PREFIX",
+    "distributed.get_tp_group",
+    "environ.envs.SGLANG_CHECK_KV_PAGE_INVARIANTS",
+    "environ.envs.SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY",
+    "managers.tokenizer_manager.ServerStatus.Starting",
+    "mem_cache.kv_cache_builder.uses_ssm_state",
+    "utils.numa_utils.get_cpu_ids_by_node",
     "runtime_context.get_exec",
     "runtime_context.get_memory",
     "runtime_context.get_parallel",
@@ -235,6 +243,9 @@ SIGNATURES = {
     "mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint": ("self", "req", "up_to"),
     "mem_cache.unified_radix_cache.UnifiedRadixCache.on_release": ("self", "req", "checkpointed"),
     "mem_cache.unified_radix_cache.UnifiedRadixCache.reset": ("self",),
+    "managers.schedule_batch.FINISH_ABORT": ("message", "status_code", "err_type"),
+    "managers.scheduler_components.invariant_checker.SchedulerInvariantChecker.self_check_during_busy": ("self",),
+    "managers.scheduler_components.invariant_checker.SchedulerInvariantChecker._get_total_uncached_sizes": ("self",),
     "model_executor.forward_batch_info.ForwardBatch.init_new": (
         "batch", "model_runner", "return_hidden_states_before_norm",
     ),
@@ -283,8 +294,14 @@ MEMBERS = {
     "managers.schedule_batch.Req": (
         "sampling_params", "output_ids", "origin_input_ids", "full_untruncated_fill_ids", "extend_end", "extra_key",
         "cache_salt", "kv", "to_finish", "finished", "customized_info", "owned_kv_len",
-        "lora_id",
+        "lora_id", "rid", "finished_reason", "finished_len", "skip_radix_cache_insert",
     ),
+    "managers.io_struct.GenerateReqInput": ("rid", "sampling_params", "session_params"),
+    "managers.auxiliary_output.CommittedTokens": ("output_index",),
+    "configs.model_config.ModelConfig": (
+        "is_generation", "is_encoder_decoder", "is_multimodal", "is_hybrid_swa", "hf_config", "context_len",
+    ),
+    "managers.scheduler_components.invariant_checker.SchedulerInvariantChecker": ("get_last_batch", "_report_leak"),
     "managers.schedule_batch.ScheduleBatch": (
         "reqs", "forward_mode", "device", "input_ids", "req_pool_indices", "req_pool_indices_cpu", "seq_lens",
         "seq_lens_cpu", "seq_lens_sum", "orig_seq_lens", "out_cache_loc", "prefix_lens", "extend_lens",
@@ -310,18 +327,18 @@ MEMBERS = {
     "observability.metrics_collector.SchedulerMetricsCollector": ("labels",),
     "managers.tokenizer_manager.TokenizerManager": (
         "server_args", "model_config", "tokenizer", "_create_tokenized_object", "abort_request",
-        "model_path", "served_model_name", "serving_chat_class",
+        "model_path", "served_model_name", "serving_chat_class", "server_status",
     ),
     "managers.tp_worker.TpModelWorker": ("model_config", "model_runner", "random_seed"),
     "mem_cache.radix_cache.RadixCache": (
         "disable", "insert", "match_prefix", "lock", "unlock", "reset", "evictable_size", "protected_size",
-        "path_device_indices",
+        "path_device_indices", "all_values_flatten",
     ),
     "mem_cache.registry.TreeCacheBuildContext": ("tp_worker",),
     "mem_cache.base_prefix_cache.MatchResult": ("last_device_node", "device_prefix_len"),
     "mem_cache.base_prefix_cache.InsertResult": ("prefix_len",),
     "mem_cache.allocator.TokenToKVPoolAllocator": (
-        "size", "page_size", "available_size", "free_segment", "clear",
+        "size", "page_size", "available_size", "free_segment", "clear", "get_all_free_pages",
     ),
     "mem_cache.memory_pool.ReqToTokenPool": ("size", "write", "req_to_token"),
     "model_executor.model_runner.ModelRunner": (
@@ -331,7 +348,7 @@ MEMBERS = {
     ),
     "sampling.sampling_batch_info.SamplingBatchInfo": (
         "temperatures", "penalizer_orchestrator", "acc_additive_penalties", "acc_scaling_penalties", "grammar_mask",
-        "logit_bias", "apply_logits_bias", "__len__",
+        "logit_bias", "apply_logits_bias", "__len__", "grammars",
     ),
     "sglang.lang.interpreter.StreamExecutor": (
         "backend", "text_", "images_", "variables", "chat_template", "default_sampling_para", "num_api_spec_tokens",
@@ -361,6 +378,13 @@ CONVENTIONS = (
     ("managers.scheduler.Scheduler._handle_generate_request", r"set_finish_with_abort\([\s\S]*?_add_request_to_queue\(",
      "a refused request is queued"),
     ("managers.schedule_batch.Req.set_finish_with_abort", r"self\.to_finish = FINISH_ABORT\(", "… and marked"),
+    ("managers.schedule_batch.Req.set_finish_with_abort", r"status_code: int = HTTPStatus\.BAD_REQUEST",
+     "… as a bad request, which no other end is"),
+    ("managers.scheduler.Scheduler.event_loop_overlap", r"self_check_during_busy\(\)", "leaks are sought while busy"),
+    ("managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor._visible_output_len",
+     r"req\.finished_len if req\.finished_len is not None", "finished_len says what of the output is visible"),
+    ("managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason",
+     r"raise fastapi\.HTTPException\(\s*status_code=status_code", "an abort with a status is an error of HTTP"),
     ("managers.schedule_batch.ScheduleBatch.retract_decode", r"check_decode_mem\(",
      "retraction goes on until check_decode_mem is satisfied"),
     ("mem_cache.common.release_kv_cache", r"tree_cache\.on_release\(req, checkpointed=checkpoint\)",
@@ -403,6 +427,25 @@ CONVENTIONS = (
 def test_convention(path, pattern, meaning):
     source = inspect.getsource(resolve(path))
     assert re.search(pattern, source), f"{path}: not seen any more: {meaning}"
+
+
+def test_a_request_that_is_put_back_stays_mixed(monkeypatch):
+    """Unless SGLang has refused it, and runs it on a dummy token to its end."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    from sglang_optimal.runtime.scheduler import MixedScheduler, Scheduler
+
+    monkeypatch.setattr(Scheduler, "_add_request_to_queue", lambda self, req: None)
+    scheduler = object.__new__(MixedScheduler)
+    for end, mixed in (
+        (None, True),
+        (FINISH_ABORT(), True),
+        (FINISH_ABORT("no", 500), True),
+        (FINISH_ABORT("no", 400), False),
+    ):
+        req = types.SimpleNamespace(student=object(), to_finish=end)
+        scheduler._add_request_to_queue(req)
+        assert (req.student is not None) is mixed, end
 
 
 def test_entry_point_groups():

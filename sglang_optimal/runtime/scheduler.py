@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from http import HTTPStatus
 
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput, UpdateWeightFromDiskReqOutput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -133,7 +134,8 @@ class MixedScheduler(Scheduler):
 
     def _add_request_to_queue(self, req: Req, *args, **kwargs) -> None:
         # SGLang refuses a request by running it on one dummy token; it must not wait for room for its student context.
-        if student_of(req) is not None and req.to_finish is not None and req.student.kv is None:
+        # One that was aborted by its client, and put back before that took effect, still samples a token, as it began.
+        if student_of(req) is not None and getattr(req.to_finish, "status_code", None) == HTTPStatus.BAD_REQUEST:
             req.student = None
         super()._add_request_to_queue(req, *args, **kwargs)
 
