@@ -183,7 +183,8 @@ class MixingConfig:
             if self.student_weights == "shared":
                 raise ValueError("student_max_total_tokens: a student with shared weights has no pool of its own.")
             shared = False
-        return dataclasses.replace(self, shared_weights=shared)
+        revision = teacher_revision if same else self.student_revision
+        return dataclasses.replace(self, student_revision=revision, shared_weights=shared)
 
 
 DISTILL_SECTIONS = ("data", "contexts", "sampling", "filters", "output", "client")

@@ -123,6 +123,16 @@ def test_from_dict_refuses(values, message):
         MixingConfig.from_dict(values)
 
 
+def test_the_student_s_revision_is_its_own():
+    def revision(**values):
+        return MixingConfig.from_dict(values).settled("t", "v2").student_revision
+
+    assert revision() == "v2"
+    assert revision(student_model_path="t", student_weights="separate") == "v2"
+    assert revision(student_model_path="t", student_revision="old") == "old"
+    assert revision(student_model_path="s") is None  # the hub's main one, and not the teacher's
+
+
 @pytest.mark.parametrize(
     "values,shared",
     [

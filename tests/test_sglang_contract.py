@@ -296,7 +296,11 @@ MEMBERS = {
         "cache_salt", "kv", "to_finish", "finished", "customized_info", "owned_kv_len",
         "lora_id", "rid", "finished_reason", "finished_len", "skip_radix_cache_insert",
     ),
-    "managers.io_struct.GenerateReqInput": ("rid", "sampling_params", "session_params"),
+    "managers.io_struct.GenerateReqInput": (
+        "rid", "sampling_params", "session_params", "session_id", "lora_path", "input_embeds", "image_data",
+        "video_data", "audio_data", "positional_embed_overrides", "multi_item_delimiter_indices", "watermark",
+    ),
+    "sampling.sampling_params.SamplingParams": ("beam_width",),
     "managers.auxiliary_output.CommittedTokens": ("output_index",),
     "configs.model_config.ModelConfig": (
         "is_generation", "is_encoder_decoder", "is_multimodal", "is_hybrid_swa", "hf_config", "context_len",

@@ -26,7 +26,18 @@ from sglang_optimal.runtime.tap import MIXING_TAP
 from sglang_optimal.series import SERIES
 
 # Request features whose meaning for two contexts is not defined; refused rather than answered by the teacher alone.
-_UNSUPPORTED = ("input_embeds", "image_data", "video_data", "audio_data", "session_params", "session_id", "lora_path")
+_UNSUPPORTED = (
+    "input_embeds",
+    "image_data",
+    "video_data",
+    "audio_data",
+    "session_params",
+    "session_id",
+    "lora_path",
+    "positional_embed_overrides",
+    "multi_item_delimiter_indices",
+    "watermark",
+)
 
 
 class MixedTokenizerManager(TokenizerManager):
@@ -140,6 +151,8 @@ class MixedTokenizerManager(TokenizerManager):
         for name in _UNSUPPORTED:
             if getattr(obj, name, None) is not None:
                 raise ValueError(f"{name}: not supported in a mixed request; remove it or the student context.")
+        if params.get("beam_width") not in (None, 1):
+            raise ValueError("beam_width: beam search is not supported in a mixed request; remove one of the two.")
         # A new dict: the requests of one batch may share theirs.
         obj.sampling_params = {**params, "custom_params": wire}
 
