@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 AlphaMethod = Literal["kl_symmetry", "ess_balance", "reverse_kl_symmetry", "entropy", "fixed"]
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 _BISECTIONS = 60  # an interval of 2^-60: nothing is left to gain in float64
 _EQUAL = 1e-5  # log-probabilities this close everywhere (float32 noise) have no well-defined alpha

@@ -36,6 +36,10 @@ KINDS = {
 }
 
 
+class Aborted(Exception):
+    """SGLang refuses, with this message and HTTP 400, what is aborted while its grammar is being compiled."""
+
+
 class Traffic:
     """Sends one random request after another.
 
@@ -63,6 +67,8 @@ class Traffic:
         try:
             async with asyncio.timeout(ANSWER_DEADLINE):
                 await getattr(self, "_" + kind.replace("-", "_"))(rid)
+        except Aborted:
+            self._ledger.outcomes["abort"] += 1
         except TimeoutError:
             self._ledger.violation(f"{rid} ({kind}): no answer in {ANSWER_DEADLINE} s")
         except httpx.HTTPError as error:
@@ -271,6 +277,8 @@ class Traffic:
 
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
         response = await self._http.post(path, json=body)
+        if response.status_code == 400 and "Aborted by AbortReq." in response.text:
+            raise Aborted
         assert response.status_code == 200, f"status {response.status_code}: {response.text[:300]}"
         return response.json()
 
