@@ -18,16 +18,13 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
     Gemma3TextConfig,
-    GemmaConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -48,18 +45,16 @@ SMALL_CHAT_TEMPLATE = (
 )
 
 
+_NARROW = {"head_dim": None}  # the architecture has no heads wider than hidden size / heads
 _EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
 FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
-    "qwen2": (Qwen2Config, {}),
+    "qwen2": (Qwen2Config, _NARROW),
     "qwen3": (Qwen3Config, {}),
     "mistral": (MistralConfig, {"sliding_window": None}),
     "phi3": (Phi3Config, {"sliding_window": None}),
-    "gemma": (GemmaConfig, {"tie_word_embeddings": True}),
-    "gemma2": (Gemma2Config, {"tie_word_embeddings": True, "sliding_window": 4096, "query_pre_attn_scalar": 64}),
     "gemma3": (Gemma3TextConfig, {"tie_word_embeddings": True, "sliding_window": 4096, "query_pre_attn_scalar": 64}),
-    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2-moe": (Qwen2MoeConfig, {**_EXPERTS, "shared_expert_intermediate_size": 64}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, **_NARROW}),
     "qwen3-moe": (Qwen3MoeConfig, _EXPERTS),
 }
 """transformers' configuration of an architecture, and what it needs beside the sizes that all have in common."""
@@ -107,6 +102,10 @@ def build_tiny_model(
         raise ValueError(f"vocab_size {vocab_size} is smaller than the tokenizer's {len(tokenizer)}")
     config_class, more = FAMILIES[family]
     tied = more.get("tie_word_embeddings", False)
+    # Wider than hidden_size / heads where it may be, because GPU attention kernels have a smallest head size.
+    settings: dict[str, Any] = {"tie_word_embeddings": False, "head_dim": 64, **more}
+    if settings["head_dim"] is None:
+        settings["head_dim"] = hidden_size // 4
     config = config_class(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -114,15 +113,13 @@ def build_tiny_model(
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        # Written out, and not hidden_size / heads, because GPU attention kernels have a smallest head size.
-        head_dim=64,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype=torch.float32,
-        **{"tie_word_embeddings": False, **more},
+        **settings,
     )
     model = AutoModelForCausalLM.from_config(config)
     _randomize(model, seed=seed, logit_std=logit_std, embedding_std=logit_std / math.sqrt(hidden_size) if tied else 1.0)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from sglang.srt.distributed import get_tp_group
+from sglang.srt.eplb.expert_distribution import (
+    get_global_expert_distribution_recorder,
+    set_global_expert_distribution_recorder,
+)
+from sglang.srt.eplb.expert_location import get_global_expert_location_metadata, set_global_expert_location_metadata
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
@@ -27,7 +33,8 @@ class StudentWorker(TpModelWorker):
         self.weights_path = config.student_model_path
         self.weight_version: str | None = None
         self._layout = checkpoint_layout(self.weights_path)
-        super().__init__(**worker_kwargs)
+        with _own_expert_layout():
+            super().__init__(**worker_kwargs)
 
     def _init_model_config(self) -> None:
         mixing = self._mixing
@@ -70,6 +77,21 @@ class StudentWorker(TpModelWorker):
     def _logits(self, part: ScheduleBatch) -> torch.Tensor:
         forward_batch = ForwardBatch.init_new(part, self.model_runner, return_hidden_states_before_norm=False)
         return self.model_runner.forward(forward_batch).logits_output.next_token_logits
+
+
+@contextlib.contextmanager
+def _own_expert_layout() -> Iterator[None]:
+    """SGLang keeps one layout of the experts a process, which a model is loaded by; afterwards the teacher's is back.
+
+    What reads it in a forward (expert load balancing and its dispatch) is refused beside a student.
+    """
+    layout, recorder = get_global_expert_location_metadata(), get_global_expert_distribution_recorder()
+    set_global_expert_location_metadata(None, allow_overwrite=True)
+    try:
+        yield
+    finally:
+        set_global_expert_location_metadata(layout, allow_overwrite=True)
+        set_global_expert_distribution_recorder(recorder)
 
 
 def decode_part(batch: ScheduleBatch, plan: DecodePlan, row_offset: int = 0) -> ScheduleBatch:

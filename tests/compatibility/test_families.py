@@ -12,9 +12,8 @@ PAIRS = {
     "qwen3": "qwen3",
     "mistral": "mistral",
     "phi3": "phi3",
-    "gemma": "gemma",
+    "gemma3": "gemma3",
     "mixtral": "mixtral",
-    "qwen2-moe": "qwen2-moe",
     "qwen3-moe": "qwen3",  # the student of another family
     "llama": "mistral",
 }

@@ -55,6 +55,7 @@ def test_tensor_parallel(tiny_pair, tiny_oracle, self_oracle, traced, mode):
     assert sum(len(tokens) for tokens, rows in first if rows) > 500
 
 
+@pytest.mark.slow
 def test_new_weights_on_every_rank_or_on_none(tiny_pair, tiny_oracle, tmp_path):
     """A checkpoint that is good for one rank and bad for the other changes neither."""
     from safetensors.torch import load_file
