@@ -36,10 +36,13 @@ def test_the_guide(client, tiny_pair, tmp_path, monkeypatch):
         code = ours(code)
         ran.add((language, bool(name)))
         if name == "run.yaml":
-            # A random model never comes to the answer; so everything is taken.
+            # A random model never comes to the answer; every second sample is taken instead.
+            Path("every_second.py").write_text(
+                "def sample(record):\n    return int(record.id.rsplit('/')[-1]) % 2 == 0 or 'an odd number'\n"
+            )
             values = yaml.safe_load(code)
             parse_config(values)
-            values["filters"] = [{"type": "length", "max_tokens": 4000}]
+            values["filters"] = [{"type": "function", "function": "every_second:sample"}]
             values["sampling"]["temperature"] = 1.0
             Path(name).write_text(yaml.safe_dump(values))
         elif name.endswith((".jsonl", ".py")):
