@@ -130,7 +130,7 @@ def test_the_student_s_pool_is_the_bottleneck(sampler, tiny_oracle):
 def test_features_that_do_not_go_with_a_mixture(sampler):
     with pytest.raises(ValueError, match="beam_width: beam search is not supported in a mixed request"):
         ask(sampler, IDS, beam_width=3)
-    with pytest.raises(ValueError, match="lora_path: not supported in a mixed request|does not have LoRA enabled"):
+    with pytest.raises(ValueError, match="lora_path: not supported in a mixed request|LoRA is not enabled"):
         sampler.engine.generate(
             input_ids=[10], sampling_params={"max_new_tokens": 2, "custom_params": IDS}, lora_path="x"
         )
