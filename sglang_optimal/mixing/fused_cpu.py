@@ -8,7 +8,7 @@ in float32 over short blocks and in float64 over the row.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
 import numba
 import numpy as np
@@ -45,6 +45,8 @@ _KL_SYMMETRY, _ESS_BALANCE, _REVERSE_KL, _ENTROPY = (
 # Sums may be reordered, which vectorising them needs. NaN and infinities keep their meaning.
 _SUM = {"reassoc", "contract", "nsz"}
 _PLAIN = {"contract"}
+# A division by zero gives infinity or NaN, which ends a request, and no exception, which would end the scheduler.
+_njit = partial(numba.njit, error_model="numpy")
 
 
 @intrinsic
@@ -59,7 +61,7 @@ def _as_bits(typingctx, value):
     return types.int32(types.float32), lambda c, b, sig, args: b.bitcast(args[0], ir.IntType(32))
 
 
-@numba.njit(error_model="numpy", fastmath=_PLAIN)
+@_njit(fastmath=_PLAIN)
 def _exp(x):
     """exp of a float32 in [−87, 88], to about 1 ulp; 0 below; NaN stays (the polynomial of Cephes' expf)."""
     # Adding 1.5·2²³ rounds to an integer, which is then in the low bits.
@@ -78,7 +80,7 @@ def _exp(x):
     return float32(0.0) if x < float32(-87.0) else p * power
 
 
-@numba.njit(error_model="numpy")
+@_njit()
 def _bits(row, i):
     """Bits of element i as float32; a row of int16 holds bfloat16."""
     if row.itemsize == 2:
@@ -86,13 +88,13 @@ def _bits(row, i):
     return int32(row[i])
 
 
-@numba.njit(error_model="numpy")
+@_njit()
 def _ordered(bits):
     """An int32 that orders as the float32 does (NaN at the ends), because integer maxima vectorise; its own inverse."""
     return bits ^ ((bits >> int32(31)) & int32(0x7FFFFFFF))
 
 
-@numba.njit(error_model="numpy", nogil=True)
+@_njit(nogil=True)
 def _tops(teacher, student):
     """(tokens in the common support, max of the teacher's logits there, of the student's)."""
     alive, t_top, s_top = 0, _LOWEST, _LOWEST
@@ -107,7 +109,7 @@ def _tops(teacher, student):
     return alive, _as_float(_ordered(t_top)), _as_float(_ordered(s_top))
 
 
-@numba.njit(error_model="numpy", nogil=True)
+@_njit(nogil=True)
 def _load(teacher, student, t_top, s_top, scale, base, delta):
     """Fill a block of the scratch. Returns the smallest and the largest delta in the support, as ordered bits."""
     smallest, largest = int32(0x7FFFFFFF), _LOWEST
@@ -125,7 +127,7 @@ def _load(teacher, student, t_top, s_top, scale, base, delta):
     return smallest, largest
 
 
-@numba.njit(error_model="numpy", nogil=True, fastmath=_SUM)
+@_njit(nogil=True, fastmath=_SUM)
 def _end_sums(base, delta):
     """Sums of a block at both ends: Σ w, Σ w·delta, Σ w·log w with the student's weights, then the teacher's."""
     s0 = s1 = s2 = t0 = t1 = t2 = float32(0.0)
@@ -142,7 +144,7 @@ def _end_sums(base, delta):
     return s0, s1, s2, t0, t1, t2
 
 
-@numba.njit(error_model="numpy", nogil=True, fastmath=_SUM)
+@_njit(nogil=True, fastmath=_SUM)
 def _block_sums(base, delta, alpha, center, shift):
     """Σ w, Σ w·r, Σ w·r² of a block, with w = exp(base + α·delta − shift) and r = delta − center."""
     w0 = w1 = w2 = float32(0.0)
@@ -156,7 +158,7 @@ def _block_sums(base, delta, alpha, center, shift):
     return w0, w1, w2
 
 
-@numba.njit(error_model="numpy", nogil=True)
+@_njit(nogil=True)
 def _top(base, delta, alpha):
     """max of base + α·delta."""
     top = _LOWEST
@@ -165,7 +167,7 @@ def _top(base, delta, alpha):
     return _as_float(_ordered(top))
 
 
-@numba.njit(error_model="numpy", nogil=True)
+@_njit(nogil=True)
 def _moments(base, delta, alpha, center):
     """(log Σ w, mean, variance) of r under w = exp(base + α·delta), in float64."""
     a, c = float32(alpha), float32(center)
@@ -186,7 +188,7 @@ def _moments(base, delta, alpha, center):
     return np.log(w0) + shift, mean, max(w2 / w0 - mean * mean, 0.0)
 
 
-@numba.njit(error_model="numpy", nogil=True, fastmath=_PLAIN)
+@_njit(nogil=True, fastmath=_PLAIN)
 def _interpolate(teacher, student, alpha, out):
     """(1−α)·z_s + α·z_t, exact at α = 0 and 1; what either masks stays masked."""
     upper = alpha >= float32(0.5)
@@ -199,7 +201,7 @@ def _interpolate(teacher, student, alpha, out):
         out[i] = float32(-np.inf) if (tb == _MINUS_INF) | (sb == _MINUS_INF) else z
 
 
-@numba.njit(error_model="numpy", nogil=True)
+@_njit(nogil=True)
 def _root(method, base, delta, center, log_zs, log_zt, half_mean, half_variance):
     """Safeguarded Newton in [0, 1] from ½, where the function is known for KL symmetry; see `alpha._newton`."""
     low, high, alpha, last = 0.0, 1.0, 0.5, 1.0
@@ -232,7 +234,7 @@ def _root(method, base, delta, center, log_zs, log_zt, half_mean, half_variance)
     return alpha
 
 
-@numba.njit(error_model="numpy", nogil=True)
+@_njit(nogil=True)
 def _mix_row(teacher, student, temperature, method, low, high, fixed, want_ess, base, delta, out, stats):
     n = teacher.size
     scale = float32(1.0 / temperature)
@@ -292,7 +294,7 @@ def _mix_row(teacher, student, temperature, method, low, high, fixed, want_ess, 
     _interpolate(teacher, student, float32(alpha), out)
 
 
-@numba.njit(error_model="numpy", nogil=True)
+@_njit(nogil=True)
 def _only_teacher(teacher, scale, out, stats):
     """A row without a common token is the teacher's."""
     top = _LOWEST
@@ -312,7 +314,7 @@ def _only_teacher(teacher, scale, out, stats):
     stats[6] = np.nan
 
 
-@numba.njit(error_model="numpy", nogil=True, cache=True)
+@_njit(nogil=True, cache=True)
 def _mix_rows(
     teacher, student, strides, width, temperature, method, low, high, fixed, want_ess, out, stats, first, step
 ):
