@@ -15,6 +15,12 @@ settings.register_profile("explore", derandomize=False)
 settings.load_profile(os.getenv("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+def pytest_collection_modifyitems(items):
+    """Modules that use `mixed_server` go last: an engine that shuts down kills every child process of pytest's."""
+    with_server = {item.module for item in items if "mixed_server" in item.fixturenames}
+    items.sort(key=lambda item: item.module in with_server)
+
+
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory):
     """Folders of two unrelated random models with the 64-token tokenizer: (teacher, student)."""
@@ -46,10 +52,7 @@ def lora_adapter(tiny_pair, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def mixed_server(tiny_pair, tmp_path_factory):
-    """A client of one server with both tiny models and no settings of its own, for every module that needs no other.
-
-    Not for tests/engine, which runs before: an engine that shuts down kills every child process of pytest's.
-    """
+    """A client of one server with both tiny models and no settings of its own, for every module that needs no other."""
     from harness import SMALL  # imports SGLang, which the tests of the mathematics do without
     from serving import as_argv, serve
 
