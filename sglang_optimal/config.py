@@ -99,6 +99,10 @@ class MixingConfig:
             student; needs shared weights. The student's rows run with it, in the same forward.
         plain_requests: ``allow``, or ``refuse`` requests without a student context: something on the way may have
             dropped it (sglang-router drops ``custom_params``), and the teacher alone is not what was asked for.
+        mixing_mode: ``lockstep``: one token a step; ``speculative``: the student drafts ``draft_tokens`` tokens which
+            the teacher verifies in one forward, without any change to what is sampled; ``auto``: as many drafts as pay,
+            up to ``draft_tokens``, or none. Drafting needs a student with weights of its own.
+        draft_tokens: see ``mixing_mode``; None: `DRAFT_TOKENS` of it.
         alpha: defaults for requests that do not say.
         shared_weights: what ``student_weights`` came to, see `settled`.
     """
@@ -109,6 +113,8 @@ class MixingConfig:
     student_weights: str = "auto"
     student_lora_path: str | None = None
     plain_requests: str = "allow"
+    mixing_mode: str = "lockstep"
+    draft_tokens: int | None = None
     alpha: AlphaSettings = AlphaSettings()
     shared_weights: bool = False
 
@@ -120,9 +126,13 @@ class MixingConfig:
         "student_weights",
         "student_lora_path",
         "plain_requests",
+        "mixing_mode",
+        "draft_tokens",
     )
     STUDENT_WEIGHTS = ("auto", "shared", "separate", "none")
     PLAIN_REQUESTS = ("allow", "refuse")
+    DRAFT_TOKENS = {"lockstep": 0, "speculative": 4, "auto": 8}
+    MAX_DRAFT_TOKENS = 32
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "mixing") -> MixingConfig:
@@ -141,6 +151,14 @@ class MixingConfig:
         plain = values.get("plain_requests")
         if plain is not None and plain not in cls.PLAIN_REQUESTS:
             raise ValueError(f"plain_requests: {plain!r} is not one of {', '.join(cls.PLAIN_REQUESTS)}.")
+        mode, drafts = values.get("mixing_mode"), values.get("draft_tokens")
+        if mode is not None and mode not in cls.DRAFT_TOKENS:
+            raise ValueError(f"mixing_mode: {mode!r} is not one of {', '.join(cls.DRAFT_TOKENS)}.")
+        if drafts is not None:
+            if isinstance(drafts, bool) or not isinstance(drafts, int) or not 0 <= drafts <= cls.MAX_DRAFT_TOKENS:
+                raise ValueError(f"draft_tokens: must be an integer from 0 to {cls.MAX_DRAFT_TOKENS}, got {drafts!r}.")
+            if mode in (None, "lockstep"):
+                raise ValueError("draft_tokens: needs mixing_mode 'speculative' or 'auto'; lockstep drafts nothing.")
         if plain == "refuse" and kind == "none":
             raise ValueError("plain_requests: 'refuse' leaves nothing for a server with student_weights 'none'.")
         if values.get("student_model_path") is None:
@@ -155,6 +173,11 @@ class MixingConfig:
         return cls(**{k: v for k, v in values.items() if k in cls.STUDENT_KEYS and v is not None}, alpha=alpha)
 
     @property
+    def longest_draft(self) -> int:
+        """The most tokens that the student drafts in one step; 0: lockstep."""
+        return self.DRAFT_TOKENS[self.mixing_mode] if self.draft_tokens is None else self.draft_tokens
+
+    @property
     def mixes(self) -> bool:
         """Whether there is to be a student."""
         return self.student_weights != "none"
@@ -163,10 +186,21 @@ class MixingConfig:
         """The configuration with the student and ``shared_weights`` decided, once the teacher is known.
 
         Raises:
-            ValueError: shared weights of two different models, or with a pool of the student's own.
+            ValueError: shared weights of two different models, with a pool of the student's own, or with drafts.
         """
         if not self.mixes:
             return self
+        config = self._with_student(teacher_path, teacher_revision)
+        if config.shared_weights and config.longest_draft > 0:
+            if config.mixing_mode == "speculative":
+                raise ValueError(
+                    "mixing_mode: 'speculative' gains nothing with shared weights, where a draft costs a forward of the "
+                    "teacher; give a smaller student_model_path, or leave it out."
+                )
+            return dataclasses.replace(config, draft_tokens=0)
+        return config
+
+    def _with_student(self, teacher_path: str, teacher_revision: str | None) -> MixingConfig:
         if self.student_model_path is None:
             itself = {"student_model_path": teacher_path, "student_revision": teacher_revision}
             return dataclasses.replace(self, **itself, shared_weights=self.student_weights != "separate")

@@ -191,6 +191,10 @@ class Mixing(Section):
     """A LoRA adapter that makes the teacher the student."""
     plain_requests: Literal["allow", "refuse"] | None = None
     """Whether the server takes requests without a student context."""
+    mixing_mode: Literal["lockstep", "speculative", "auto"] | None = None
+    """Whether the student drafts several tokens for each step of the server; what is sampled stays the same."""
+    draft_tokens: int | None = None
+    """How many it drafts, or at most."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Mixing:

@@ -107,6 +107,11 @@ class AlphaParams:
         n = batch_size
         return cls.from_lists([method] * n, [alpha_min] * n, [alpha_max] * n, [fixed_alpha] * n, device)
 
+    def repeat(self, times: int) -> AlphaParams:
+        """The settings of [times · B] rows, all rows once and then again."""
+        columns = (self.method, self.alpha_min, self.alpha_max, self.fixed_alpha)
+        return AlphaParams(*(column.repeat(times) for column in columns), self.methods_present)
+
     def rows(self, rows: slice) -> AlphaParams:
         """A range of rows."""
         return AlphaParams(

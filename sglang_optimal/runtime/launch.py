@@ -11,6 +11,9 @@ from sglang_optimal.platforms import cpu_ranks
 OTHER_FRONT_ENDS = ("encoder_only", "grpc_mode", "smg_grpc_mode", "use_ray")
 """ServerArgs fields that start something else than SGLang's HTTP server."""
 
+ALGORITHM = "OPTIMAL"
+"""SGLang's name of speculative mixing."""
+
 STUDENT_ADAPTER = "student"
 """SGLang's name of the student's LoRA adapter; plain requests may ask for it with ``lora_path``."""
 
@@ -18,7 +21,7 @@ STUDENT_ADAPTER = "student"
 _REFUSED = (
     ("enable_mixed_chunk", "mixing prefill and decode rows in one batch"),
     ("enable_two_batch_overlap", "two-batch overlap"),
-    ("speculative_algorithm", "speculative decoding"),
+    ("speculative_algorithm", "speculative decoding with another draft than --mixing-mode speculative's"),
     ("enable_dp_attention", "data-parallel attention"),
     ("enable_lora", "LoRA adapters"),
     ("lora_paths", "LoRA adapters"),
@@ -33,6 +36,12 @@ _REFUSED = (
     ("enable_pdmux", "PD multiplexing"),
     ("dllm_algorithm", "diffusion language models"),
     *((name, "a front end other than the HTTP server") for name in OTHER_FRONT_ENDS),
+)
+# the same, refused only where the student drafts
+_REFUSED_DRAFTING = (
+    ("enable_deterministic_inference", "seeded sampling"),
+    ("enable_return_hidden_states", "returning hidden states"),
+    ("return_hidden_states_mode", "returning hidden states"),
 )
 _PLAIN = "give --student-weights none for a server that does not mix"
 _ONLY_ONE = ("pp_size", "attn_dp_size", "attn_cp_size", "dcp_size", "tokenizer_worker_num", "page_size")
@@ -115,8 +124,13 @@ def _check_features(server_args, config: MixingConfig) -> None:
     for name, what in _REFUSED:
         if config.student_lora_path is not None and name in ("enable_lora", "lora_paths"):
             continue
+        if name == "speculative_algorithm" and config.longest_draft and getattr(server_args, name, None) == ALGORITHM:
+            continue
         if getattr(server_args, name, None):
             raise ValueError(f"{_flag(name)}: {what} is not supported beside a student; remove the flag, or {_PLAIN}.")
+    for name, what in _REFUSED_DRAFTING if config.longest_draft else ():
+        if getattr(server_args, name, None):
+            raise ValueError(f"{_flag(name)}: {what} is not supported where the student drafts; use lockstep mixing.")
     for name in _ONLY_ONE:
         value = getattr(server_args, name, 1)
         if value not in (None, 1):
@@ -144,6 +158,11 @@ def resolve(server_args, config: MixingConfig) -> None:
     try:
         if config.student_model_path is not None:
             check_architectures(server_args, config, resolved=False)
+        if config.longest_draft:
+            server_args.speculative_algorithm = ALGORITHM
+            server_args.speculative_num_steps = config.longest_draft
+            server_args.speculative_num_draft_tokens = config.longest_draft + 1
+            server_args.speculative_eagle_topk = 1
         server_args.resolve_once()
     except (AssertionError, OSError) as error:  # a flag or a teacher that SGLang refuses
         if not str(error):

@@ -87,23 +87,27 @@ class MixingStep:
             ess_ratio=self.rows.info,
             out=mixed[:, :v],
         )
-        _make_samplable(mixed, self.mixture)
+        make_samplable(mixed, self.mixture)
         if self.rows.index is None:
             return mixed.to(logits.dtype)
         return logits.index_copy_(0, self.rows.index, mixed.to(logits.dtype))
 
     def extras(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[n, len(SERIES)] float32 for the sampled tokens [B]."""
-        m = self.mixture
         token_ids = self.rows.select(token_ids).long()
-        teacher, student, mixture = token_logprobs(
-            m, self.teacher_logits, self.student_logits, self.temperatures, token_ids
-        )
-        ess = m.ess_ratio if m.ess_ratio is not None else torch.full_like(m.alpha, torch.nan)
-        return torch.stack([m.alpha, teacher, student, mixture, m.kl_to_student, m.kl_to_teacher, ess], dim=-1)
+        return series(self.mixture, self.teacher_logits, self.student_logits, self.temperatures, token_ids)
 
 
-def _make_samplable(mixed: torch.Tensor, mixture: Mixture) -> None:
+def series(
+    m: Mixture, teacher_logits: torch.Tensor, student_logits: torch.Tensor, temperature: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """The values of ``SERIES`` for one token of each row, [n, len(SERIES)] float32; arguments as `token_logprobs`."""
+    teacher, student, mixture = token_logprobs(m, teacher_logits, student_logits, temperature, ids)
+    ess = m.ess_ratio if m.ess_ratio is not None else torch.full_like(m.alpha, torch.nan)
+    return torch.stack([m.alpha, teacher, student, mixture, m.kl_to_student, m.kl_to_teacher, ess], dim=-1)
+
+
+def make_samplable(mixed: torch.Tensor, mixture: Mixture) -> None:
     """Rows that no mixture came of get finite logits [n, V], in place.
 
     Sampling from NaN would end the whole process. The statistics stay as they are, which ends the request.
@@ -127,7 +131,8 @@ class MixingObserver:
         return sampling_info.mixing
 
     def after_sample(self, state: MixingStep, token_ids: torch.Tensor) -> MixingDeviceOutput:
-        output = MixingDeviceOutput(state.rows.host, state.extras(token_ids), self.on_tokens, state.failure)
+        values = state.extras(token_ids).unsqueeze(1)
+        output = MixingDeviceOutput(state.rows.host, values, self.on_tokens, state.failure)
         # Free both models' logits now: the step lives on with the batch for two more iterations.
         state.teacher_logits = state.student_logits = state.mixture = None
         return output
@@ -135,7 +140,7 @@ class MixingObserver:
 
 @dataclasses.dataclass
 class MixingDeviceOutput:
-    """Extras on the device; ``host_rows`` are the batch rows of ``values`` [n, len(SERIES)]."""
+    """Extras on the device: ``values`` [n, w, len(SERIES)] of up to w tokens for each of the batch's ``host_rows``."""
 
     host_rows: list[int]
     values: torch.Tensor
@@ -148,7 +153,7 @@ class MixingDeviceOutput:
 
 @dataclasses.dataclass
 class MixingHostOutput:
-    """Extras on the host; handed to each request together with the token they belong to."""
+    """Extras on the host; handed to each request together with the tokens they belong to."""
 
     host_rows: list[int]
     values: torch.Tensor
@@ -161,19 +166,24 @@ class MixingHostOutput:
             commit = commits[row]
             if commit is None:  # chunk in flight, or a request that had already finished
                 continue
-            req: Any = batch.reqs[row]
+            # Fewer than were sampled where a stop condition ended the request among them.
+            sampled += self._take(batch.reqs[row], commit.output_index, values[: len(commit.token_ids)])
+        if sampled and self.on_tokens is not None:
+            self.on_tokens(sampled)
+
+    def _take(self, req: Any, start: int, tokens: list[list[float]]) -> list[list[float]]:
+        """Add the values of a request's tokens from position ``start`` on; returns those it keeps."""
+        for position, values in enumerate(tokens):
             problem = self._problem(values)
             if problem is not None:
-                _end(req, commit.output_index, problem)
-                continue
-            sampled.append(values)
+                _end(req, start + position, problem)
+                return tokens[:position]
             if req.customized_info is None:
                 req.customized_info = {}
             names = SERIES if req.student.return_mixing_info else SERIES[:1]
             for name, value in zip(names, values, strict=False):
                 req.customized_info.setdefault(name, []).append(value)
-        if sampled and self.on_tokens is not None:
-            self.on_tokens(sampled)
+        return tokens
 
     def _problem(self, values: list[float]) -> str | None:
         """Why there is no mixture that this token could have come from; None when there is."""

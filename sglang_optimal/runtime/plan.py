@@ -60,6 +60,20 @@ class MixedRows:
 
 
 @dataclasses.dataclass
+class DraftRows:
+    """The rows of a speculative decode batch.
+
+    Attributes:
+        mixed: all mixed rows; None without any. drafted: those that can be drafted for; None without any.
+        inner: [n] int64, the drafted ones among the mixed; None when they are the same.
+    """
+
+    mixed: MixedRows | None
+    drafted: MixedRows | None
+    inner: torch.Tensor | None
+
+
+@dataclasses.dataclass
 class DecodePlan:
     """One decode step of the student. seq_lens: [n] including the new token; out_cache_loc: [n] its slots."""
 

@@ -6,7 +6,7 @@ _registered = False
 
 
 def register() -> None:
-    """Register ``--sampling-backend optimal`` and ``--radix-cache-backend optimal``; safe to call again."""
+    """Register the names that we give to SGLang's arguments; safe to call again."""
     global _registered
     if _registered:
         return
@@ -14,8 +14,11 @@ def register() -> None:
     from sglang.srt.layers.sampler import register_sampler_backend
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
 
+    from sglang_optimal.runtime import speculation
+
     register_sampler_backend("optimal", _sampler)
     register_radix_cache_backend("optimal", _radix_cache)
+    speculation.register()
 
 
 def _sampler():

@@ -11,6 +11,7 @@ from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput, UpdateWe
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_device
 from sglang.utils import TypeBasedDispatcher
@@ -118,9 +119,20 @@ class MixedScheduler(Scheduler):
 
     def init_req_max_new_tokens(self, req: Req) -> None:
         super().init_req_max_new_tokens(req)
+        # Slots that a speculative step takes ahead, beyond the one for the next token.
+        ahead = get_alloc_reserve_per_decode() - 1 if self.mixing_config.longest_draft else 0
+        if ahead:
+            room = self.token_to_kv_pool_allocator.size - 1 - ahead - len(req.origin_input_ids)
+            if room < 1:
+                req.set_finish_with_abort(
+                    f"context too long: {len(req.origin_input_ids)} tokens and the {ahead + 1} that a speculative step "
+                    "takes ahead do not fit the KV pool."
+                )
+                return
+            req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room)
         if student_of(req) is None:
             return
-        longest = min(self.tp_worker.student_context_len - 1, self.tp_worker.student_kv.max_req_len(req))
+        longest = min(self.tp_worker.student_context_len - 1, self.tp_worker.student_kv.max_req_len(req) - ahead)
         room = longest - len(req.student.prompt_ids) - 1
         if room < 1:
             req.set_finish_with_abort(
@@ -140,7 +152,11 @@ class MixedScheduler(Scheduler):
         super()._add_request_to_queue(req, *args, **kwargs)
 
     def run_batch(self, batch: ScheduleBatch, *args, **kwargs):
-        batch.student_plan = self.student_planner.plan(batch)
+        if batch.forward_mode.is_decode() and not batch.spec_algorithm.is_none():
+            # The lengths are not known here under overlap; the worker makes the plan.
+            self.tp_worker.student_kv.reserve([req for req in batch.reqs if student_of(req) is not None])
+        else:
+            batch.student_plan = self.student_planner.plan(batch)
         if self.mixing_metrics is not None:
             self.mixing_metrics.refresh()
         return super().run_batch(batch, *args, **kwargs)
@@ -193,9 +209,18 @@ def _check_decode_mem(original: Callable[..., bool], batch: ScheduleBatch, selec
     """Decode only what fits both pools. SGLang's retraction loop converges on this same check."""
     if not original(batch, selected_indices):
         return False
-    reqs = batch.reqs if selected_indices is None else [batch.reqs[i] for i in selected_indices]
-    mixed = sum(student_of(req) is not None for req in reqs)
-    return mixed == 0 or batch.tree_cache.student_kv.can_decode(mixed, len(reqs))
+    rows = range(len(batch.reqs)) if selected_indices is None else selected_indices
+    mixed = [i for i in rows if student_of(batch.reqs[i]) is not None]
+    if not mixed:
+        return True
+    # With pages of one token a student takes what its teacher does.
+    student, teacher = (batch.new_tokens_required_next_decode(part) for part in (mixed, list(rows)))
+    return batch.tree_cache.student_kv.can_decode(student, teacher)
+
+
+def _row_headroom(original: Callable[[], int]) -> int:
+    """Tokens that a row of KV slots must hold beyond the context length: what a speculative step takes ahead."""
+    return max(original(), 4 + get_alloc_reserve_per_decode())
 
 
 def run_mixed_scheduler_process(config: MixingConfig, *args, **kwargs) -> None:
@@ -210,6 +235,9 @@ def run_mixed_scheduler_process(config: MixingConfig, *args, **kwargs) -> None:
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", MixedScheduler, HookType.REPLACE)
     HookRegistry.register(
         "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem", _check_decode_mem, HookType.AROUND
+    )
+    HookRegistry.register(
+        "sglang.srt.mem_cache.kv_cache_configurator.get_req_to_token_extra_context_len", _row_headroom, HookType.AROUND
     )
     scheduler.run_scheduler_process(*args, **kwargs)
 

@@ -62,9 +62,15 @@ class StudentWorker(TpModelWorker):
         torch.distributed.all_reduce(every, torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group)
         return bool(every)
 
-    def forward_decode(self, batch: ScheduleBatch, plan: DecodePlan) -> torch.Tensor:
-        """Run the mixed rows of a decode batch. Returns logits [n, V_student]."""
-        return self._logits(decode_part(batch, plan))
+    def forward_decode(
+        self, batch: ScheduleBatch, plan: DecodePlan, input_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run the mixed rows of a decode batch. Returns logits [n, V_student].
+
+        Args:
+            input_ids: [n] what they read; None: what the batch does.
+        """
+        return self._logits(decode_part(batch, plan, input_ids=input_ids))
 
     def forward_prefill(self, batch: ScheduleBatch, plan: PrefillPlan) -> torch.Tensor:
         """Prefill the student contexts, in pieces of at most the chunk size.
@@ -94,18 +100,42 @@ def _own_expert_layout() -> Iterator[None]:
         set_global_expert_distribution_recorder(recorder)
 
 
-def decode_part(batch: ScheduleBatch, plan: DecodePlan, row_offset: int = 0) -> ScheduleBatch:
+def decode_part(
+    batch: ScheduleBatch, plan: DecodePlan, row_offset: int = 0, input_ids: torch.Tensor | None = None
+) -> ScheduleBatch:
     """The student's decode batch of the mixed rows. ``row_offset``: added to the row numbers."""
     rows = plan.rows
-    part = _student_batch(batch, rows.reqs)
-    part.input_ids = rows.select(batch.input_ids)
-    part.req_pool_indices = rows.select(batch.req_pool_indices) + row_offset
+    return decode_rows(
+        batch,
+        rows.reqs,
+        input_ids=rows.select(batch.input_ids) if input_ids is None else input_ids,
+        req_pool_indices=rows.select(batch.req_pool_indices) + row_offset,
+        seq_lens=plan.seq_lens,
+        seq_lens_cpu=plan.seq_lens_cpu,
+        out_cache_loc=plan.out_cache_loc,
+    )
+
+
+def decode_rows(
+    batch: ScheduleBatch,
+    reqs: list,
+    *,
+    input_ids: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    seq_lens_cpu: torch.Tensor | None,
+    out_cache_loc: torch.Tensor,
+) -> ScheduleBatch:
+    """A decode batch of any rows, in place of those of ``batch``; all tensors [n], lengths with the new token."""
+    part = _student_batch(batch, reqs)
+    part.input_ids = input_ids
+    part.req_pool_indices = req_pool_indices
     part.req_pool_indices_cpu = None
-    part.seq_lens = plan.seq_lens
-    part.seq_lens_cpu = plan.seq_lens_cpu
+    part.seq_lens = seq_lens
+    part.seq_lens_cpu = seq_lens_cpu
     part.seq_lens_sum = None
-    part.orig_seq_lens = plan.seq_lens.to(torch.int32)
-    part.out_cache_loc = plan.out_cache_loc
+    part.orig_seq_lens = seq_lens.to(torch.int32)
+    part.out_cache_loc = out_cache_loc
     return part
 
 

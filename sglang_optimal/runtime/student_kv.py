@@ -45,6 +45,7 @@ class StudentKVState:
         node, lock: the matched tree node and the lock on it.
         slots: [len(ids) − start] KV slots for the rest.
         protected_len: [0, protected_len) of the row is not the student's own: the tree's, or the teacher's.
+        reserved: slots of the row beyond its prompt that were taken ahead of the tokens (speculative steps only).
         borrows: whether part of it is still the teacher's.
         bound: whether the row is written. forwarded: whether the prefill was launched.
         failed: a forward failed; what the slots hold must not enter the radix cache.
@@ -57,6 +58,7 @@ class StudentKVState:
     lock: object
     slots: torch.Tensor | None = None
     protected_len: int = 0
+    reserved: int = 0
     borrows: bool = False
     bound: bool = False
     forwarded: bool = False
@@ -181,11 +183,11 @@ class StudentKV:
         # Not forwarded yet (waiting for the teacher's chunks): the row holds the prompt's slots and nothing else.
         return req.kv.kv_allocated_len + length_offset(req) if state.forwarded else len(state.ids)
 
-    def can_decode(self, mixed: int, requests: int) -> bool:
-        """Whether one more token fits for each of ``mixed`` students, evicting if needed. ``requests``: all that decode
-        (their teacher tokens have been seen to fit)."""
-        evict_from_tree_cache(self.tree, mixed)
-        return self.allocator.available_size() >= mixed
+    def can_decode(self, student: int, teacher: int) -> bool:
+        """Whether a step's ``student`` tokens fit, evicting if needed. ``teacher``: what it takes there, which has been
+        seen to fit."""
+        evict_from_tree_cache(self.tree, student)
+        return self.allocator.available_size() >= student
 
     def max_req_len(self, req: Req) -> int:
         """Longest student context, new tokens included, that the pool can ever hold for this request."""
@@ -247,6 +249,21 @@ class StudentKV:
         slots = alloc_token_slots(self.tree, rows.numel())
         self.req_to_token_pool.write((rows, student_lens - 1), slots.to(torch.int32))
         return slots
+
+    def reserve(self, reqs: list[Req]) -> None:
+        """Take as many slots ahead as the scheduler has just taken for the teachers, and write the rows."""
+        rows, positions = [], []
+        for req in reqs:
+            state = req.student.kv
+            start, end = len(state.ids) + state.reserved, self._total(req)
+            rows += [req.kv.req_pool_idx] * (end - start)
+            positions += range(start, end)
+            state.reserved += end - start
+        if not rows:
+            return
+        slots = alloc_token_slots(self.tree, len(rows)).to(torch.int32)
+        where = torch.tensor([rows, positions], dtype=torch.int64).to(slots.device, non_blocking=True)
+        self.req_to_token_pool.write((where[0], where[1]), slots)
 
     def checkpoint(self, req: Req) -> None:
         """After the prefill: put the prompt into the radix cache, so that others can share it at once."""
@@ -387,9 +404,9 @@ class SharedStudentKV(StudentKV):
     def busy_report(self, *, every_slot: bool) -> str | None:
         return None  # SGLang's own report, which is told of ``private_tokens``
 
-    def can_decode(self, mixed: int, requests: int) -> bool:
-        evict_from_tree_cache(self.tree, requests + mixed)
-        return self.allocator.available_size() >= requests + mixed
+    def can_decode(self, student: int, teacher: int) -> bool:
+        evict_from_tree_cache(self.tree, teacher + student)
+        return self.allocator.available_size() >= teacher + student
 
     def max_req_len(self, req: Req) -> int:
         # T + S + 2 n tokens in one pool: the n that fits, as a length of the student's context.

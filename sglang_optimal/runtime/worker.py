@@ -8,11 +8,12 @@ import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.runtime_context import get_context, get_memory, get_parallel, get_schedule
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime import sampler
 from sglang_optimal.runtime.observer import MixingObserver, MixingStep
-from sglang_optimal.runtime.plan import PrefillPlan
+from sglang_optimal.runtime.plan import MixedRows, PrefillPlan
 from sglang_optimal.runtime.student import StudentWorker
 from sglang_optimal.runtime.student_kv import StudentKV
 
@@ -31,9 +32,12 @@ class MixedTpWorker(TpModelWorker):
         super().__init__(**worker_kwargs)
         sampler.install(self.model_runner)
         self.student = StudentWorker(config, random_seed=self.random_seed, **worker_kwargs)
+        for runner in (self.model_runner, self.student.model_runner):
+            # Both models decode as ever, whoever drafts: the graphs they capture are those of ordinary decoding.
+            runner.spec_algorithm = SpeculativeAlgorithm.NONE
         self.student_kv: StudentKV | None = None
         self.vocab_size = min(self.model_config.vocab_size, self.student.model_config.vocab_size)
-        self._student_max_tokens = config.student_max_total_tokens
+        self.mixing_config = config
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -48,8 +52,9 @@ class MixedTpWorker(TpModelWorker):
         runner = self.model_runner
         # The student shares the scheduler's rows, so its row table must have the teacher's size.
         get_context().override("sglang_optimal.kv_split", max_running_requests=runner.max_running_requests)
-        if self._student_max_tokens is not None:
-            get_context().override("sglang_optimal.kv_split", max_total_tokens=min(tokens, self._student_max_tokens))
+        student_limit = self.mixing_config.student_max_total_tokens
+        if student_limit is not None:
+            get_context().override("sglang_optimal.kv_split", max_total_tokens=min(tokens, student_limit))
         self.student.alloc_memory_pool()
         get_context().override("sglang_optimal.kv_split", max_total_tokens=tokens)
         pool, allocator = self.student.get_memory_pool()
@@ -113,15 +118,19 @@ class MixedTpWorker(TpModelWorker):
         try:
             step.student_logits = forward(batch, plan)
         except Exception as error:
-            if not self._survives(error):
-                raise
-            logger.exception("student forward")
-            step.failure = f"the student's forward failed: {type(error).__name__}: {error}"
+            step.failure = self.student_failure(error, plan.rows)
             n = len(plan.rows.reqs)
             step.student_logits = torch.full((n, self.vocab_size), torch.nan, device=batch.device)
-            for req in plan.rows.reqs:
-                req.student.kv.failed = True
         return step
+
+    def student_failure(self, error: Exception, rows: MixedRows) -> str:
+        """What to tell the requests whose student's forward raised ``error``; raises it again if nothing can go on."""
+        if not self._survives(error):
+            raise error
+        logger.error("student forward", exc_info=error)
+        for req in rows.reqs:
+            req.student.kv.failed = True
+        return f"the student's forward failed: {type(error).__name__}: {error}"
 
     @staticmethod
     def _survives(error: Exception) -> bool:

@@ -1,0 +1,107 @@
+"""Speculative sampling with the mixture as target: the student proposes, the mixture decides, and nothing is lost.
+
+Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (ICML 2023), and Chen et al.,
+"Accelerating Large Language Model Decoding with Speculative Sampling" (2023): a proposal y drawn from p is kept with
+probability min(1, q(y)/p(y)), and otherwise replaced by a draw from (q − p)₊, normalised. What comes out is drawn from q.
+Here q is the mixture, which needs the student's own distribution at every position anyway, and p is that distribution.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+# Ranks looked at before a row is sorted whole, on a CPU, where sorting a vocabulary costs more than a small forward.
+_LEADING = 1024
+
+
+@dataclasses.dataclass
+class Truncation:
+    """Temperature, top-k, top-p and min-p of R rows, as SGLang applies them: all to one sorted distribution.
+
+    Attributes:
+        temperature, top_p, min_p: [R] float32. top_k: [R] integer, 1 for a greedy row.
+        needed: whether any row truncates at all.
+        greedy: whether every row takes its most likely token.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    needed: bool
+    greedy: bool
+
+    def repeat(self, times: int) -> Truncation:
+        """The settings of [times · R] rows, position after position."""
+        names = ("temperature", "top_k", "top_p", "min_p")
+        return dataclasses.replace(self, **{name: getattr(self, name).repeat(times) for name in names})
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """What is sampled from: [R, V] float32 that sums to 1 in each row, from logits [R, V]."""
+        probs = (logits.float() / self.temperature.unsqueeze(-1)).softmax(-1)
+        return self._truncated(probs) if self.needed else probs
+
+    def _truncated(self, probs: Tensor) -> Tensor:
+        width = probs.shape[-1]
+        values, index, before = _sorted(probs, width if probs.is_cuda else min(_LEADING, width))
+        if len(index[0]) < width and not bool(self._closed(before).all()):
+            values, index, before = _sorted(probs, width)
+        rank = torch.arange(values.shape[-1], device=probs.device)
+        keep = (rank < self.top_k.unsqueeze(-1)) & (before <= self.top_p.unsqueeze(-1))
+        keep &= values >= self.min_p.unsqueeze(-1) * values[:, :1]
+        values = values.masked_fill(~keep, 0.0)
+        values /= values.sum(-1, keepdim=True)
+        return torch.zeros_like(probs).scatter_(-1, index, values)
+
+    def _closed(self, before: Tensor) -> Tensor:
+        """[R] whether nothing after the sorted ranks can be kept."""
+        return (self.top_k <= before.shape[-1]) | (before[:, -1] > self.top_p)
+
+
+def _sorted(probs: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``count`` largest of each row, their columns, and the mass before each."""
+    values, index = probs.topk(count, dim=-1) if count < probs.shape[-1] else probs.sort(-1, descending=True)
+    return values, index, values.cumsum(-1) - values
+
+
+def draw(weights: Tensor) -> Tensor:
+    """One column of each row, in proportion to its weight; weights [R, V] ≥ 0, not all 0. Returns [R] int64."""
+    # The exponential race; torch.multinomial would wait for the device, to check what it was given.
+    return (weights / torch.empty_like(weights).exponential_()).argmax(-1)
+
+
+def verify(target: Tensor, proposal: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep the longest run of drafts that the target accepts, and add one token of the target's.
+
+    Args:
+        target: [k+1, n, V], q at each position; the last is the one after all drafts.
+        proposal: [k, n, V], p that each draft was drawn from.
+        drafts: [k, n] int64.
+
+    Returns:
+        (tokens [k+1, n] int64, accepted [n] int64): the first ``accepted`` tokens are drafts, the next is drawn from
+        (q − p)₊ there, or from q after k drafts; those behind it mean nothing.
+    """
+    k, n = drafts.shape
+    index = drafts.unsqueeze(-1)
+    q, p = target[:k].gather(-1, index).squeeze(-1), proposal.gather(-1, index).squeeze(-1)
+    kept = torch.rand(k, n, device=q.device) * p < q
+    accepted = kept.long().cumprod(0).sum(0)
+    column = torch.arange(n, device=q.device)
+    weights = target[accepted, column]
+    rejected = (accepted < k).unsqueeze(-1)
+    residual = (weights - proposal[accepted.clamp(max=max(k - 1, 0)), column]).clamp_(min=0.0)
+    # Rejected although q and p agree to the last bit of every token: only rounding does that, and q is then right.
+    rejected = rejected & (residual.sum(-1, keepdim=True) > 0)
+    last = draw(torch.where(rejected, residual, weights))
+    tokens = torch.cat([drafts, drafts.new_zeros((1, n))])
+    tokens[accepted, column] = last
+    return tokens, accepted
+
+
+def verify_greedy(best: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
+    """`verify` where only the most likely token counts: ``best`` [k+1, n], the target's. Returns the same."""
+    return best, (best[: len(drafts)] == drafts).long().cumprod(0).sum(0)
