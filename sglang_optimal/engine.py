@@ -79,7 +79,8 @@ class OptimalSampler:
         teacher_system_prompt, student_system_prompt: put before the prompts of each side: as a system message with
             ``enable_chat_template``, else as a first paragraph. Not used for token ids.
         enable_chat_template: wrap text prompts as a user message in each model's own chat template.
-        student_revision, student_max_total_tokens, student_weights, student_lora_path: see MixingConfig.
+        student_revision, student_max_total_tokens, student_weights, student_lora_path, mixing_mode, draft_tokens: see
+            MixingConfig.
         **server_args: any argument of SGLang's ServerArgs (``mem_fraction_static``, ``context_length``, …).
 
     Raises:
@@ -107,6 +108,8 @@ class OptimalSampler:
         student_max_total_tokens: int | None = None,
         student_weights: str | None = None,
         student_lora_path: str | None = None,
+        mixing_mode: str | None = None,
+        draft_tokens: int | None = None,
         **server_args: Any,
     ):
         self.config = MixingConfig.from_dict(
@@ -116,6 +119,8 @@ class OptimalSampler:
                 "student_max_total_tokens": student_max_total_tokens,
                 "student_weights": student_weights,
                 "student_lora_path": student_lora_path,
+                "mixing_mode": mixing_mode,
+                "draft_tokens": draft_tokens,
                 "alpha_method": alpha_method,
                 "alpha_min": alpha_min,
                 "alpha_max": alpha_max,

@@ -45,3 +45,24 @@ def ignore_pinned_memory() -> None:
 
     torch.tensor, torch.zeros = unpinned(torch.tensor), unpinned(torch.zeros)
     torch.Tensor.pin_memory = lambda self, device=None: self
+
+
+def write_slots(
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    batch_size: int,
+) -> None:
+    """In place of SGLang's Triton kernel ``assign_req_to_token_pool``: new slots into their rows, speculative steps only.
+
+    Args:
+        req_pool_indices: [B] rows of the table ``req_to_token`` [rows, max context].
+        start_offset, end_offset: [B] the positions [start, end) of each row that are new.
+        out_cache_loc: the slots, row after row.
+    """
+    lengths = (end_offset - start_offset).long()
+    before = lengths.cumsum(0) - lengths
+    positions = torch.arange(len(out_cache_loc)) + (start_offset - before).repeat_interleave(lengths)
+    req_to_token[req_pool_indices.repeat_interleave(lengths), positions] = out_cache_loc.to(req_to_token.dtype)

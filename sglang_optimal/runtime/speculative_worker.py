@@ -8,6 +8,8 @@ of drafts: a request that cannot be drafted for takes part with one row, as in l
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -105,15 +107,17 @@ class SpeculativeWorker(BaseSpecWorker):
 
     def _lockstep(self, batch: ScheduleBatch, rows: DraftRows, last: torch.Tensor, on_publish) -> GenerationBatchResult:
         """One token for each request."""
-        self._as_decode(batch, last)
+        batch = self._as_decode(batch, last)
         batch.student_plan = None if rows.mixed is None else self._plan(batch, rows.mixed, 0)
         result = self.target_worker.forward_batch_generation(batch)
         result.accept_lens = torch.ones(len(batch.reqs), dtype=torch.int32, device=batch.device)
         result.speculative_num_draft_tokens = 1
         return self._finish(batch, result, batch.seq_lens, result.next_token_ids, on_publish)
 
-    def _as_decode(self, batch: ScheduleBatch, last: torch.Tensor) -> None:
-        """The fields of an ordinary decode batch; the scheduler puts its own back afterwards."""
+    @staticmethod
+    def _as_decode(batch: ScheduleBatch, last: torch.Tensor) -> ScheduleBatch:
+        """The same rows as an ordinary decode batch."""
+        batch = copy.copy(batch)
         batch.input_ids = last
         batch.seq_lens = batch.seq_lens + 1
         batch.seq_lens_cpu = None if batch.seq_lens_cpu is None else batch.seq_lens_cpu + 1
@@ -122,6 +126,7 @@ class SpeculativeWorker(BaseSpecWorker):
         batch.out_cache_loc = _slots(batch.req_to_token_pool, batch.req_pool_indices, batch.seq_lens)
         batch.spec_info = None
         batch.spec_algorithm = SpeculativeAlgorithm.NONE
+        return batch
 
     def _plan(self, batch: ScheduleBatch, rows: MixedRows, ahead: int) -> DecodePlan:
         """The student's decode step ``ahead`` tokens after that of ``batch``, which holds an ordinary decode batch."""
@@ -137,7 +142,7 @@ class SpeculativeWorker(BaseSpecWorker):
         self, batch: ScheduleBatch, rows: DraftRows, last: torch.Tensor, length: int, on_publish
     ) -> GenerationBatchResult:
         """Up to ``length`` + 1 tokens for each request that can be drafted for, one for the others."""
-        self._as_decode(batch, last)
+        batch = self._as_decode(batch, last)
         target, drafted = self.target_worker, rows.drafted
         size, n, v, width = len(batch.reqs), len(drafted.host), target.vocab_size, length + 1
         bias = batch.sampling_info.logit_bias

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
-from sglang.srt.runtime_context import get_context, get_memory, get_parallel, get_schedule
-from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang.srt.runtime_context import get_context, get_memory, get_parallel, get_schedule, get_spec
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime import sampler
@@ -29,12 +30,12 @@ class MixedTpWorker(TpModelWorker):
 
     def __init__(self, config: MixingConfig, **worker_kwargs):
         sampler.announce_student()
-        super().__init__(**worker_kwargs)
-        sampler.install(self.model_runner)
-        self.student = StudentWorker(config, random_seed=self.random_seed, **worker_kwargs)
-        for runner in (self.model_runner, self.student.model_runner):
-            # Both models decode as ever, whoever drafts: the graphs they capture are those of ordinary decoding.
-            runner.spec_algorithm = SpeculativeAlgorithm.NONE
+        with _ordinary_decoding():
+            super().__init__(**worker_kwargs)
+            sampler.install(self.model_runner)
+            self.student = StudentWorker(config, random_seed=self.random_seed, **worker_kwargs)
+        # Which lets SGLang put off the sampling of a prefill, but not where a speculative worker waits for it.
+        self.enable_spec = config.longest_draft > 0
         self.student_kv: StudentKV | None = None
         self.vocab_size = min(self.model_config.vocab_size, self.student.model_config.vocab_size)
         self.mixing_config = config
@@ -43,6 +44,10 @@ class MixedTpWorker(TpModelWorker):
 
     def alloc_memory_pool(self, *args, **kwargs) -> None:
         """Split one memory budget so that both pools hold the same number of tokens."""
+        with _ordinary_decoding():
+            self._alloc_both_pools(*args, **kwargs)
+
+    def _alloc_both_pools(self, *args, **kwargs) -> None:
         user_limit = get_schedule().max_total_tokens
         get_context().override("sglang_optimal.kv_split", max_total_tokens=None)
         tokens = self._tokens_in_budget()
@@ -90,12 +95,14 @@ class MixedTpWorker(TpModelWorker):
         return max(teacher * student // (teacher + student) // page * page, page)
 
     def init_attention_backends(self) -> None:
-        super().init_attention_backends()
-        self.student.init_attention_backends()
+        with _ordinary_decoding():
+            super().init_attention_backends()
+            self.student.init_attention_backends()
 
     def init_cuda_graphs(self, capture_decode_cuda_graph: bool = True) -> None:
-        super().init_cuda_graphs(capture_decode_cuda_graph)
-        self.student.init_cuda_graphs(capture_decode_cuda_graph)
+        with _ordinary_decoding():
+            super().init_cuda_graphs(capture_decode_cuda_graph)
+            self.student.init_cuda_graphs(capture_decode_cuda_graph)
 
     @property
     def student_context_len(self) -> int:
@@ -139,3 +146,14 @@ class MixedTpWorker(TpModelWorker):
         Not where other ranks wait for this one, nor where the accelerator itself has failed.
         """
         return get_parallel().tp_size == 1 and not isinstance(error, torch.AcceleratorError)
+
+
+@contextlib.contextmanager
+def _ordinary_decoding() -> Iterator[None]:
+    """Models, pools and graphs as without speculation: a speculative step is made of ordinary decode batches."""
+    algorithm = get_spec().speculative_algorithm
+    get_context().override("sglang_optimal.ordinary_decoding", speculative_algorithm=None)
+    try:
+        yield
+    finally:
+        get_context().override("sglang_optimal.ordinary_decoding", speculative_algorithm=algorithm)
