@@ -153,11 +153,9 @@ class MixedScheduler(Scheduler):
         super()._add_request_to_queue(req, *args, **kwargs)
 
     def run_batch(self, batch: ScheduleBatch, *args, **kwargs):
-        if batch.forward_mode.is_decode() and not batch.spec_algorithm.is_none():
-            # The lengths are not known here under overlap; the worker makes the plan.
-            self.tp_worker.student_kv.reserve([req for req in batch.reqs if student_of(req) is not None])
-        else:
+        if batch.forward_mode.is_extend() or batch.spec_algorithm.is_none():
             batch.student_plan = self.student_planner.plan(batch)
+        # else the speculative worker makes the plan: under overlap the lengths are not known yet
         if self.mixing_metrics is not None:
             self.mixing_metrics.refresh()
         return super().run_batch(batch, *args, **kwargs)
@@ -219,6 +217,13 @@ def _check_decode_mem(original: Callable[..., bool], batch: ScheduleBatch, selec
     return batch.tree_cache.student_kv.can_decode(student, teacher)
 
 
+def _prepare_for_decode(original: Callable[[], None], batch: ScheduleBatch) -> None:
+    """Where a step takes slots ahead, both sides do at once: a request may end before the step is run."""
+    original(batch)
+    if not batch.spec_algorithm.is_none():
+        batch.tree_cache.student_kv.reserve([req for req in batch.reqs if student_of(req) is not None])
+
+
 def _row_headroom(original: Callable[[], int]) -> int:
     """Tokens that a row of KV slots must hold beyond the context length: what a speculative step takes ahead."""
     return original() + 2 * (MixedScheduler.mixing_config.longest_draft + 1)
@@ -237,6 +242,9 @@ def run_mixed_scheduler_process(config: MixingConfig, *args, **kwargs) -> None:
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", MixedScheduler, HookType.REPLACE)
     HookRegistry.register(
         "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem", _check_decode_mem, HookType.AROUND
+    )
+    HookRegistry.register(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_decode", _prepare_for_decode, HookType.AROUND
     )
     HookRegistry.register(
         "sglang.srt.mem_cache.kv_cache_configurator.get_req_to_token_extra_context_len", _row_headroom, HookType.AROUND

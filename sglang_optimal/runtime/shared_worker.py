@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-from collections.abc import Iterator
 
 import torch
 from sglang.srt.lora.lora_registry import LoRARef
@@ -21,6 +19,7 @@ from sglang_optimal.runtime import sampler
 from sglang_optimal.runtime.launch import STUDENT_ADAPTER
 from sglang_optimal.runtime.observer import MixingObserver, MixingStep
 from sglang_optimal.runtime.plan import DecodePlan, PrefillPlan
+from sglang_optimal.runtime.row_room import room_for_rows
 from sglang_optimal.runtime.student import decode_part, prefill_part, prefill_pieces
 from sglang_optimal.runtime.student_kv import SharedStudentKV, StudentRows
 
@@ -64,23 +63,12 @@ class SharedTpWorker(TpModelWorker):
             logger.info("KV pool: %d tokens for both contexts (shared weights)", runner.max_total_num_tokens)
 
     def init_attention_backends(self) -> None:
-        with self._room_for_both():
+        with room_for_rows(self.model_runner, 2):
             super().init_attention_backends()
 
     def init_cuda_graphs(self, capture_decode_cuda_graph: bool = True) -> None:
-        with self._room_for_both():
+        with room_for_rows(self.model_runner, 2):
             super().init_cuda_graphs(capture_decode_cuda_graph)
-
-    @contextlib.contextmanager
-    def _room_for_both(self) -> Iterator[None]:
-        """SGLang sizes static buffers and graphs by the number of requests; a forward may have two rows for each."""
-        runner, pool = self.model_runner, self.model_runner.req_to_token_pool
-        requests, rows = runner.max_running_requests, pool.size
-        runner.max_running_requests, pool.size = 2 * requests, 2 * rows
-        try:
-            yield
-        finally:
-            runner.max_running_requests, pool.size = requests, rows
 
     @property
     def student_context_len(self) -> int:

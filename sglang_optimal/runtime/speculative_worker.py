@@ -112,6 +112,9 @@ class SpeculativeWorker(BaseSpecWorker):
         result = self.target_worker.forward_batch_generation(batch)
         result.accept_lens = torch.ones(len(batch.reqs), dtype=torch.int32, device=batch.device)
         result.speculative_num_draft_tokens = 1
+        logprobs = result.logits_output.next_token_logprobs
+        if logprobs is not None:
+            result.logits_output.next_token_logprobs = logprobs.unsqueeze(1)  # [B, tokens of the step]
         return self._finish(batch, result, batch.seq_lens, result.next_token_ids, on_publish)
 
     @staticmethod

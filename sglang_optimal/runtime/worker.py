@@ -15,6 +15,7 @@ from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime import sampler
 from sglang_optimal.runtime.observer import MixingObserver, MixingStep
 from sglang_optimal.runtime.plan import MixedRows, PrefillPlan
+from sglang_optimal.runtime.row_room import room_for_rows
 from sglang_optimal.runtime.student import StudentWorker
 from sglang_optimal.runtime.student_kv import StudentKV
 
@@ -96,12 +97,14 @@ class MixedTpWorker(TpModelWorker):
 
     def init_attention_backends(self) -> None:
         with _ordinary_decoding():
-            super().init_attention_backends()
+            with room_for_rows(self.model_runner, 1 + self.mixing_config.longest_draft):
+                super().init_attention_backends()
             self.student.init_attention_backends()
 
     def init_cuda_graphs(self, capture_decode_cuda_graph: bool = True) -> None:
         with _ordinary_decoding():
-            super().init_cuda_graphs(capture_decode_cuda_graph)
+            with room_for_rows(self.model_runner, 1 + self.mixing_config.longest_draft):
+                super().init_cuda_graphs(capture_decode_cuda_graph)
             self.student.init_cuda_graphs(capture_decode_cuda_graph)
 
     @property
@@ -136,7 +139,8 @@ class MixedTpWorker(TpModelWorker):
             raise error
         logger.error("student forward", exc_info=error)
         for req in rows.reqs:
-            req.student.kv.failed = True
+            if req.student.kv is not None:  # else it has just ended
+                req.student.kv.failed = True
         return f"the student's forward failed: {type(error).__name__}: {error}"
 
     @staticmethod

@@ -1,8 +1,9 @@
 """Greedy output of the real engine is token-identical to a plain transformers loop, whatever the scheduler does.
 
 Every scenario runs on three engines: roomy with overlap scheduling; overlap with tiny chunks and a pool so small that
-requests are retracted; and the same without overlap, and without radix caches. Each of them with two models, and with
-one whose weights both sides share; some where the student is a LoRA adapter on the shared weights.
+requests are retracted; and the same without overlap, and without radix caches. Each of them with two models, with two
+of which the student drafts, and with one whose weights both sides share; some where the student is a LoRA adapter on the
+shared weights.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ SHARED = {"roomy": {}, **{name: {**ENGINES[name], **MORE} for name in ENGINES if
 
 
 LORA = {"roomy": {}, "small": SHARED["small"]}
-MODES = {"": ENGINES, "shared-": SHARED, "lora-": LORA}
+DRAFTS = {
+    name: {**arguments, "mixing_mode": "speculative", "draft_tokens": 3} for name, arguments in ENGINES.items()
+}
+MODES = {"": ENGINES, "shared-": SHARED, "lora-": LORA, "drafts-": DRAFTS}
+ONE_MODEL = ("shared-", "lora-")
 
 
 @pytest.fixture(scope="module", params=[f"{mode}{name}" for mode, engines in MODES.items() for name in engines])
@@ -37,8 +42,8 @@ def sampler(request, tiny_pair):
     arguments = dict(MODES[mode][name])
     if mode == "lora-":
         arguments["student_lora_path"] = str(request.getfixturevalue("lora_adapter")[0])
-    with start((tiny_pair[0], tiny_pair[0]) if mode else tiny_pair, **arguments) as engine:
-        assert mixing_state(engine)["shared_weights"] is bool(mode)
+    with start((tiny_pair[0], tiny_pair[0]) if mode in ONE_MODEL else tiny_pair, **arguments) as engine:
+        assert mixing_state(engine)["shared_weights"] is (mode in ONE_MODEL)
         engine.name, engine.mode = name, mode
         yield engine
 
@@ -47,7 +52,7 @@ def sampler(request, tiny_pair):
 def oracle(sampler, request):
     if sampler.mode == "lora-":
         return request.getfixturevalue("lora_adapter")[1]
-    return request.getfixturevalue("self_oracle" if sampler.mode else "tiny_oracle")
+    return request.getfixturevalue("self_oracle" if sampler.mode in ONE_MODEL else "tiny_oracle")
 
 
 @pytest.fixture(autouse=True)

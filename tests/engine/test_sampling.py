@@ -15,9 +15,9 @@ from scipy.stats import chisquare
 DRAWS = 3000
 
 
-@pytest.fixture(scope="module")
-def sampler(tiny_pair):
-    with start(tiny_pair, max_running_requests=256, max_total_tokens=20_000) as engine:
+@pytest.fixture(scope="module", params=[{}, {"mixing_mode": "speculative", "draft_tokens": 3}], ids=["", "drafts"])
+def sampler(request, tiny_pair):
+    with start(tiny_pair, max_running_requests=256, max_total_tokens=20_000, **request.param) as engine:
         yield engine
 
 
