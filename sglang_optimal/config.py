@@ -194,8 +194,8 @@ class MixingConfig:
         if config.shared_weights and config.longest_draft > 0:
             if config.mixing_mode == "speculative":
                 raise ValueError(
-                    "mixing_mode: 'speculative' gains nothing with shared weights, where a draft costs a forward of the "
-                    "teacher; give a smaller student_model_path, or leave it out."
+                    "mixing_mode: 'speculative' gains nothing with shared weights, where a draft costs a forward of "
+                    "the teacher; give a smaller student_model_path, or leave it out."
                 )
             return dataclasses.replace(config, draft_tokens=0)
         return config

@@ -2,7 +2,7 @@
 
 Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (ICML 2023), and Chen et al.,
 "Accelerating Large Language Model Decoding with Speculative Sampling" (2023): a proposal y drawn from p is kept with
-probability min(1, q(y)/p(y)), and otherwise replaced by a draw from (q − p)₊, normalised. What comes out is drawn from q.
+probability min(1, q(y)/p(y)), and otherwise replaced by a draw from (q − p)₊, normalised. What comes out follows q.
 Here q is the mixture, which needs the student's own distribution at every position anyway, and p is that distribution.
 """
 
@@ -93,7 +93,7 @@ def verify(target: Tensor, proposal: Tensor, drafts: Tensor) -> tuple[Tensor, Te
     column = torch.arange(n, device=q.device)
     weights = target[accepted, column]
     rejected = (accepted < k).unsqueeze(-1)
-    residual = (weights - proposal[accepted.clamp(max=max(k - 1, 0)), column]).clamp_(min=0.0)
+    residual = (weights - proposal[accepted.clamp(max=k - 1), column]).clamp_(min=0.0)
     # Rejected although q and p agree to the last bit of every token: only rounding does that, and q is then right.
     rejected = rejected & (residual.sum(-1, keepdim=True) > 0)
     last = draw(torch.where(rejected, residual, weights))

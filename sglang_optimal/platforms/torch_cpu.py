@@ -55,7 +55,7 @@ def write_slots(
     out_cache_loc: torch.Tensor,
     batch_size: int,
 ) -> None:
-    """In place of SGLang's Triton kernel ``assign_req_to_token_pool``: new slots into their rows, speculative steps only.
+    """In place of SGLang's Triton kernel ``assign_req_to_token_pool``: new slots into their rows, for speculation.
 
     Args:
         req_pool_indices: [B] rows of the table ``req_to_token`` [rows, max context].

@@ -2,111 +2,148 @@
 
 from __future__ import annotations
 
-import collections
+import statistics
+import time
 from collections.abc import Callable, Sequence
 
-# Weight of the newest step in the running means.
-_NEW = 0.1
-# Steps at one choice before the costs are looked at again, at first; doubles while nothing changes, up to the last.
-_PATIENCE = 16
-_LONGEST_PATIENCE = 1024
-# A measurement older than this many decisions is tried again.
-_MARGIN = 0.02
+RUN = 8
+"""Steps between two decisions. A run of equal steps is also what makes a step's time measurable under overlap, where
+the scheduler is told of a step one or two launches later."""
+_PROBE_RUN = 6  # the same, where another length is only looked at
+_SETTLED = 3  # launches of one kind after which the time between two is the time of one such step
+_NEW = 0.5  # weight of the newest run's median time in a running mean
+_MEMORY = 0.97  # of the acceptance, from step to step
+_MARGIN = 1.02  # another length must promise this much more
+_FIRST_PROBE, _LAST_PROBE = 128, 4096  # steps without a look at another length
 
 
 class FixedLength:
-    """Always the same."""
+    """Always the same length."""
 
     def __init__(self, length: int):
-        self.longest = length
+        self.length = length
 
     def choose(self, rows: int) -> int:
-        """Draft tokens for a step in which ``rows`` requests can be drafted for."""
-        return self.longest
+        """Draft tokens for a decode step that is launched now, with ``rows`` requests to draft for."""
+        return self.length
 
-    def observe(self, rows: int, length: int, accepted: Sequence[int], seconds: float) -> None:
-        """Told of a finished step: its rows, drafts, how many were accepted in each row, and how long it took."""
+    def interrupt(self) -> None:
+        """Told of a step of another kind (a prefill)."""
+
+    def observe(self, length: int, accepted: Sequence[int]) -> None:
+        """Told how many of ``length`` drafts each row of a finished step had accepted."""
 
 
-class BestLength:
-    """The length that gives most tokens a second, by what was measured so far.
+class BestLength(FixedLength):
+    """The length that gives most tokens a second, by what has been measured.
 
-    A step with k drafts costs ``base + k · slope`` seconds and gives 1 + a + … + a^k tokens a row, where a is the
-    chance that a draft is accepted. Base, slope and a are running means for each size of batch (to the next power of
-    two), because weights are read once for a small batch whatever it verifies, and not for a large one. Every so often
-    a step is run at another length to keep them fresh; the longer the choice stays the same, the less often.
+    A step with k drafts gives 1 + a + … + a^k tokens a row, where a is the chance that a draft is accepted, and costs
+    c(k) seconds, measured where it was run and on the line through the nearest measured ones elsewhere. Costs are kept
+    for each size of batch, to the next power of two: a small batch is verified almost for free, because the weights are
+    read once whatever it holds, and a large one is not. Another length is tried from time to time, ever more seldom
+    while that changes nothing.
 
     Args:
         longest: the most drafts in a step.
-        agree: makes every rank choose alike; gets this rank's choice, returns the one of all.
+        agree: gets this rank's choice and returns the one of all; every rank calls it at the same steps.
+        clock: seconds.
     """
 
-    def __init__(self, longest: int, agree: Callable[[int], int] = lambda choice: choice):
+    def __init__(
+        self,
+        longest: int,
+        agree: Callable[[int], int] = lambda choice: choice,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        super().__init__(0)
         self.longest = longest
-        self._agree = agree
-        self._sizes: dict[int, _Size] = collections.defaultdict(lambda: _Size(longest))
+        self._agree, self._clock = agree, clock
+        self._sizes: dict[int, _Costs] = {}
+        self._size: int | None = None
+        self._left = 0  # steps until the next decision
+        self._settled, self._launched = 0, 0.0
+        self._times: list[float] = []  # of the steps of this run
+        self._kept, self._tried = 1.5, 2.0  # a guess that the first steps outweigh
+
+    @property
+    def acceptance(self) -> float:
+        """The chance that a draft is accepted."""
+        return min(self._kept / self._tried, 0.999)
 
     def choose(self, rows: int) -> int:
-        return self._agree(self._sizes[rows.bit_length()].choose())
+        size, now = rows.bit_length(), self._clock()
+        costs = self._sizes.setdefault(size, _Costs(self.longest))
+        if size != self._size:
+            self._size, self._settled, self._left = size, 0, 0
+            self._times.clear()
+        elif self._settled >= _SETTLED:
+            self._times.append(now - self._launched)
+        if self._left == 0:
+            costs.add(self.length, self._times)
+            self._times.clear()
+            length = self._agree(costs.decide(self.acceptance))
+            self._settled = 0 if length != self.length else self._settled
+            self.length, self._left = length, costs.run
+        self._left -= 1
+        self._settled += 1
+        self._launched = now
+        return self.length
 
-    def observe(self, rows: int, length: int, accepted: Sequence[int], seconds: float) -> None:
-        self._sizes[rows.bit_length()].observe(length, accepted, seconds)
+    def interrupt(self) -> None:
+        self._settled = 0
+
+    def observe(self, length: int, accepted: Sequence[int]) -> None:
+        # A row is tried until its first refusal.
+        self._kept = self._kept * _MEMORY + sum(accepted)
+        self._tried = self._tried * _MEMORY + sum(min(count + 1, length) for count in accepted)
 
 
-class _Size:
-    """What is known about batches of one size."""
+class _Costs:
+    """Seconds of a step by its length, for batches of one size."""
 
     def __init__(self, longest: int):
         self.longest = longest
         self.seconds: dict[int, float] = {}
-        self.kept, self.tried = 0.0, 0.0
-        self._best = longest
-        self._left = 0  # steps until the next look
-        self._patience = _PATIENCE
-        self._probe: list[int] = [0, longest, max(1, longest // 2)]  # first of all, learn the costs
+        self.run = RUN  # steps until the next decision
+        self._best: int | None = None
+        self._since_probe, self._patience = 0, _FIRST_PROBE
 
-    def choose(self) -> int:
-        if self._probe:
-            return self._probe[0]
-        return self._best
+    def add(self, length: int, times: list[float]) -> None:
+        """Take note of the times of one run; a median, because a machine has other things to do as well."""
+        if times:
+            new = statistics.median(times)
+            old = self.seconds.get(length, new)
+            self.seconds[length] = old + _NEW * (new - old)
 
-    def observe(self, length: int, accepted: Sequence[int], seconds: float) -> None:
-        old = self.seconds.get(length)
-        self.seconds[length] = seconds if old is None else min(seconds, 4 * old) * _NEW + old * (1 - _NEW)
-        for count in accepted:
-            # Each row was tried until its first refusal.
-            self.kept = self.kept * (1 - _NEW / 10) + count
-            self.tried = self.tried * (1 - _NEW / 10) + min(count + 1, length)
-        if self._probe and self._probe[0] == length:
-            self._probe.pop(0)
-        elif self._left > 0:
-            self._left -= 1
-            return
-        if not self._probe:
-            self._look()
-
-    def _look(self) -> None:
-        best = max(range(self.longest + 1), key=self.rate)
-        if best != self._best and self.rate(best) < self.rate(self._best) * (1 + _MARGIN):
+    def decide(self, acceptance: float) -> int:
+        """The length of the next run, and in ``run`` how long that is."""
+        self.run = _PROBE_RUN
+        for length in (0, min(2, self.longest)):  # two points make a line
+            if length not in self.seconds:
+                return length
+        rates = [self._rate(length, acceptance) for length in range(self.longest + 1)]
+        best = max(range(len(rates)), key=rates.__getitem__)
+        if self._best is not None and rates[best] < _MARGIN * rates[self._best]:
             best = self._best
-        self._patience = _PATIENCE if best != self._best else min(2 * self._patience, _LONGEST_PATIENCE)
-        self._best, self._left = best, self._patience
-        # The next look is preceded by a step one longer or shorter, whichever was seen less.
-        self._probe = []
+        self._since_probe += RUN
+        if best != self._best:
+            self._best, self._since_probe, self._patience = best, 0, _FIRST_PROBE
+        elif self._since_probe >= self._patience:
+            self._since_probe, self._patience = 0, min(2 * self._patience, _LAST_PROBE)
+            return max((k for k in (best - 1, best + 1) if 0 <= k <= self.longest), key=rates.__getitem__)
+        self.run = RUN
+        return best
 
-    def acceptance(self) -> float:
-        """The chance that a draft is accepted."""
-        return (self.kept + 0.8) / (self.tried + 1.0)
-
-    def cost(self, length: int) -> float:
-        """Seconds of a step, from the line through the measured ones."""
-        points = sorted(self.seconds.items())
-        if length in self.seconds or len(points) == 1:
-            return self.seconds.get(length, points[0][1])
-        (x0, y0), (x1, y1) = points[0], points[-1]
-        return max(y0 + (y1 - y0) * (length - x0) / (x1 - x0), 1e-9)
-
-    def rate(self, length: int) -> float:
+    def _rate(self, length: int, acceptance: float) -> float:
         """Tokens a second and row."""
-        a = min(self.acceptance(), 0.999)
-        return (1 - a ** (length + 1)) / (1 - a) / self.cost(length)
+        return sum(acceptance**i for i in range(length + 1)) / self._cost(length)
+
+    def _cost(self, length: int) -> float:
+        if length in self.seconds:
+            return self.seconds[length]
+        known = sorted(self.seconds)
+        # The two nearest with the length between them, or the two at the end that it lies beyond.
+        upper = next((i for i, k in enumerate(known) if k > length), len(known) - 1)
+        low, high = known[max(upper - 1, 0)], known[max(upper, 1)]
+        slope = (self.seconds[high] - self.seconds[low]) / (high - low)
+        return max(self.seconds[low] + slope * (length - low), 0.5 * min(self.seconds.values()))

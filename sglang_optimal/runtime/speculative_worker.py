@@ -8,6 +8,7 @@ of drafts: a request that cannot be drafted for takes part with one row, as in l
 
 from __future__ import annotations
 
+import collections
 import copy
 
 import torch
@@ -55,8 +56,10 @@ class SpeculativeWorker(BaseSpecWorker):
         self._target_worker = target_worker
         self.device = target_worker.model_runner.device
         config = target_worker.mixing_config
-        lengths = BestLength if config.mixing_mode == "auto" else FixedLength
-        self.lengths = lengths(config.longest_draft)
+        self.lengths = FixedLength(config.longest_draft)
+        if config.mixing_mode == "auto":
+            self.lengths = BestLength(config.longest_draft, agree=self._agreed_length)
+        self._launched: collections.deque[tuple[int, list[int]]] = collections.deque()
         self._cached: tuple[list, DraftRows] | None = None
 
     @property
@@ -74,14 +77,25 @@ class SpeculativeWorker(BaseSpecWorker):
     def forward_batch_generation(self, batch: ScheduleBatch, on_publish=None, pp_proxy_tensors=None):
         """One step; ``on_publish`` is told the requests' new lengths as early as they are known."""
         if not batch.forward_mode.is_decode():
+            self.lengths.interrupt()
             result = self.target_worker.forward_batch_generation(batch)
             return self._finish(batch, result, batch.seq_lens, result.next_token_ids, on_publish)
         rows = self._rows(batch)
         last = batch.spec_info.bonus_tokens.long()
-        length = 0 if rows.drafted is None else self.lengths.choose(len(rows.drafted.host))
+        host = [] if rows.drafted is None else rows.drafted.host
+        length = self.lengths.choose(len(host)) if host else 0
+        if not host:
+            self.lengths.interrupt()
+        self._launched.append((length, host))
         if length == 0:
             return self._lockstep(batch, rows, last, on_publish)
         return self._speculate(batch, rows, last, length, on_publish)
+
+    def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
+        """The scheduler has the result of the oldest decode step that it has not had yet."""
+        length, host = self._launched.popleft()
+        if length:
+            self.lengths.observe(length, [num_correct_drafts_per_req[i] for i in host])
 
     def _rows(self, batch: ScheduleBatch) -> DraftRows:
         # As in Planner: the list of requests is a new one whenever it changes.
@@ -245,6 +259,16 @@ class SpeculativeWorker(BaseSpecWorker):
         """The first rank's, on every rank."""
         group = get_parallel().tp_group
         return group.broadcast(values, src=0) if group.world_size > 1 else values
+
+    @staticmethod
+    def _agreed_length(length: int) -> int:
+        """The first rank's choice, on every rank."""
+        group = get_parallel().tp_group
+        if group.world_size > 1:
+            choice = torch.tensor(length)
+            torch.distributed.broadcast(choice, src=group.ranks[0], group=group.cpu_group)
+            return int(choice)
+        return length
 
 
 def _slots(pool, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 Every scenario runs on three engines: roomy with overlap scheduling; overlap with tiny chunks and a pool so small that
 requests are retracted; and the same without overlap, and without radix caches. Each of them with two models, with two
-of which the student drafts, and with one whose weights both sides share; some where the student is a LoRA adapter on the
-shared weights.
+of which the student drafts, and with one whose weights both sides share; some where the student is a LoRA adapter on
+the shared weights.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ SHARED = {"roomy": {}, **{name: {**ENGINES[name], **MORE} for name in ENGINES if
 
 
 LORA = {"roomy": {}, "small": SHARED["small"]}
-DRAFTS = {
-    name: {**arguments, "mixing_mode": "speculative", "draft_tokens": 3} for name, arguments in ENGINES.items()
-}
+DRAFTS = {name: {**arguments, "mixing_mode": "speculative", "draft_tokens": 3} for name, arguments in ENGINES.items()}
 MODES = {"": ENGINES, "shared-": SHARED, "lora-": LORA, "drafts-": DRAFTS}
 ONE_MODEL = ("shared-", "lora-")
 

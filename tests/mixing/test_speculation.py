@@ -1,0 +1,186 @@
+"""Speculative sampling draws from the target, whatever is proposed, and the test would notice if it did not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import filter_probs
+from scipy.stats import chisquare
+
+from sglang_optimal.mixing import speculation
+from sglang_optimal.mixing.speculation import Truncation, draw, verify, verify_greedy
+
+V, K, DRAWS = 7, 3, 60_000
+
+
+def rows(*settings: dict) -> Truncation:
+    """Truncation of one row for each settings."""
+
+    def column(name: str, default: float, dtype=torch.float32) -> torch.Tensor:
+        return torch.tensor([row.get(name, default) for row in settings], dtype=dtype)
+
+    return Truncation(
+        temperature=column("temperature", 1.0),
+        top_k=column("top_k", 1 << 30, torch.int32),
+        top_p=column("top_p", 1.0),
+        min_p=column("min_p", 0.0),
+        needed=any(name in row for row in settings for name in ("top_k", "top_p", "min_p")),
+        greedy=False,
+    )
+
+
+SETTINGS = (
+    {},
+    {"temperature": 0.5},
+    {"top_k": 1},
+    {"top_k": 5, "temperature": 1.7},
+    {"top_p": 0.6},
+    {"min_p": 0.2},
+    {"top_k": 9, "top_p": 0.8, "min_p": 0.02},
+)
+
+
+@pytest.mark.parametrize("width", [40, 5000])
+def test_truncation_is_the_oracles(width):
+    """5000 is wide enough for the partial sort; the flat row, where that does not reach the mass, makes it sort all."""
+    torch.manual_seed(1)
+    logits = torch.randn(len(SETTINGS), width) * 3
+    for scale in (1.0, 1e-3):
+        got = rows(*SETTINGS).probs(logits * scale)
+        for row, chosen in enumerate(SETTINGS):
+            probs = (logits[row].double() * scale / chosen.get("temperature", 1.0)).softmax(-1)
+            filters = {name: value for name, value in chosen.items() if name != "temperature"}
+            expected = filter_probs(probs, **filters)
+            assert got[row].sum() == pytest.approx(1.0, abs=1e-5)
+            # A token just at the edge of the mass may be in for one precision and out for the other.
+            off = (got[row] - expected).abs() > 1e-5 + 1e-3 * expected
+            assert int((off & ((got[row] > 0) != (expected > 0))).sum()) <= 1 and int(off.sum()) <= max(1, width // 20)
+
+
+def test_truncation_is_sglangs():
+    """The support and the weights are those that SGLang's own sampler draws from."""
+    from sglang.srt.layers.sampler import top_k_top_p_min_p_sampling_from_probs_torch as sample
+
+    torch.manual_seed(2)
+    logits = torch.randn(len(SETTINGS), 300) * 2
+    truncation = rows(*SETTINGS)
+    probs = (logits / truncation.temperature.unsqueeze(-1)).softmax(-1)
+    _, weights, order, _ = sample(
+        probs, truncation.top_k, truncation.top_p, truncation.min_p, True, None, None, return_filtered_probs=True
+    )
+    expected = torch.zeros_like(probs).scatter(-1, order.long(), weights)
+    assert torch.allclose(truncation.probs(logits), expected / expected.sum(-1, keepdim=True), atol=1e-6)
+
+
+def test_repeat_is_position_after_position():
+    truncation = rows({"temperature": 2.0}, {"top_k": 3}).repeat(3)
+    assert truncation.temperature.tolist() == [2.0, 1.0] * 3 and truncation.top_k[1::2].tolist() == [3] * 3
+
+
+def test_draw():
+    torch.manual_seed(3)
+    weights = torch.tensor([0.0, 1.0, 3.0, 0.0, 4.0])
+    counts = torch.bincount(draw(weights.expand(DRAWS, -1)), minlength=5)
+    assert counts[0] == counts[3] == 0
+    assert chisquare(counts[[1, 2, 4]], [DRAWS / 8, DRAWS * 3 / 8, DRAWS / 2]).pvalue > 1e-5
+
+
+def distributions(seed: int, sharpness: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [K+1, V] and p [K, V] with some zeros on either side."""
+    torch.manual_seed(seed)
+    q = (torch.randn(K + 1, V) * sharpness).softmax(-1)
+    p = (torch.randn(K, V) * sharpness).softmax(-1)
+    q[0, 1] = p[0, 2] = p[1, 1] = q[2, 4] = 0.0
+    return q / q.sum(-1, keepdim=True), p / p.sum(-1, keepdim=True)
+
+
+def misfit(q: torch.Tensor, p: torch.Tensor) -> list[float]:
+    """Chi-square p-values, for each position, of the tokens that were emitted there: they must fit q.
+
+    At position i only the rows count that got so far; which they are does not depend on what they draw there.
+    """
+    drafts = torch.stack([draw(row.expand(DRAWS, -1)) for row in p])
+    tokens, accepted = verify(q.unsqueeze(1).expand(-1, DRAWS, -1), p.unsqueeze(1).expand(-1, DRAWS, -1), drafts)
+    values = []
+    for position in range(K + 1):
+        there = accepted >= position
+        counts = torch.bincount(tokens[position][there], minlength=V).double()
+        expected = q[position].double() * counts.sum() / q[position].double().sum()
+        possible = expected > 0
+        if counts[~possible].sum() > 0:
+            values.append(0.0)
+        elif counts.sum() > 100:
+            values.append(float(chisquare(counts[possible], expected[possible]).pvalue))
+    return values
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("sharpness", [0.5, 2.0])
+def test_every_position_is_drawn_from_the_target(seed, sharpness):
+    values = misfit(*distributions(seed, sharpness))
+    assert len(values) >= 2 and min(values) > 1e-5
+
+
+MUTANTS = {
+    "the residual is the target itself": ("(weights - proposal[", "(weights - 0 * proposal["),
+    "the residual is not cut at zero": (".clamp_(min=0.0)", ".abs_()"),
+    "always accepted": ("* p < q", "* p < 2 * q"),
+    "accepted too seldom": ("* p < q", "* p < 0.8 * q"),
+    "after all drafts the last target": (
+        "weights = target[accepted, column]",
+        "weights = target[accepted.clamp(max=k-1), column]",
+    ),
+    "the proposal of the next position": (
+        "proposal[accepted.clamp(max=k - 1)",
+        "proposal[(accepted + 1).clamp(max=k - 1)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_residual_or_acceptance_is_noticed(name, monkeypatch):
+    """The same statistic on a broken copy of `verify` fails: so it has the power to tell."""
+    import inspect
+    import textwrap
+
+    right, wrong = MUTANTS[name]
+    source = textwrap.dedent(inspect.getsource(speculation.verify))
+    assert source.count(right) == 1, right
+    scope = vars(speculation).copy()
+    exec(source.replace(right, wrong), scope)
+    monkeypatch.setitem(globals(), "verify", scope["verify"])
+    assert min(min(misfit(*distributions(seed, 2.0))) for seed in range(4)) < 1e-12
+
+
+def test_equal_distributions_are_always_accepted():
+    q, _ = distributions(1, 1.0)
+    q = q.unsqueeze(1).expand(-1, 5000, -1)
+    drafts = torch.stack([draw(q[i]) for i in range(K)])
+    tokens, accepted = verify(q, q[:K], drafts)
+    assert bool((accepted == K).all()) and torch.equal(tokens[:K], drafts)
+
+
+def test_rounding_leaves_no_empty_residual():
+    """A rejection where q and p agree but for rounding draws from q: nothing else is left."""
+    p = torch.tensor([[[0.5, 0.5]]])
+    q = torch.tensor([[[0.5, 0.5 - 6e-8]], [[1.0, 0.0]]])
+    torch.manual_seed(0)
+    tokens, _ = verify(q.expand(-1, 4000, -1), p.expand(-1, 4000, -1), torch.ones((1, 4000), dtype=torch.int64))
+    assert set(tokens[0].tolist()) <= {0, 1}
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=2, max_size=5), st.data())
+@settings(max_examples=60)
+def test_greedy_keeps_the_common_beginning(best, data):
+    """Rows are lists of positions here; what is emitted is the target's own tokens."""
+    best = torch.tensor(best)
+    drafts = torch.tensor([[data.draw(st.integers(0, 2)) for _ in row] for row in best[:-1]])
+    tokens, accepted = verify_greedy(best, drafts)
+    for row in range(best.shape[1]):
+        expected = 0
+        while expected < len(drafts) and drafts[expected, row] == best[expected, row]:
+            expected += 1
+        assert accepted[row] == expected
+    assert torch.equal(tokens, best)

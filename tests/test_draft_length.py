@@ -1,0 +1,110 @@
+"""The choice of the number of drafts, against a clock that knows what each step costs."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from sglang_optimal.runtime.draft_length import BestLength, FixedLength
+
+
+class Machine:
+    """Steps that cost ``base + slope · k`` seconds (by the rows), with noise, and drafts accepted with chance ``a``."""
+
+    def __init__(self, longest: int, acceptance: float, base: float, slope: float, noise: float = 0.05):
+        self.now, self.tokens = 0.0, 0
+        self.acceptance, self.base, self.slope, self.noise = acceptance, base, slope, noise
+        self.rng = random.Random(1)
+        self.lengths = BestLength(longest, clock=lambda: self.now)
+        self.chosen: list[int] = []
+
+    def run(self, steps: int, rows: int = 1) -> float:
+        """Tokens a second and row over ``steps`` steps."""
+        start, tokens = self.now, self.tokens
+        for _ in range(steps):
+            k = self.lengths.choose(rows)
+            self.chosen.append(k)
+            self.now += (self.base + self.slope * k) * self.rng.uniform(1 - self.noise, 1 + self.noise)
+            if self.rng.random() < 0.005:
+                self.now += 5 * self.base  # something else ran on the machine
+            accepted = []
+            for _ in range(rows):
+                count = 0
+                while count < k and self.rng.random() < self.acceptance:
+                    count += 1
+                accepted.append(count)
+                self.tokens += 1 + count
+            if k:
+                self.lengths.observe(k, accepted)
+        return (self.tokens - tokens) / (self.now - start) / rows
+
+    def rate(self, k: int) -> float:
+        """What length k gives, without disturbances."""
+        return sum(self.acceptance**i for i in range(k + 1)) / (self.base + self.slope * k)
+
+
+@pytest.mark.parametrize("acceptance", [0.1, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("slope", [0.05, 0.2, 0.5, 1.5])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_close_to_the_best_length(acceptance, slope, rows):
+    machine = Machine(8, acceptance, base=1.0, slope=slope)
+    machine.run(200, rows)
+    reached = machine.run(2000, rows)
+    best = max(machine.rate(k) for k in range(9))
+    assert reached > 0.92 * best  # of which 2.5 % are the disturbances
+
+
+@pytest.mark.parametrize("acceptance", [0.2, 0.7])
+def test_where_drafting_loses_lockstep_is_kept(acceptance):
+    """From the first step on, and within three parts in a hundred of never drafting."""
+    machine = Machine(8, acceptance, base=1.0, slope=1.2, noise=0.0)
+    reached, chosen = machine.run(1500), machine.chosen
+    assert sum(k > 0 for k in chosen) < 60
+    machine.now = machine.tokens = 0
+    lockstep = Machine(0, acceptance, base=1.0, slope=1.2, noise=0.0)
+    lockstep.lengths = FixedLength(0)
+    assert reached > 0.97 * lockstep.run(1500)
+
+
+def test_follows_a_change():
+    """Another kind of text: the drafts are refused, and later accepted again."""
+    machine = Machine(8, 0.9, base=1.0, slope=0.25)
+    machine.run(300)
+    assert machine.chosen[-1] >= 4
+    machine.acceptance = 0.05
+    machine.run(300)
+    assert machine.chosen[-1] <= 1
+    machine.acceptance = 0.9
+    machine.run(1000)
+    assert machine.chosen[-1] >= 3
+
+
+def test_each_size_of_batch_has_its_own():
+    machine = Machine(8, 0.8, base=1.0, slope=0.1)
+    machine.run(300, 1)
+    small = machine.chosen[-1]
+    machine.slope = 1.5
+    machine.run(300, 16)
+    large = machine.chosen[-1]
+    machine.slope = 0.1
+    machine.run(20, 1)
+    assert small >= 3 and large == 0 and machine.chosen[-1] >= 3
+
+
+def test_prefills_are_not_measured():
+    """A prefill between two steps would count as the cost of the first."""
+    machine = Machine(8, 0.8, base=1.0, slope=0.1, noise=0.0)
+    for step in range(600):
+        machine.run(1)
+        if step % 5 == 4:
+            machine.now += 30.0
+            machine.lengths.interrupt()
+    costs = machine.lengths._sizes[1].seconds
+    assert costs and all(seconds < 2.5 for seconds in costs.values())
+
+
+def test_ranks_agree():
+    """Each decision is put to the other ranks, whatever this one has measured."""
+    lengths = BestLength(8, agree=lambda choice: 3)
+    assert {lengths.choose(1) for _ in range(50)} == {3}
