@@ -25,6 +25,15 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def is_pin_memory_available(self, device=None) -> bool:
         return False
 
+    def init_backend(self) -> None:
+        from sglang.srt.layers.attention import torch_native_backend
+        from sglang.srt.mem_cache import allocation
+
+        from sglang_optimal.platforms.cpu_attention import GroupedRowsBackend
+
+        torch_native_backend.TorchNativeAttnBackend = GroupedRowsBackend
+        allocation.assign_req_to_token_pool_func = write_slots
+
     def get_device(self, device_id: int = 0) -> str:
         # SGLang's argument resolution wants the name (it splits off an index).
         return "cpu"

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable
 from http import HTTPStatus
 
-import torch
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput, UpdateWeightFromDiskReqOutput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
@@ -233,7 +232,6 @@ def run_mixed_scheduler_process(config: MixingConfig, *args, **kwargs) -> None:
     """Scheduler process with a student; the arguments after ``config`` are SGLang's ``run_scheduler_process``'s."""
     from sglang.srt.managers import scheduler
 
-    from sglang_optimal.platforms import torch_cpu
     from sglang_optimal.runtime import plugin
 
     plugin.register()
@@ -249,10 +247,6 @@ def run_mixed_scheduler_process(config: MixingConfig, *args, **kwargs) -> None:
     HookRegistry.register(
         "sglang.srt.mem_cache.kv_cache_configurator.get_req_to_token_extra_context_len", _row_headroom, HookType.AROUND
     )
-    if not torch.accelerator.is_available():
-        HookRegistry.register(
-            "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", torch_cpu.write_slots, HookType.REPLACE
-        )
     scheduler.run_scheduler_process(*args, **kwargs)
 
 

@@ -1,0 +1,97 @@
+"""Decode attention on a CPU: all rows of a batch in one call, and the KV of a request that has several read once.
+
+SGLang's ``torch_native`` backend calls PyTorch once for each row and layer, which on a small model costs more than the
+arithmetic. A speculative step verifies several rows of one request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from torch.nn.functional import scaled_dot_product_attention
+
+# Together only while padding to the longest request reads at most this many times what is there.
+_MOST_PADDING = 1.5
+
+
+@dataclasses.dataclass
+class _Grouped:
+    """The rows of one decode batch by request: G requests with at most r rows, of at most L tokens.
+
+    Attributes:
+        slots: [G, L] int64 KV slots. mask: [G, 1, r, L] bool, what each row sees.
+        group, place: [B] int64, the request of each row and its position in it.
+        rows: r.
+    """
+
+    slots: torch.Tensor
+    mask: torch.Tensor
+    group: torch.Tensor
+    place: torch.Tensor
+    rows: int
+    _shared: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> _Grouped | None:
+        """None where the lengths differ so much that rows are better off alone."""
+        requests, group, counts = req_pool_indices.unique(return_inverse=True, return_counts=True)
+        size, rows = len(requests), int(counts.max())
+        order = group.argsort(stable=True)
+        place = torch.empty_like(group)
+        place[order] = torch.arange(len(group)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        # A place without a row sees one token, so that its softmax is one of something.
+        lens = torch.ones((size, rows), dtype=torch.int64)
+        lens[group, place] = seq_lens.to(torch.int64)
+        longest = lens.amax(-1)
+        width = int(longest.max())
+        if size * width > _MOST_PADDING * int(longest.sum()):
+            return None
+        slots = req_to_token[requests, :width].to(torch.int64)
+        mask = torch.arange(width) < lens.unsqueeze(-1)
+        return cls(slots, mask.unsqueeze(1), group, place, rows)
+
+    def mask_of(self, share: int) -> torch.Tensor:
+        """The mask with every row ``share`` times, [G, 1, r · share, L]."""
+        if self._shared is None or self._shared.shape[2] != self.rows * share:
+            self._shared = self.mask.repeat_interleave(share, dim=2)
+        return self._shared
+
+
+class GroupedRowsBackend(TorchNativeAttnBackend):
+    """``torch_native`` for a CPU; everything but the decoding of plain causal layers is SGLang's own."""
+
+    _grouped: _Grouped | None = None
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        super().init_forward_metadata(forward_batch)
+        self._grouped = None
+        if forward_batch.forward_mode.is_decode():
+            self._grouped = _Grouped.of(
+                self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices, forward_batch.seq_lens
+            )
+
+    def _run_sdpa_forward_decode(
+        self, query: torch.Tensor, output: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *args, **kwargs
+    ) -> torch.Tensor:
+        grouped = self._grouped
+        windowed = kwargs.get("sliding_window_size") is not None or kwargs.get("is_cross_attn")
+        if grouped is None or windowed or len(grouped.group) != len(query) or k_cache.dtype != query.dtype:
+            return super()._run_sdpa_forward_decode(query, output, k_cache, v_cache, *args, **kwargs)
+        # The heads that share one of the cache are rows of it as well, so that nothing has to be repeated.
+        size, rows, heads = len(grouped.slots), grouped.rows, k_cache.shape[1]
+        share = query.shape[1] // heads
+        padded = query.new_zeros((size, rows, heads, share, query.shape[-1]))
+        padded[grouped.group, grouped.place] = query.view(-1, heads, share, query.shape[-1])
+        attended = scaled_dot_product_attention(
+            padded.transpose(1, 2).reshape(size, heads, rows * share, -1),
+            k_cache[grouped.slots].transpose(1, 2),
+            v_cache[grouped.slots].transpose(1, 2),
+            attn_mask=grouped.mask_of(share),
+            scale=kwargs.get("scaling"),
+        )
+        attended = attended.view(size, heads, rows, share, -1).transpose(1, 2)
+        output.copy_(attended[grouped.group, grouped.place].view(output.shape))
+        return output
