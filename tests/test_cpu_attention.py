@@ -30,12 +30,12 @@ def backend(cls, table):
         ([3, 1, 4, 3, 1, 4], [5, 9, 30, 6, 10, 31]),  # two rows of each
         ([3, 1, 4, 1, 1], [5, 9, 30, 10, 11]),  # one of them has two more
         ([2, 5, 2], [1, 1, 2]),
-        ([0, 1, 2], [200, 3, 2]),  # too different to be padded
+        ([0, 1, 2, 3, 4], [990, 3, 2, 1, 2]),  # too different to be padded
     ],
 )
 def test_same_as_sglangs(requests, lens, dtype):
     torch.manual_seed(0)
-    table = torch.randint(0, SLOTS, (8, 256), dtype=torch.int32)
+    table = torch.randint(0, SLOTS, (8, 1024), dtype=torch.int32)
     k, v = (torch.randn(SLOTS, KV_HEADS, WIDTH, dtype=dtype) for _ in range(2))
     query = torch.randn(len(requests), HEADS, WIDTH, dtype=dtype)
     batch = SimpleNamespace(
@@ -49,7 +49,7 @@ def test_same_as_sglangs(requests, lens, dtype):
         made = backend(cls, table)
         made.init_forward_metadata(batch)
         if cls is GroupedRowsBackend:
-            assert (made._grouped is None) == (max(lens) == 200)
+            assert (made._grouped is None) == (max(lens) == 990)
         output = torch.empty_like(query)
         arguments = (query, output, k, v, table, batch.req_pool_indices, batch.seq_lens, None)
         made._run_sdpa_forward_decode(*arguments, scaling=0.3, enable_gqa=True, causal=False)

@@ -13,8 +13,8 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from torch.nn.functional import scaled_dot_product_attention
 
-# Together only while padding to the longest request reads at most this many times what is there.
-_MOST_PADDING = 1.5
+# A call of its own costs a request about as much as reading this many tokens does.
+_TOKENS_PER_CALL = 256
 
 
 @dataclasses.dataclass
@@ -47,8 +47,9 @@ class _Grouped:
         lens[group, place] = seq_lens.to(torch.int64)
         longest = lens.amax(-1)
         width = int(longest.max())
-        if size * width > _MOST_PADDING * int(longest.sum()):
-            return None
+        total = int(longest.sum())
+        if size * width > 1.5 * total + _TOKENS_PER_CALL * size:
+            return None  # padding to the longest would read too much that is not there
         slots = req_to_token[requests, :width].to(torch.int64)
         mask = torch.arange(width) < lens.unsqueeze(-1)
         return cls(slots, mask.unsqueeze(1), group, place, rows)
