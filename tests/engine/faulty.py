@@ -19,10 +19,12 @@ def faulty_scheduler_process(config):
 def _run(config, *args, **kwargs) -> None:
     from sglang_optimal.runtime.sampler import MixtureSampler
     from sglang_optimal.runtime.scheduler import run_mixed_scheduler_process
+    from sglang_optimal.runtime.speculative_worker import SpeculativeWorker
     from sglang_optimal.runtime.student import StudentWorker
 
     student_logits = StudentWorker._logits
     sample = MixtureSampler.forward
+    verify = SpeculativeWorker._verify_forward
 
     def logits(self, part) -> torch.Tensor:
         orders = [_order(req, "student") for req in part.reqs]
@@ -39,7 +41,15 @@ def _run(config, *args, **kwargs) -> None:
             logits_output.next_token_logits = _spoil(logits_output.next_token_logits, orders)
         return sample(self, logits_output, sampling_info, *more, **keywords)
 
+    def verify_forward(self, batch, drafted, drafts):
+        output = verify(self, batch, drafted, drafts)
+        reqs = [*batch.reqs, *[batch.reqs[i] for i in drafted.host] * len(drafts)]
+        teacher = output.logits_output
+        teacher.next_token_logits = _spoil(teacher.next_token_logits, [_order(req, "teacher") for req in reqs])
+        return output
+
     StudentWorker._logits, MixtureSampler.forward = logits, forward
+    SpeculativeWorker._verify_forward = verify_forward
     run_mixed_scheduler_process(config, *args, **kwargs)
 
 

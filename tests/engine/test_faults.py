@@ -13,11 +13,12 @@ from harness import Case, check_all, check_greedy, check_pools, random_cases, ra
 from sglang_optimal.runtime import scheduler
 
 
-@pytest.fixture(scope="module")
-def sampler(tiny_pair):
+@pytest.fixture(scope="module", params=[{}, {"mixing_mode": "speculative", "draft_tokens": 2}], ids=["", "drafts"])
+def sampler(request, tiny_pair):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "scheduler_process", faulty_scheduler_process)
-        with start(tiny_pair, chunked_prefill_size=64) as engine:
+        with start(tiny_pair, chunked_prefill_size=64, **request.param) as engine:
+            engine.most_tokens = 1 + request.param.get("draft_tokens", 0)  # of one step
             yield engine
 
 
@@ -113,7 +114,7 @@ def test_in_a_stream(sampler):
     assert reason["type"] == "abort" and reason["status_code"] == 500
     assert "the student's logits are not finite" in reason["message"]
     ids = last["output_ids"]
-    assert 4 <= len(ids) <= 6
+    assert 4 <= len(ids) <= 5 + sampler.most_tokens
     assert all(len(last["meta_info"][name]) == len(ids) for name in ("alpha", "kl_to_student"))
     assert all(value is not None for value in last["meta_info"]["alpha"])
 

@@ -39,13 +39,14 @@ TIGHT = {
     "schedule_conservativeness": 0.05,
 }
 MODES = {
-    "two-models": (0.4, {}),
-    "shared-weights": (0.3, {"max_total_tokens": 640}),
+    "two-models": (0.25, {}),
+    "shared-weights": (0.2, {"max_total_tokens": 640}),
+    "drafts": (0.25, {"mixing_mode": "speculative", "draft_tokens": 3}),
     "student-pool-is-the-bottleneck": (0.1, {"student_max_total_tokens": 220}),
     "no-overlap": (0.1, {"disable_overlap_schedule": True}),
     "lora-student": (0.1, {"max_total_tokens": 640}),
 }
-SHORT_MODES = ("two-models", "shared-weights")
+SHORT_MODES = ("two-models", "shared-weights", "drafts")
 """What a short soak is made of, in equal parts: every mode costs a start of a server."""
 
 

@@ -1,0 +1,253 @@
+"""What drafting gives: lockstep, k drafts a step, and ``auto``, beside the teacher alone, all in one run.
+
+    python -m bench.speculative --model-path T --student-model-path S [--draft-tokens 1 2 4 8] [--batch-size 1 4 16]
+
+Rates, in generated tokens a second over whole calls (prefill included, caches flushed before each):
+
+    t       plain requests: the teacher alone
+    m       mixed requests in lockstep
+    m_k     mixed requests with k drafts a step
+    auto    mixed requests, the number of drafts chosen online
+
+Both sides read docstrings that the student has not been distilled on: the teacher the first ``--input-len`` tokens, the
+student the last ``--student-input-len`` of them. Rounds go through the calls in random order; ratios are taken within a
+round, and are medians (smallest–largest).
+
+The model beside the measurement: with a the chance that a draft is accepted and B requests, a step of k drafts gives
+E = 1 + a + … + a^k tokens a request and costs V + (k + 1)·s + M, where V is a teacher's step on (k + 1)·B rows, s a
+student's on B, and M the mixing and sampling of (k + 1)·B rows; lockstep costs t + s + M/(k + 1) a token, the teacher
+alone t. The costs are measured in the same run, as the time that a token more takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import sglang
+from rich.console import Console
+from rich.table import Table
+
+from bench import drafts_control
+from bench.common import (
+    add_output_arguments,
+    append_record,
+    device_name,
+    new_figure,
+    positive_int,
+    save_figure,
+    spread,
+    with_spread,
+)
+from bench.texts import prompts
+from sglang_optimal import OptimalSampler
+from sglang_optimal.runtime import scheduler
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model-path", required=True, help="Teacher.")
+    parser.add_argument("--student-model-path", required=True)
+    parser.add_argument("--draft-tokens", type=positive_int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--input-len", type=positive_int, default=64, help="Default: %(default)s.")
+    parser.add_argument("--student-input-len", type=positive_int, default=48, help="Default: %(default)s.")
+    parser.add_argument("--output-len", type=positive_int, default=64, help="Default: %(default)s.")
+    parser.add_argument("--repeats", type=positive_int, default=3, help="Rounds. Default: %(default)s.")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy. Default: %(default)s.")
+    parser.add_argument("--top-p", type=float, default=1.0, help="Default: %(default)s.")
+    parser.add_argument("--alpha-method", default="kl_symmetry", help="Default: %(default)s.")
+    parser.add_argument("--dtype", default="auto", help="SGLang's flag. Default: %(default)s.")
+    add_output_arguments(parser, "speculative")
+    return parser.parse_args()
+
+
+class Bench:
+    """Three engines with the same two models: lockstep, a given number of drafts, and ``auto``."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.rng = args, random.Random(0)
+        longest = args.input_len + args.output_len + 64
+        largest, most = max(args.batch_size), max(args.draft_tokens)
+        arguments: dict[str, Any] = {
+            "max_total_tokens": 2 * largest * (longest + 2 * most + 2),
+            "context_length": max(2048, longest + 8),
+            # The teacher's step on the rows of a verification is measured with as many plain requests.
+            "max_running_requests": largest * (most + 1),
+            "sleep_on_idle": True,
+            "dtype": args.dtype,
+            "log_level": "error",
+        }
+        pair = (args.model_path, args.student_model_path)
+        path = Path(tempfile.mkdtemp()) / "drafts"
+        self.control = drafts_control.Control(path)
+        self.engines: dict[str, Any] = {}
+        wide = {**arguments, "max_total_tokens": 2 * largest * (most + 1) * longest}
+        self.engines["lockstep"] = OptimalSampler(*pair, student_weights="separate", **wide).engine
+        ordinary = scheduler.scheduler_process
+        scheduler.scheduler_process = lambda config: drafts_control.scheduler_process(path, config)
+        try:
+            self.engines["given"] = OptimalSampler(
+                *pair, mixing_mode="speculative", draft_tokens=most, **arguments
+            ).engine
+        finally:
+            scheduler.scheduler_process = ordinary
+        self.engines["auto"] = OptimalSampler(*pair, mixing_mode="auto", draft_tokens=most, **arguments).engine
+        self.engines["student"] = sglang.Engine(model_path=args.student_model_path, **wide)
+        self.prompts = prompts(self.engines["lockstep"].tokenizer_manager.tokenizer, args.input_len, held_out=True)
+
+    def close(self) -> None:
+        for engine in self.engines.values():
+            engine.shutdown()
+
+    def call(self, engine: str, batch: int, *, mixed: bool, new: int | None = None) -> tuple[float, list[dict]]:
+        """Seconds and outputs of one call with ``batch`` prompts."""
+        args = self.args
+        ids = [self.rng.choice(self.prompts) for _ in range(batch)]
+        # A first token of its own, so that requests for the same text do not share their prefill.
+        ids = [[self.rng.randrange(100, 40000), *one[1:]] for one in ids]
+        params = {"temperature": args.temperature, "top_p": args.top_p, "ignore_eos": True}
+        params["max_new_tokens"] = new or args.output_len
+        each: list[dict[str, Any]] = [dict(params) for _ in ids]
+        if mixed:
+            for one, text in zip(each, ids, strict=True):
+                student = text[-args.student_input_len :]
+                one["custom_params"] = {"student_input_ids": student, "alpha_method": args.alpha_method}
+        made = self.engines[engine]
+        made.flush_cache()
+        start = time.perf_counter()
+        outputs = made.generate(input_ids=ids, sampling_params=each)
+        seconds = time.perf_counter() - start
+        assert all(len(output["output_ids"]) == params["max_new_tokens"] for output in outputs)
+        return seconds, outputs
+
+    def rate(self, name: str, batch: int) -> dict[str, float]:
+        """Tokens a second of one call, and what is known of its drafts."""
+        engine = {"t": "lockstep", "m": "lockstep", "auto": "auto"}.get(name, "given")
+        if engine == "given":
+            self.control.write(int(name.removeprefix("m_")))
+        seconds, outputs = self.call(engine, batch, mixed=name != "t")
+        result = {"rate": batch * self.args.output_len / seconds}
+        meta = [output["meta_info"] for output in outputs]
+        if engine != "lockstep":
+            steps = sum(one["spec_verify_ct"] for one in meta)
+            result["tokens_per_step"] = sum(len(output["output_ids"]) - 1 for output in outputs) / steps
+        return result
+
+    def step_seconds(self, engine: str, rows: int) -> float:
+        """What one more token for each of ``rows`` plain requests takes."""
+        short, _ = self.call(engine, rows, mixed=False, new=2)
+        long, _ = self.call(engine, rows, mixed=False, new=2 + 16)
+        return (long - short) / 16
+
+
+def acceptance(tokens_per_step: float, k: int) -> float:
+    """The chance a that 1 + a + … + a^k is ``tokens_per_step``."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected_tokens(middle, k) < tokens_per_step else (low, middle)
+    return low
+
+
+def expected_tokens(a: float, k: int) -> float:
+    return sum(a**i for i in range(k + 1))
+
+
+def summary(bench: Bench, batch: int, rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    args = bench.args
+    rates = {name: spread(r[name]["rate"] for r in rounds) for name in rounds[0]}
+    over = {name: spread(r[name]["rate"] / r["m"]["rate"] for r in rounds) for name in rounds[0]}
+    over_t = {name: spread(r[name]["rate"] / r["t"]["rate"] for r in rounds) for name in rounds[0]}
+    per_step = {n: spread(r[n]["tokens_per_step"] for r in rounds)["median"] for n in rounds[0] if n.startswith("m_")}
+    accepted = {name: acceptance(value, int(name[2:])) for name, value in per_step.items()}
+    costs = {
+        "t": spread(bench.step_seconds("lockstep", batch) for _ in range(3))["median"],
+        "s": spread(bench.step_seconds("student", batch) for _ in range(3))["median"],
+    }
+    lockstep = batch / rates["m"]["median"]  # of a token of all, prefill included
+    model = {}
+    for k in args.draft_tokens:
+        verify = spread(bench.step_seconds("lockstep", batch * (k + 1)) for _ in range(2))["median"]
+        costs[f"t({batch * (k + 1)})"] = verify
+        model[f"m_{k}"] = (
+            (costs["t"] + costs["s"]) * expected_tokens(accepted[f"m_{k}"], k) / (verify + (k + 1) * costs["s"])
+        )
+    return {
+        "batch_size": batch,
+        "rates": rates,
+        "over_lockstep": over,
+        "over_teacher": over_t,
+        "tokens_per_step": per_step,
+        "acceptance": accepted,
+        "model_over_lockstep": model,
+        "step_seconds": costs,
+        "lockstep_seconds_a_token": lockstep,
+        "cost_ratio": costs["t"] / costs["s"],
+    }
+
+
+def show(console: Console, args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
+    table = Table(title=f"drafting, {device_name()}, temperature {args.temperature}", title_justify="left")
+    for name in ("batch", "mode", "tokens/s", "over lockstep", "over the teacher", "tokens a step", "a", "model"):
+        table.add_column(name, justify="right")
+    for r in records:
+        for name in r["rates"]:
+            known = name in r["tokens_per_step"]
+            table.add_row(
+                *(str(r["batch_size"]), name, f"{r['rates'][name]['median']:.1f}"),
+                *(with_spread(r["over_lockstep"][name]), with_spread(r["over_teacher"][name])),
+                f"{r['tokens_per_step'][name]:.2f}" if known else "",
+                f"{r['acceptance'][name]:.2f}" if known else "",
+                f"{r['model_over_lockstep'][name]:.2f}" if known else "",
+            )
+        table.add_section()
+    console.print(table)
+
+
+def plot(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
+    figure, axes = new_figure(len(records))
+    for axis, r in zip(axes[0], records, strict=True):
+        k = [0, *args.draft_tokens]
+        measured = [1.0] + [r["over_lockstep"][f"m_{i}"]["median"] for i in args.draft_tokens]
+        axis.plot(k, measured, marker="o", label="measured")
+        axis.plot(k, [1.0] + [r["model_over_lockstep"][f"m_{i}"] for i in args.draft_tokens], "--", label="model")
+        axis.axhline(r["over_lockstep"]["auto"]["median"], color="tab:green", label="auto")
+        axis.axhline(r["over_lockstep"]["t"]["median"], color="grey", label="teacher alone")
+        axis.set(xlabel="drafts a step", ylabel="tokens/s over lockstep", title=f"batch {r['batch_size']}")
+        axis.legend()
+    figure.suptitle(f"Speculative mixing ({device_name()}, temperature {args.temperature})", y=1.02)
+    save_figure(figure, args.plot)
+
+
+def main() -> None:
+    args = parse_args()
+    console = Console(width=max(Console().width, 140))
+    bench = Bench(args)
+    names = ["t", "m", *(f"m_{k}" for k in args.draft_tokens), "auto"]
+    records = []
+    try:
+        for name in names:
+            bench.rate(name, 1)  # warm-up
+        for batch in args.batch_size:
+            rounds = []
+            for _ in range(args.repeats):
+                order = bench.rng.sample(names, len(names))
+                measured = {name: bench.rate(name, batch) for name in order}
+                rounds.append({name: measured[name] for name in names})
+            records.append(summary(bench, batch, rounds))
+            about = {n: getattr(args, n) for n in ("model_path", "student_model_path", "temperature", "output_len")}
+            append_record(args, {"bench": "speculative", **about, **records[-1], "rounds": rounds})
+            show(console, args, records[-1:])
+    finally:
+        bench.close()
+    show(console, args, records)
+    plot(args, records)
+
+
+if __name__ == "__main__":
+    main()
