@@ -12,9 +12,11 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # Ranks looked at before a row is sorted whole, on a CPU, where sorting a vocabulary costs more than a small forward.
 _LEADING = 1024
+_BLOCK = 256
 
 
 @dataclasses.dataclass
@@ -69,8 +71,29 @@ def _sorted(probs: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def draw(weights: Tensor) -> Tensor:
     """One column of each row, in proportion to its weight; weights [R, V] ≥ 0, not all 0. Returns [R] int64."""
-    # The exponential race; torch.multinomial would wait for the device, to check what it was given.
+    if weights.device.type == "cpu":
+        return _invert(weights)
+    # The exponential race: as many random numbers as columns, but torch.multinomial would wait for the device as well,
+    # to check what it was given.
     return (weights / torch.empty_like(weights).exponential_()).argmax(-1)
+
+
+def _invert(weights: Tensor) -> Tensor:
+    """`draw` by inverting the distribution function, first over blocks of columns and then within one."""
+    missing = -weights.shape[-1] % _BLOCK
+    blocks = (pad(weights, (0, missing)) if missing else weights).unflatten(-1, (-1, _BLOCK))
+    sums = blocks.sum(-1).double().cumsum(-1)
+    mark = torch.rand((len(weights), 1), dtype=torch.float64) * sums[:, -1:]
+    block = _first_above(sums, mark)
+    mark -= torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks[torch.arange(len(weights)), block.squeeze(-1)].double().cumsum(-1)
+    return (block * _BLOCK + _first_above(inside, mark)).squeeze(-1)
+
+
+def _first_above(sums: Tensor, mark: Tensor) -> Tensor:
+    """[R, 1] the first column of the running ``sums`` [R, n] above ``mark`` [R, 1], or the last that adds to them."""
+    last = (sums >= sums[:, -1:]).to(torch.int8).argmax(-1, keepdim=True)
+    return torch.minimum(torch.searchsorted(sums, mark, right=True), last)
 
 
 def verify(target: Tensor, proposal: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,6 +87,18 @@ def test_draw():
     assert chisquare(counts[[1, 2, 4]], [DRAWS / 8, DRAWS * 3 / 8, DRAWS / 2]).pvalue > 1e-5
 
 
+def test_draw_from_many():
+    """Wider than a block; mass at both ends of one, rows of different sums, and nothing where there is no weight."""
+    torch.manual_seed(4)
+    weights = torch.zeros(2, 700)
+    weights[0, [0, 255, 256, 511, 699]] = torch.tensor([1.0, 2.0, 3.0, 4.0, 10.0])
+    weights[1, 300] = 1e-6
+    drawn = draw(weights.repeat(DRAWS // 2, 1)).view(-1, 2)
+    counts = torch.bincount(drawn[:, 0], minlength=700)
+    assert chisquare(counts[weights[0] > 0], weights[0][weights[0] > 0].double() * DRAWS / 40).pvalue > 1e-5
+    assert counts[weights[0] == 0].sum() == 0 and bool((drawn[:, 1] == 300).all())
+
+
 def distributions(seed: int, sharpness: float) -> tuple[torch.Tensor, torch.Tensor]:
     """q [K+1, V] and p [K, V] with some zeros on either side."""
     torch.manual_seed(seed)
