@@ -1,11 +1,12 @@
-"""A small student for speculative benchmarks: some layers of a model, distilled from it for a few minutes.
+"""Small students for speculative benchmarks: some layers of a model, distilled from it for a few minutes.
 
-    python -m bench.small_student --model-path T --layers 2 --output models/small [--minutes 10]
+    python -m bench.small_student --model-path T --layers 3 2 --output models/small [--minutes 6]
 
-The student keeps the embeddings and ``--layers`` of the blocks, evenly spaced with the first and the last among them.
-It reads docstrings of Python's standard library and the teacher's own continuations of them, and learns the teacher's
-whole next-token distribution at every position (forward KL, Hinton et al. 2015). Every tenth docstring is held out, for
-``bench.speculative``. The recipe is honest rather than good: minutes on a CPU make a student that knows the domain.
+A student keeps the embeddings and some of the blocks, evenly spaced with the first and the last among them. It learns
+from what semi on-policy distillation is for: texts are sampled from the mixture of the teacher that is told the worked
+solution of a word problem and the teacher that is not, and the student learns the whole next-token distribution of the
+latter at every token of them (forward KL, Hinton et al. 2015). ``bench.speculative`` measures on other problems. The
+recipe is honest rather than good: minutes on a CPU make a student that knows this domain alone.
 """
 
 from __future__ import annotations
@@ -19,74 +20,117 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from torch.nn.functional import kl_div, log_softmax
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.common import positive_int
-from bench.texts import prompts
+from sglang_optimal.demo.loop.problems import WordProblem, word_problems
 
-PROMPT, NEW = 48, 80
+TRAIN_SEED, BENCH_SEED = 11, 12
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model-path", required=True, help="Teacher.")
-    parser.add_argument("--layers", type=positive_int, default=2, help="Default: %(default)s.")
-    parser.add_argument("--output", type=Path, required=True, help="Folder of the student.")
-    parser.add_argument("--minutes", type=float, default=10.0, help="Of training. Default: %(default)s.")
-    parser.add_argument("--continuations", type=positive_int, default=320, help="Default: %(default)s.")
-    parser.add_argument("--batch-size", type=positive_int, default=8, help="Sequences a step. Default: %(default)s.")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="Default: %(default)s.")
+    parser.add_argument("--layers", type=positive_int, nargs="+", default=[3, 2], help="One student each.")
+    parser.add_argument("--output", required=True, help="Folder of the students; the number of layers is added.")
+    parser.add_argument("--minutes", type=float, default=6.0, help="Training of each. Default: %(default)s.")
+    parser.add_argument("--problems", type=positive_int, default=400, help="Default: %(default)s.")
+    parser.add_argument("--new-tokens", type=positive_int, default=72, help="Of each text. Default: %(default)s.")
+    parser.add_argument("--temperature", type=float, default=0.8, help="Of the texts. Default: %(default)s.")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="Texts a step. Default: %(default)s.")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="Default: %(default)s.")
     return parser.parse_args()
 
 
-def chosen_layers(count: int, of: int) -> list[int]:
-    """``count`` block numbers from 0 to ``of`` − 1, evenly spaced."""
-    return [0] if count == 1 else [round(i * (of - 1) / (count - 1)) for i in range(count)]
+def contexts(tokenizer, problem: WordProblem) -> tuple[list[int], list[int]]:
+    """(teacher, student): the chat with the worked solution in it, and without."""
+    hint = f"{problem.problem}\n\nThe solution is: {problem.solution}\nExplain it in your own words."
+    return tuple(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        for text in (hint, problem.problem)
+    )
+
+
+def held_out(tokenizer, count: int = 200) -> list[tuple[list[int], list[int]]]:
+    """Contexts of problems that no student has been distilled on."""
+    seen = frozenset(problem.problem for problem in word_problems(2000, TRAIN_SEED))
+    return [contexts(tokenizer, problem) for problem in word_problems(count, BENCH_SEED, apart_from=seen)]
+
+
+def sampled_texts(args: argparse.Namespace, tokenizer) -> list[tuple[list[int], list[int]]]:
+    """(student context, text) of each problem; sampled from the mixture, with the teacher on both sides."""
+    from sglang_optimal import OptimalSampler
+
+    pairs = [contexts(tokenizer, problem) for problem in word_problems(args.problems, TRAIN_SEED)]
+    arguments = {"max_total_tokens": 16384, "context_length": 1024, "max_running_requests": 32, "log_level": "error"}
+    with OptimalSampler(args.model_path, **arguments) as sampler:
+        results = sampler.generate(
+            [teacher for teacher, _ in pairs],
+            [student for _, student in pairs],
+            temperature=args.temperature,
+            max_new_tokens=args.new_tokens,
+        )
+    return [(student, result.token_ids) for (_, student), result in zip(pairs, results, strict=True)]
 
 
 def cut(teacher, layers: int):
-    """A copy of ``teacher`` (float32) with fewer blocks."""
-    keep = chosen_layers(layers, teacher.config.num_hidden_layers)
+    """A copy of ``teacher`` (float32) with ``layers`` of its blocks."""
+    last = teacher.config.num_hidden_layers - 1
+    keep = [0] if layers == 1 else [round(i * last / (layers - 1)) for i in range(layers)]
     config = type(teacher.config).from_dict({**teacher.config.to_dict(), "num_hidden_layers": layers})
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     student = AutoModelForCausalLM.from_config(config).float()
-    state = {k: v for k, v in teacher.state_dict().items() if ".layers." not in k}
+    whole = teacher.state_dict()
+    state = {k: v for k, v in whole.items() if ".layers." not in k}
     for position, layer in enumerate(keep):
         own, theirs = f"model.layers.{position}.", f"model.layers.{layer}."
-        state |= {own + k[len(theirs) :]: v for k, v in teacher.state_dict().items() if k.startswith(theirs)}
+        state |= {own + k[len(theirs) :]: v for k, v in whole.items() if k.startswith(theirs)}
     student.load_state_dict(state)
     return student
 
 
-def teacher_texts(path: str, begun: list[list[int]]) -> list[list[int]]:
-    """The prompts with the teacher's own sampled continuations, by SGLang."""
-    import sglang
+class Texts:
+    """What is learned from: ids, where the texts are, and the teacher's last hidden states there."""
 
-    engine = sglang.Engine(model_path=path, max_total_tokens=16384, context_length=1024, log_level="error")
-    try:
-        params = {"temperature": 1.0, "max_new_tokens": NEW, "ignore_eos": True}
-        outputs = engine.generate(input_ids=begun, sampling_params=params)
-    finally:
-        engine.shutdown()
-    return [ids + output["output_ids"] for ids, output in zip(begun, outputs, strict=True)]
+    def __init__(self, teacher, texts: list[tuple[list[int], list[int]]]):
+        self.ids = [torch.tensor(context + text) for context, text in texts]
+        # The token at p is predicted at p − 1.
+        self.places = [torch.arange(len(c) - 1, len(c) + len(t) - 1) for c, t in texts]
+        self.hidden: list[torch.Tensor] = []
+        for start in range(0, len(texts), 16):
+            part = range(start, min(start + 16, len(texts)))
+            states = self.states(teacher, list(part)).split([len(self.places[i]) for i in part])
+            self.hidden += [one.clone() for one in states]
+
+    def states(self, model, chosen: list[int]) -> torch.Tensor:
+        """Last hidden states [tokens of the texts, width] of the chosen texts."""
+        grad = torch.enable_grad() if model.training else torch.no_grad()
+        with grad:
+            ids = pad_sequence([self.ids[i] for i in chosen], batch_first=True)
+            states = model.model(ids, use_cache=False).last_hidden_state
+        return torch.cat([states[row, self.places[i]] for row, i in enumerate(chosen)])
 
 
-def train(teacher, student, sequences: list[list[int]], args: argparse.Namespace, console: Console) -> float:
+def train(teacher, student, texts: Texts, args: argparse.Namespace, console: Console) -> float:
     """Distil for ``args.minutes``; returns the mean KL, in nats a token, of the last tenth of the steps."""
     rng = random.Random(0)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
-    start, shown, losses = time.monotonic(), 0.0, []
+    start, shown, losses, order = time.monotonic(), 0.0, [], []
     while (done := (time.monotonic() - start) / 60 / args.minutes) < 1.0:
-        ids = torch.tensor(rng.sample(sequences, args.batch_size))
+        if len(order) < args.batch_size:
+            order = rng.sample(range(len(texts.ids)), len(texts.ids))
+        chosen = [order.pop() for _ in range(args.batch_size)]
         with torch.no_grad():
-            target = log_softmax(teacher(ids).logits, -1).flatten(0, 1)
-        got = log_softmax(student(ids).logits, -1).flatten(0, 1)
+            target = log_softmax(teacher.lm_head(torch.cat([texts.hidden[i] for i in chosen])), -1)
+        got = log_softmax(student.lm_head(texts.states(student, chosen)), -1)
         loss = kl_div(got, target, log_target=True, reduction="batchmean")
         for group in optimizer.param_groups:
-            group["lr"] = (
-                args.learning_rate * min(1.0, len(losses) / 20 + 0.05) * (0.05 + 0.95 * math.cos(done * math.pi / 2))
-            )
+            warm = min(1.0, (len(losses) + 1) / 20)
+            group["lr"] = args.learning_rate * warm * (0.05 + 0.95 * math.cos(done * math.pi / 2))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -95,7 +139,7 @@ def train(teacher, student, sequences: list[list[int]], args: argparse.Namespace
         if time.monotonic() - shown > 20:
             shown = time.monotonic()
             console.print(
-                f"{done:4.0%}  step {len(losses)}  KL {sum(losses[-20:]) / len(losses[-20:]):.3f} nats a token"
+                f"{done:4.0%}  step {len(losses)}  KL {sum(losses[-10:]) / len(losses[-10:]):.3f} nats a token"
             )
     last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / len(last)
@@ -104,18 +148,21 @@ def train(teacher, student, sequences: list[list[int]], args: argparse.Namespace
 def main() -> None:
     args, console = parse_args(), Console()
     tokenizer = AutoTokenizer.from_pretrained(args.model_path)
-    begun = prompts(tokenizer, PROMPT, held_out=False)[: args.continuations]
-    whole = prompts(tokenizer, PROMPT + NEW, held_out=False)
-    console.print(f"{len(begun)} continuations by the teacher …")
-    sequences = whole + teacher_texts(args.model_path, begun)
+    start = time.monotonic()
+    sampled = sampled_texts(args, tokenizer)
+    count = sum(len(text) for _, text in sampled)
+    console.print(f"{len(sampled)} texts, {count} tokens, sampled in {time.monotonic() - start:.0f} s")
     torch.manual_seed(0)
     teacher = AutoModelForCausalLM.from_pretrained(args.model_path, dtype=torch.float32).eval()
-    student = cut(teacher, args.layers).train()
-    console.print(f"{len(sequences)} sequences of {PROMPT + NEW} tokens; {args.layers} layers, {args.minutes} minutes")
-    kl = train(teacher, student, sequences, args, console)
-    student.to(torch.bfloat16).save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
-    console.print(f"KL at the end {kl:.3f} nats a token; {args.output}")
+    texts = Texts(teacher, sampled)
+    console.print(f"read by the teacher at {time.monotonic() - start:.0f} s")
+    for layers in args.layers:
+        student = cut(teacher, layers).train()
+        kl = train(teacher, student, texts, args, console)
+        output = Path(f"{args.output}-{layers}")
+        student.to(torch.bfloat16).save_pretrained(output)
+        tokenizer.save_pretrained(output)
+        console.print(f"{layers} layers: KL at the end {kl:.3f} nats a token; {output}")
 
 
 if __name__ == "__main__":

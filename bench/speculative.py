@@ -9,9 +9,8 @@ Rates, in generated tokens a second over whole calls (prefill included, caches f
     m_k     mixed requests with k drafts a step
     auto    mixed requests, the number of drafts chosen online
 
-Both sides read docstrings that the student has not been distilled on: the teacher the first ``--input-len`` tokens, the
-student the last ``--student-input-len`` of them. Rounds go through the calls in random order; ratios are taken within a
-round, and are medians (smallest–largest).
+The prompts are word problems that ``bench.small_student`` has not distilled on; the teacher is told the solution. Rounds
+go through the calls in random order; ratios are taken within a round, and are medians (smallest–largest).
 
 The model beside the measurement: with a the chance that a draft is accepted and B requests, a step of k drafts gives
 E = 1 + a + … + a^k tokens a request and costs V + (k + 1)·s + M, where V is a teacher's step on (k + 1)·B rows, s a
@@ -43,9 +42,11 @@ from bench.common import (
     spread,
     with_spread,
 )
-from bench.texts import prompts
+from bench.small_student import held_out
 from sglang_optimal import OptimalSampler
 from sglang_optimal.runtime import scheduler
+
+LONGEST_CONTEXT = 160  # tokens
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,11 +55,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--student-model-path", required=True)
     parser.add_argument("--draft-tokens", type=positive_int, nargs="+", default=[1, 2, 3, 4, 6, 8])
     parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--input-len", type=positive_int, default=64, help="Default: %(default)s.")
-    parser.add_argument("--student-input-len", type=positive_int, default=48, help="Default: %(default)s.")
     parser.add_argument("--output-len", type=positive_int, default=64, help="Default: %(default)s.")
     parser.add_argument("--repeats", type=positive_int, default=3, help="Rounds. Default: %(default)s.")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy. Default: %(default)s.")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy. Default: %(default)s.")
     parser.add_argument("--top-p", type=float, default=1.0, help="Default: %(default)s.")
     parser.add_argument("--alpha-method", default="kl_symmetry", help="Default: %(default)s.")
     parser.add_argument("--dtype", default="auto", help="SGLang's flag. Default: %(default)s.")
@@ -71,7 +70,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.rng = args, random.Random(0)
-        longest = args.input_len + args.output_len + 64
+        longest = LONGEST_CONTEXT + args.output_len
         largest, most = max(args.batch_size), max(args.draft_tokens)
         arguments: dict[str, Any] = {
             "max_total_tokens": 2 * largest * (longest + 2 * most + 2),
@@ -98,7 +97,7 @@ class Bench:
             scheduler.scheduler_process = ordinary
         self.engines["auto"] = OptimalSampler(*pair, mixing_mode="auto", draft_tokens=most, **arguments).engine
         self.engines["student"] = sglang.Engine(model_path=args.student_model_path, **wide)
-        self.prompts = prompts(self.engines["lockstep"].tokenizer_manager.tokenizer, args.input_len, held_out=True)
+        self.contexts = held_out(self.engines["lockstep"].tokenizer_manager.tokenizer)
 
     def close(self) -> None:
         for engine in self.engines.values():
@@ -107,20 +106,17 @@ class Bench:
     def call(self, engine: str, batch: int, *, mixed: bool, new: int | None = None) -> tuple[float, list[dict]]:
         """Seconds and outputs of one call with ``batch`` prompts."""
         args = self.args
-        ids = [self.rng.choice(self.prompts) for _ in range(batch)]
-        # A first token of its own, so that requests for the same text do not share their prefill.
-        ids = [[self.rng.randrange(100, 40000), *one[1:]] for one in ids]
+        pairs = [self.rng.choice(self.contexts) for _ in range(batch)]
         params = {"temperature": args.temperature, "top_p": args.top_p, "ignore_eos": True}
         params["max_new_tokens"] = new or args.output_len
-        each: list[dict[str, Any]] = [dict(params) for _ in ids]
+        each: list[dict[str, Any]] = [dict(params) for _ in pairs]
         if mixed:
-            for one, text in zip(each, ids, strict=True):
-                student = text[-args.student_input_len :]
+            for one, (_, student) in zip(each, pairs, strict=True):
                 one["custom_params"] = {"student_input_ids": student, "alpha_method": args.alpha_method}
         made = self.engines[engine]
         made.flush_cache()
         start = time.perf_counter()
-        outputs = made.generate(input_ids=ids, sampling_params=each)
+        outputs = made.generate(input_ids=[teacher for teacher, _ in pairs], sampling_params=each)
         seconds = time.perf_counter() - start
         assert all(len(output["output_ids"]) == params["max_new_tokens"] for output in outputs)
         return seconds, outputs

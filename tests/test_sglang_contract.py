@@ -157,6 +157,19 @@ IMPORTED = (
     "sglang.lang.ir.SglVariable",
     "sglang.utils.TypeBasedDispatcher.__iadd__",
     "utils.network.is_port_available",
+    "layers.attention.torch_native_backend.TorchNativeAttnBackend",
+    "layers.logits_processor.LogitsProcessorOutput",
+    "managers.overlap_utils.FutureMap",
+    "managers.utils.GenerationBatchResult",
+    "mem_cache.allocation.assign_req_to_token_pool_func",
+    "mem_cache.allocation_sizing.get_alloc_reserve_per_decode",
+    "mem_cache.kv_cache_configurator.get_req_to_token_extra_context_len",
+    "platforms.interface.SRTPlatform.init_backend",
+    "runtime_context.get_spec",
+    "speculative.base_spec_worker.BaseSpecWorker",
+    "speculative.spec_info.SpeculativeAlgorithm.NONE",
+    "speculative.spec_info.SpecInputType.EAGLE_DRAFT",
+    "speculative.spec_registry.CustomSpecAlgo",
 )
 
 
@@ -268,6 +281,24 @@ SIGNATURES = {
         "top_logprobs_num", "return_text_in_logprobs", "dtype", "regex", "json_schema",
     ),
     "sampling.sampling_batch_info.SamplingBatchInfo.apply_logits_bias": ("self", "logits"),
+    "layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_decode": (
+        "self", "query", "output", "k_cache", "v_cache", "enable_gqa", "is_cross_attn", "sliding_window_size",
+    ),
+    "layers.attention.torch_native_backend.TorchNativeAttnBackend.init_forward_metadata": ("self", "forward_batch"),
+    "layers.logprob_processor.compute_spec_logprobs": ("batch", "logits_output", "predict", "chain_stride"),
+    "managers.overlap_utils.FutureMap": (
+        "device", "spec_algo", "req_to_token_pool", "needs_cpu_seq_lens", "needs_confidence_relay",
+    ),
+    "managers.schedule_batch.ScheduleBatch.new_tokens_required_next_decode": ("self", "selected_indices"),
+    "managers.schedule_batch.ScheduleBatch.prepare_for_decode": ("self",),
+    "mem_cache.allocation.assign_req_to_token_pool_func": (
+        "req_pool_indices", "req_to_token", "start_offset", "end_offset", "out_cache_loc", "batch_size",
+    ),
+    "model_executor.model_runner.ModelRunner.sample": ("self", "logits_output", "forward_batch"),
+    "speculative.base_spec_worker.BaseSpecWorker.on_verify_complete_cpu": (
+        "self", "num_correct_drafts_per_req", "batch_size",
+    ),
+    "speculative.spec_info.SpeculativeAlgorithm.register": ("name", "supports_overlap", "spec_class"),
     "utils.hf_transformers_utils.get_tokenizer": (
         "tokenizer_name", "tokenizer_mode", "trust_remote_code", "revision",
     ),
@@ -305,7 +336,16 @@ MEMBERS = {
         "video_data", "audio_data", "positional_embed_overrides", "multi_item_delimiter_indices", "watermark",
     ),
     "sampling.sampling_params.SamplingParams": ("beam_width",),
-    "managers.auxiliary_output.CommittedTokens": ("output_index",),
+    "managers.auxiliary_output.CommittedTokens": ("output_index", "token_ids"),
+    "managers.utils.GenerationBatchResult": (
+        "logits_output", "next_token_ids", "accept_lens", "new_seq_lens", "next_draft_input",
+        "speculative_num_draft_tokens", "can_run_cuda_graph",
+    ),
+    "layers.logits_processor.LogitsProcessorOutput": (
+        "next_token_logits", "next_token_logprobs", "next_token_top_logprobs_val", "next_token_top_logprobs_idx",
+        "next_token_token_ids_logprobs_val", "next_token_token_ids_logprobs_idx", "auxiliary_device_output",
+    ),
+    "speculative.base_spec_worker.BaseSpecWorker": ("target_worker", "draft_worker", "spec_v2_attn_backends"),
     "configs.model_config.ModelConfig": (
         "is_generation", "is_encoder_decoder", "is_multimodal", "is_hybrid_swa", "hf_config", "context_len",
     ),
@@ -315,7 +355,7 @@ MEMBERS = {
         "seq_lens_cpu", "seq_lens_sum", "orig_seq_lens", "out_cache_loc", "prefix_lens", "extend_lens",
         "extend_num_tokens", "extend_logprob_start_lens", "sampling_info", "has_grammar", "return_logprob",
         "top_logprobs_nums", "token_ids_logprobs", "extend_input_logprob_token_ids", "return_hidden_states_mode",
-        "decoding_reqs", "multimodal_inputs", "tree_cache",
+        "decoding_reqs", "multimodal_inputs", "tree_cache", "spec_info", "spec_algorithm", "req_to_token_pool",
     ),
     "managers.schedule_policy.PrefillAdder": (
         "running_batch", "can_run_list", "rem_input_tokens", "_get_running_request_total_token_offset",
@@ -337,7 +377,7 @@ MEMBERS = {
         "server_args", "model_config", "tokenizer", "_create_tokenized_object", "abort_request",
         "model_path", "served_model_name", "serving_chat_class", "server_status",
     ),
-    "managers.tp_worker.TpModelWorker": ("model_config", "model_runner", "random_seed"),
+    "managers.tp_worker.TpModelWorker": ("model_config", "model_runner", "random_seed", "enable_spec"),
     "mem_cache.radix_cache.RadixCache": (
         "disable", "insert", "match_prefix", "lock", "unlock", "reset", "evictable_size", "protected_size",
         "path_device_indices", "all_values_flatten",
@@ -356,7 +396,8 @@ MEMBERS = {
     ),
     "sampling.sampling_batch_info.SamplingBatchInfo": (
         "temperatures", "penalizer_orchestrator", "acc_additive_penalties", "acc_scaling_penalties", "grammar_mask",
-        "logit_bias", "apply_logits_bias", "__len__", "grammars",
+        "logit_bias", "apply_logits_bias", "__len__", "grammars", "top_ks", "top_ps", "min_ps", "is_all_greedy",
+        "need_top_k_sampling", "need_top_p_sampling", "need_min_p_sampling",
     ),
     "sglang.lang.interpreter.StreamExecutor": (
         "backend", "text_", "images_", "variables", "chat_template", "default_sampling_para", "num_api_spec_tokens",
@@ -369,6 +410,8 @@ MEMBERS = {
         "enable_pdmux", "dllm_algorithm", "enable_two_batch_overlap", "enable_lmcache",
         "enable_flexkv", "enable_unified_cache_external_linker", "encoder_only", "grpc_mode", "smg_grpc_mode",
         "use_ray", "attn_dp_size", "attn_cp_size", "dcp_size", "max_loras_per_batch", "lora_backend",
+        "speculative_num_steps", "speculative_num_draft_tokens", "speculative_eagle_topk",
+        "enable_deterministic_inference", "enable_return_hidden_states", "return_hidden_states_mode",
     ),
 }  # fmt: skip
 
@@ -428,6 +471,21 @@ CONVENTIONS = (
      "eager buffers have a row for each running request"),
     ("model_executor.runner.base_cuda_graph_runner.get_batch_sizes_to_capture",
      r"num_max_requests = model_runner\.req_to_token_pool\.size", "graphs are captured up to the number of rows"),
+    ("layers.attention.attention_registry.create_torch_native_backend", r"import TorchNativeAttnBackend",
+     "the CPU's attention backend is looked up when it is made"),
+    ("managers.overlap_utils.FutureMap._resolve_spec_extras",
+     r"draft_input\.bonus_tokens = self\.output_tokens_buf\[indices\]", "under overlap the last tokens come back"),
+    ("managers.overlap_utils.RelayPayload.from_draft_input", r"bonus_tokens=draft_input\.bonus_tokens",
+     "… from what the step before left"),
+    ("managers.scheduler.Scheduler.maybe_init_draft_worker", r"spec_algorithm\.create_worker\(self\.server_args\)"
+     r"[\s\S]*DraftWorkerClass\(\*\*draft_worker_kwargs\)", "a registered algorithm makes the worker"),
+    ("managers.scheduler.Scheduler.run_batch", r'fwd_kwargs\["on_publish"\]',
+     "a speculative worker publishes the new lengths"),
+    ("managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor._resolve_spec_v2_tokens",
+     r"on_verify_complete_cpu\([\s\S]*kv_committed_len \+= num_accept_tokens", "several tokens a step are committed"),
+    ("mem_cache.allocation_sizing.get_alloc_reserve_per_decode", r"2 \* get_alloc_len_per_decode\(\)",
+     "a step takes twice its tokens ahead"),
+    ("speculative.eagle_utils.eagle_prepare_for_decode", r"alloc_for_spec_decode\(", "… before it is run"),
     ("layers.sampler.create_sampler", r"get_exec\(\)\.kernel\.sampling_backend", "the factory is found by name"),
 )  # fmt: skip
 

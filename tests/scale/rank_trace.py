@@ -19,16 +19,24 @@ def _run(config, *args, **kwargs) -> None:
 
     from sglang_optimal.runtime.sampler import MixtureSampler
     from sglang_optimal.runtime.scheduler import run_mixed_scheduler_process
+    from sglang_optimal.runtime.speculative_worker import SpeculativeWorker
 
-    sample = MixtureSampler.forward
+    sample, speculate = MixtureSampler.forward, SpeculativeWorker._speculate
+
+    def write(*line) -> None:
+        with open(os.path.join(os.environ[TRACE], f"{get_parallel().tp_rank}.jsonl"), "a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def forward(self, logits_output, sampling_info, *more, **keywords):
         tokens = sample(self, logits_output, sampling_info, *more, **keywords)
         step = getattr(sampling_info, "mixing", None)
-        rank = get_parallel().tp_rank
-        with open(os.path.join(os.environ[TRACE], f"{rank}.jsonl"), "a") as file:
-            file.write(json.dumps([tokens.tolist(), step is not None and step.rows.host]) + "\n")
+        write(tokens.tolist(), step is not None and step.rows.host)
         return tokens
 
-    MixtureSampler.forward = forward
+    def several(self, *more, **keywords):
+        result = speculate(self, *more, **keywords)
+        write(result.next_token_ids.tolist(), result.accept_lens.tolist())
+        return result
+
+    MixtureSampler.forward, SpeculativeWorker._speculate = forward, several
     run_mixed_scheduler_process(config, *args, **kwargs)

@@ -42,11 +42,16 @@ def traffic(sampler, oracle) -> None:
     check_pools(sampler)
 
 
-@pytest.mark.parametrize("mode", ["two-models", pytest.param("shared", marks=pytest.mark.slow)])
+MODES = ["two-models", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("shared", "drafts", "auto"))]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_tensor_parallel(tiny_pair, tiny_oracle, self_oracle, traced, mode):
     shared = mode == "shared"
     pair = (tiny_pair[0], tiny_pair[0]) if shared else tiny_pair
-    more = {"max_total_tokens": 520, "max_running_requests": 6} if shared else {}
+    more: dict = {"max_total_tokens": 520, "max_running_requests": 6} if shared else {}
+    if mode in ("drafts", "auto"):
+        more = {"mixing_mode": "speculative" if mode == "drafts" else "auto", "draft_tokens": 3}
     with start(pair, tp_size=2, **{**SMALL, **more}) as sampler:
         assert mixing_state(sampler)["shared_weights"] is shared
         traffic(sampler, self_oracle if shared else tiny_oracle)
