@@ -1,4 +1,4 @@
-"""The per-token series of a mixed request; free of imports, because servers, clients and data runs all name them."""
+"""Names that a server, its clients and data runs share; free of imports."""
 
 SERIES = (
     "alpha",
@@ -9,5 +9,9 @@ SERIES = (
     "kl_to_teacher",
     "ess_ratio",
 )
-"""One value for each output token, see docs/api.md. In ``meta_info`` ``alpha`` always, the others with
-``return_mixing_info``."""
+"""The per-token series of a mixed request, one value for each output token, see docs/api.md. In ``meta_info``
+``alpha`` always, the others with ``return_mixing_info``."""
+
+CARRIER = "mixing"
+"""Key of a request's ``session_params`` under which its mixing fields may come instead of in ``custom_params``:
+sglang-router passes those on, and drops the latter."""

@@ -14,7 +14,7 @@ import tenacity
 
 from sglang_optimal import __version__
 from sglang_optimal.distill.records import Context
-from sglang_optimal.series import SERIES
+from sglang_optimal.series import CARRIER, SERIES
 
 if TYPE_CHECKING:
     from sglang_optimal.distill.config import Client
@@ -251,7 +251,7 @@ def request_body(
     """The body of ``POST /generate``; the mixing fields travel where sglang-router lets them through."""
     custom = {**fields, "return_mixing_info": True}
     custom["student_text" if isinstance(student, str) else "student_messages"] = student
-    body: dict[str, Any] = {"sampling_params": dict(sampling), "session_params": {"mixing": custom}}
+    body: dict[str, Any] = {"sampling_params": dict(sampling), "session_params": {CARRIER: custom}}
     if isinstance(teacher, str):
         body["text"] = teacher
     else:

@@ -11,7 +11,7 @@ import dataclasses
 from sglang.srt.environ import envs
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
 
-from sglang_optimal.runtime.student_kv import SharedStudentKV, StudentKV
+from sglang_optimal.runtime.student_kv import StudentKV
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -42,6 +42,4 @@ class MixedInvariantChecker(SchedulerInvariantChecker):
 
     def _get_total_uncached_sizes(self) -> tuple[int, int]:
         full, swa = SchedulerInvariantChecker._get_total_uncached_sizes(self)
-        if isinstance(self.student_kv, SharedStudentKV):
-            full += self.student_kv.private_tokens()
-        return full, swa
+        return full + self.student_kv.private_tokens_of_teacher(), swa

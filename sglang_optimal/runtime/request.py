@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang_optimal.config import AlphaSettings, MixingConfig, check_known
 from sglang_optimal.runtime.messages import checked_messages, checked_template_kwargs, with_system_prompt
+from sglang_optimal.series import CARRIER
 
 STUDENT_FIELDS = ("student_text", "student_input_ids", "student_messages")
 TEACHER_FIELDS = ("teacher_messages", "teacher_only_messages", "teacher_system_prompt", "teacher_chat_template_kwargs")
@@ -21,10 +22,6 @@ MIXING_FIELDS = (
 )
 # Keys with these beginnings can only be meant for us: a typo must not quietly give plain teacher samples.
 _OUR_PREFIXES = ("student", "alpha", "fixed_alpha", "return_mixing", "teacher")
-
-CARRIER = "mixing"
-"""Key of a request's ``session_params`` under which its mixing fields may come instead: sglang-router passes those on,
-and drops ``custom_params``."""
 
 _TEACHER_ONLY_WITH = {
     "teacher_messages": "only /generate reads it, in place of text and input_ids.",

@@ -150,6 +150,10 @@ class StudentKV:
         """Tokens whose slots belong to one request, and to no radix cache."""
         return sum(self._total(req) - req.student.kv.protected_len for req in self.holders.values())
 
+    def private_tokens_of_teacher(self) -> int:
+        """Those of them that lie in the teacher's pool."""
+        return 0
+
     def busy_report(self, *, every_slot: bool) -> str | None:
         """None when the accounting is right while requests run: every slot is free, in the tree, or one request's.
 
@@ -401,8 +405,11 @@ class SharedStudentKV(StudentKV):
         # SGLang checks the pool itself, which is one.
         return None if self.held == 0 else f"student KV leak while idle: {self.held} requests hold slots"
 
+    def private_tokens_of_teacher(self) -> int:
+        return self.private_tokens()
+
     def busy_report(self, *, every_slot: bool) -> str | None:
-        return None  # SGLang's own report, which is told of ``private_tokens``
+        return None  # SGLang's own report, which is told of them
 
     def can_decode(self, student: int, teacher: int) -> bool:
         evict_from_tree_cache(self.tree, teacher + student)
