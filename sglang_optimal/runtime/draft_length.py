@@ -6,10 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-RUN = 8
-"""Steps between two decisions. A run of equal steps is also what makes a step's time measurable under overlap, where
-the scheduler is told of a step one or two launches later."""
-_PROBE_RUN = 6  # the same, where another length is only looked at
+RUN = 6
+"""Steps between two decisions, on every rank alike. A run of equal steps is also what makes a step's time measurable
+under overlap, where the scheduler is told of a step one or two launches later."""
 _SETTLED = 3  # launches of one kind after which the time between two is the time of one such step
 _NEW = 0.5  # weight of the newest run's median time in a running mean
 _MEMORY = 0.97  # of the acceptance, from step to step
@@ -83,7 +82,7 @@ class BestLength(FixedLength):
             self._times.clear()
             length = self._agree(costs.decide(self.acceptance))
             self._settled = 0 if length != self.length else self._settled
-            self.length, self._left = length, costs.run
+            self.length, self._left = length, RUN
         self._left -= 1
         self._settled += 1
         self._launched = now
@@ -104,7 +103,6 @@ class _Costs:
     def __init__(self, longest: int):
         self.longest = longest
         self.seconds: dict[int, float] = {}
-        self.run = RUN  # steps until the next decision
         self._best: int | None = None
         self._since_probe, self._patience = 0, _FIRST_PROBE
 
@@ -116,8 +114,7 @@ class _Costs:
             self.seconds[length] = old + _NEW * (new - old)
 
     def decide(self, acceptance: float) -> int:
-        """The length of the next run, and in ``run`` how long that is."""
-        self.run = _PROBE_RUN
+        """The length of the next run."""
         for length in (0, min(2, self.longest)):  # two points make a line
             if length not in self.seconds:
                 return length
@@ -131,7 +128,6 @@ class _Costs:
         elif self._since_probe >= self._patience:
             self._since_probe, self._patience = 0, min(2 * self._patience, _LAST_PROBE)
             return max((k for k in (best - 1, best + 1) if 0 <= k <= self.longest), key=rates.__getitem__)
-        self.run = RUN
         return best
 
     def _rate(self, length: int, acceptance: float) -> float:

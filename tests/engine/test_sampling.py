@@ -90,6 +90,36 @@ def test_distribution_of_later_tokens(sampler, tiny_oracle, contexts, alpha):
         assert_fits(Counter(ids[position] for ids in draws), expected / len(draws))
 
 
+SEQUENCES = [
+    ({}, {"temperature": 1.0, "top_k": 3}),
+    ({"alpha_method": "ess_balance"}, {"temperature": 0.5, "top_k": 3, "top_p": 0.9}),
+    ({"alpha_method": "reverse_kl_symmetry"}, {"temperature": 1.4, "top_k": 4, "top_p": 0.1, "min_p": 0.5}),
+    ({"alpha_method": "entropy"}, {"temperature": 1.0, "top_k": 3, "min_p": 0.3}),
+    ({"fixed_alpha": 1.3}, {"temperature": 0.7, "top_k": 3}),
+    ({"fixed_alpha": 0.2}, {"temperature": 1.0, "top_k": 4}),
+]
+
+
+@pytest.mark.parametrize("alpha,filters", SEQUENCES, ids=str)
+def test_distribution_of_whole_sequences(sampler, tiny_oracle, contexts, alpha, filters):
+    """Four tokens, of which three come from decode steps, or from one where the student drafts."""
+    settings = {"alpha_method": "fixed", **alpha} if "fixed_alpha" in alpha else alpha
+    teacher, student = contexts
+    expected: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(4):
+        grown = {}
+        for history, chance in expected.items():
+            probs = tiny_oracle.next_token_distribution(
+                [*teacher, *history], [*student, *history], **filters, **settings
+            )
+            grown |= {(*history, int(token)): chance * float(probs[token]) for token in probs.nonzero()}
+        expected = grown
+    index = {sequence: i for i, sequence in enumerate(expected)}
+    draws = draw(sampler, contexts, draws=2500, n=4, alpha=alpha, **filters)
+    counts = Counter(index[tuple(ids)] for ids in draws)  # a KeyError: a sequence that cannot be
+    assert_fits(counts, torch.tensor(list(expected.values()), dtype=torch.float64))
+
+
 def test_temperature_of_each_row_is_its_own(sampler, tiny_oracle, contexts):
     cold, hot = {"temperature": 0.3}, {"temperature": 1.6}
     case = Case(*contexts, 1)
