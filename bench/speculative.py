@@ -13,9 +13,9 @@ The prompts are word problems that ``bench.small_student`` has not distilled on;
 go through the calls in random order; ratios are taken within a round, and are medians (smallest–largest).
 
 The model beside the measurement: with a the chance that a draft is accepted and B requests, a step of k drafts gives
-E = 1 + a + … + a^k tokens a request and costs V + (k + 1)·s + M, where V is a teacher's step on (k + 1)·B rows, s a
-student's on B, and M the mixing and sampling of (k + 1)·B rows; lockstep costs t + s + M/(k + 1) a token, the teacher
-alone t. The costs are measured in the same run, as the time that a token more takes.
+E = 1 + a + … + a^k tokens a request and costs V + (k + 1)·s, where V is a step of the teacher on (k + 1)·B rows and s
+one of the student on B; lockstep costs t + s a token, with t = V for k = 0. Speed-up: E·(t + s) / (V + (k + 1)·s). The
+costs are measured in the same run, as the time that one token more takes; mixing is left out of the model.
 """
 
 from __future__ import annotations

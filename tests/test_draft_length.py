@@ -26,7 +26,7 @@ class Machine:
             k = self.lengths.choose(rows)
             self.chosen.append(k)
             self.now += (self.base + self.slope * k) * self.rng.uniform(1 - self.noise, 1 + self.noise)
-            if self.rng.random() < 0.005:
+            if self.noise and self.rng.random() < 0.005:
                 self.now += 5 * self.base  # something else ran on the machine
             accepted = []
             for _ in range(rows):
