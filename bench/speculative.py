@@ -9,13 +9,14 @@ Rates, in generated tokens a second over whole calls (prefill included, caches f
     m_k     mixed requests with k drafts a step
     auto    mixed requests, the number of drafts chosen online
 
-The prompts are word problems that ``bench.small_student`` has not distilled on; the teacher is told the solution. Rounds
-go through the calls in random order; ratios are taken within a round, and are medians (smallest–largest).
+The prompts are word problems that ``bench.small_student`` has not seen; the teacher is told the solution. Rounds go
+through the calls in random order; ratios are taken within a round, and are medians (smallest–largest).
 
 The model beside the measurement: with a the chance that a draft is accepted and B requests, a step of k drafts gives
 E = 1 + a + … + a^k tokens a request and costs V + (k + 1)·s, where V is a step of the teacher on (k + 1)·B rows and s
 one of the student on B; lockstep costs t + s a token, with t = V for k = 0. Speed-up: E·(t + s) / (V + (k + 1)·s). The
-costs are measured in the same run, as the time that one token more takes; mixing is left out of the model.
+costs are measured in the same run, as the time that one greedy token more takes; the model leaves mixing and sampling
+out.
 """
 
 from __future__ import annotations
@@ -103,11 +104,14 @@ class Bench:
         for engine in self.engines.values():
             engine.shutdown()
 
-    def call(self, engine: str, batch: int, *, mixed: bool, new: int | None = None) -> tuple[float, list[dict]]:
+    def call(
+        self, engine: str, batch: int, *, mixed: bool, new: int | None = None, temperature: float | None = None
+    ) -> tuple[float, list[dict]]:
         """Seconds and outputs of one call with ``batch`` prompts."""
         args = self.args
         pairs = [self.rng.choice(self.contexts) for _ in range(batch)]
-        params = {"temperature": args.temperature, "top_p": args.top_p, "ignore_eos": True}
+        temperature = args.temperature if temperature is None else temperature
+        params = {"temperature": temperature, "top_p": args.top_p, "ignore_eos": True}
         params["max_new_tokens"] = new or args.output_len
         each: list[dict[str, Any]] = [dict(params) for _ in pairs]
         if mixed:
@@ -136,8 +140,8 @@ class Bench:
 
     def step_seconds(self, engine: str, rows: int) -> float:
         """What one more token for each of ``rows`` plain requests takes."""
-        short, _ = self.call(engine, rows, mixed=False, new=2)
-        long, _ = self.call(engine, rows, mixed=False, new=2 + 16)
+        short, _ = self.call(engine, rows, mixed=False, new=2, temperature=0.0)
+        long, _ = self.call(engine, rows, mixed=False, new=2 + 16, temperature=0.0)
         return (long - short) / 16
 
 
