@@ -9,7 +9,7 @@ MODEL := models/smollm2-135m-instruct
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup model demo distill-demo example-loop test test-slow soak audit lint format bench bench-gpu serve-demo clean
+.PHONY: help setup model demo distill-demo example-loop test test-slow soak audit lint format bench bench-drafts bench-gpu serve-demo clean
 SOAK_SECONDS ?= 1800
 # Two files at once, a core each, in the order of collection: see tests/conftest.py.
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
@@ -66,6 +66,11 @@ bench: $(MODEL)/config.json  ## all benchmarks on the small model, about 35 minu
 	$(BIN)/python -m bench.serving --model-path $(MODEL) --request-rate 1 2 --num-prompts 24 --input-len 96 \
 		--student-input-len 64 --output-len 24
 
+bench-drafts: $(MODEL)/config.json  ## two students distilled for a few minutes, and what drafting with them gives; about an hour on two cores
+	$(BIN)/python -m bench.small_student --model-path $(MODEL) --layers 3 2 --output models/smollm2-small
+	$(BIN)/python -m bench.speculative --model-path $(MODEL) --student-model-path models/smollm2-small-3 --run-name 3-layers
+	$(BIN)/python -m bench.speculative --model-path $(MODEL) --student-model-path models/smollm2-small-2 --run-name 2-layers
+
 bench-gpu: $(READY)  ## the same questions on one GPU, with dummy weights (BENCH_TEACHER, BENCH_STUDENT: config folders or ids)
 	$(BIN)/python -m bench.alpha --dtype bfloat16
 	$(BIN)/python -m bench.throughput --model-path $(BENCH_TEACHER) --student-model-path $(BENCH_STUDENT) --load-format dummy \
@@ -74,6 +79,8 @@ bench-gpu: $(READY)  ## the same questions on one GPU, with dummy weights (BENCH
 		--batch-size 1 8 32 128 256 --output-len 256 --mem-fraction-static 0.25
 	$(BIN)/python -m bench.profile --model-path $(BENCH_TEACHER) --student-model-path $(BENCH_STUDENT) \
 		--batch-size 1 32 256 --server-args --load-format dummy
+	$(BIN)/python -m bench.speculative --model-path $(BENCH_TEACHER) --student-model-path $(BENCH_STUDENT) \
+		--load-format dummy --batch-size 1 4 16 64
 
 audit: $(READY)  ## known vulnerabilities of everything installed; fails if something cannot be looked up
 	$(BIN)/pip freeze --exclude-editable > $(VENV)/audit.txt

@@ -39,6 +39,7 @@ from bench.common import (
     device_name,
     new_figure,
     positive_int,
+    random_prompts,
     save_figure,
     spread,
     with_spread,
@@ -62,6 +63,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0, help="Default: %(default)s.")
     parser.add_argument("--alpha-method", default="kl_symmetry", help="Default: %(default)s.")
     parser.add_argument("--dtype", default="auto", help="SGLang's flag. Default: %(default)s.")
+    parser.add_argument(
+        "--load-format", help="SGLang's flag; 'dummy' needs no weights: costs are measured, acceptance means nothing."
+    )
+    parser.add_argument(
+        "--acceptance",
+        type=float,
+        nargs="+",
+        default=[0.6, 0.7, 0.8, 0.9],
+        help="What the measured costs give for these is printed as well. Default: %(default)s.",
+    )
     add_output_arguments(parser, "speculative")
     return parser.parse_args()
 
@@ -82,6 +93,8 @@ class Bench:
             "dtype": args.dtype,
             "log_level": "error",
         }
+        if args.load_format is not None:
+            arguments["load_format"] = args.load_format
         pair = (args.model_path, args.student_model_path)
         path = Path(tempfile.mkdtemp()) / "drafts"
         self.control = drafts_control.Control(path)
@@ -98,7 +111,10 @@ class Bench:
             scheduler.scheduler_process = ordinary
         self.engines["auto"] = OptimalSampler(*pair, mixing_mode="auto", draft_tokens=most, **arguments).engine
         self.engines["student"] = sglang.Engine(model_path=args.student_model_path, **wide)
-        self.contexts = held_out(self.engines["lockstep"].tokenizer_manager.tokenizer)
+        if args.load_format == "dummy":
+            self.contexts = [tuple(random_prompts(self.rng, 1, n, 30000)[0] for n in (96, 64)) for _ in range(200)]
+        else:
+            self.contexts = held_out(self.engines["lockstep"].tokenizer_manager.tokenizer)
 
     def close(self) -> None:
         for engine in self.engines.values():
@@ -169,14 +185,15 @@ def summary(bench: Bench, batch: int, rounds: list[dict[str, dict[str, float]]])
         "t": spread(bench.step_seconds("lockstep", batch) for _ in range(3))["median"],
         "s": spread(bench.step_seconds("student", batch) for _ in range(3))["median"],
     }
-    lockstep = batch / rates["m"]["median"]  # of a token of all, prefill included
-    model = {}
     for k in args.draft_tokens:
-        verify = spread(bench.step_seconds("lockstep", batch * (k + 1)) for _ in range(2))["median"]
+        verify = spread(bench.step_seconds("lockstep", batch * (k + 1)) for _ in range(3))["median"]
         costs[f"t({batch * (k + 1)})"] = verify
-        model[f"m_{k}"] = (
-            (costs["t"] + costs["s"]) * expected_tokens(accepted[f"m_{k}"], k) / (verify + (k + 1) * costs["s"])
-        )
+
+    def predicted(k: int, a: float) -> float:
+        """Speed-up over lockstep."""
+        step = costs[f"t({batch * (k + 1)})"] + (k + 1) * costs["s"]
+        return expected_tokens(a, k) * (costs["t"] + costs["s"]) / step
+
     return {
         "batch_size": batch,
         "rates": rates,
@@ -184,9 +201,9 @@ def summary(bench: Bench, batch: int, rounds: list[dict[str, dict[str, float]]])
         "over_teacher": over_t,
         "tokens_per_step": per_step,
         "acceptance": accepted,
-        "model_over_lockstep": model,
+        "model_over_lockstep": {name: predicted(int(name[2:]), a) for name, a in accepted.items()},
+        "model_for_acceptance": {a: {k: predicted(k, a) for k in args.draft_tokens} for a in args.acceptance},
         "step_seconds": costs,
-        "lockstep_seconds_a_token": lockstep,
         "cost_ratio": costs["t"] / costs["s"],
     }
 
@@ -207,6 +224,12 @@ def show(console: Console, args: argparse.Namespace, records: list[dict[str, Any
             )
         table.add_section()
     console.print(table)
+    for r in records:
+        costs = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in r["step_seconds"].items())
+        console.print(f"batch {r['batch_size']}: ms a step: {costs}", highlight=False)
+        for a, by_length in r["model_for_acceptance"].items():
+            best = max(by_length, key=by_length.get)
+            console.print(f"  a = {a}: the costs give {by_length[best]:.2f} with {best} drafts", highlight=False)
 
 
 def plot(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
