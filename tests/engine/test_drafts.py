@@ -25,7 +25,7 @@ def pools_are_full_again(sampler):
 
 
 def steps(output: dict) -> int:
-    return output["meta_info"]["spec_verify_ct"]
+    return output["meta_info"].get("spec_verify_ct", 0)
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8, "top_k": 20}], ids=str)
@@ -106,9 +106,9 @@ def test_rows_that_cannot_be_drafted_for(sampler, tiny_oracle):
 def test_up_to_the_context_length(sampler, teacher, student):
     """The slots ahead of the last tokens lie beyond the context length; drafts there do no harm."""
     rng = random.Random(35)
-    case = Case(random_ids(rng, teacher), random_ids(rng, student), 500, {"fixed_alpha": 0.0}, {2: -100.0})
-    outputs = run(sampler, [case] * 3)
     longest = CONTEXT - max(teacher, student)
+    case = Case(random_ids(rng, teacher), random_ids(rng, student), longest, {"fixed_alpha": 0.0}, {2: -100.0})
+    outputs = run(sampler, [case] * 3)
     for output in outputs:
         assert longest - 2 <= len(output["output_ids"]) <= longest
         assert output["output_ids"] == outputs[0]["output_ids"]
@@ -118,32 +118,3 @@ def test_more_rows_than_requests_may_run(sampler, tiny_oracle):
     """A verification of all rows is larger than the largest batch of lockstep."""
     cases = random_cases(36, 16, 0, longest=10, tokens=(8, 12))
     check_all(tiny_oracle, cases, run(sampler, cases))
-
-
-def test_a_pool_that_holds_the_text_but_not_the_slots_ahead(tiny_pair, tiny_oracle):
-    """Refused at once; what fits with them runs to the end of the pool."""
-    rng = random.Random(37)
-    ahead = 2 * (DRAFTS + 1)
-    arguments = {"max_total_tokens": 60, "max_running_requests": 4, "context_length": 512}
-    with start(tiny_pair, mixing_mode="speculative", draft_tokens=DRAFTS, **arguments) as small:
-        for lengths in ((60 - ahead, 5), (5, 60 - ahead)):
-            case = Case(random_ids(rng, lengths[0]), random_ids(rng, lengths[1]), 8)
-            with pytest.raises(ValueError, match="too long"):
-                small.engine.generate(input_ids=case.teacher, sampling_params=case.params())
-        case = Case(random_ids(rng, 20), random_ids(rng, 30), 100, bias={2: -100.0})
-        (output,) = run(small, [case])
-        n = len(output["output_ids"])
-        assert 60 - 30 - ahead - 2 <= n <= 60 - 30
-        case.n = n
-        check_greedy(tiny_oracle, case, output)
-        check_pools(small)
-
-
-def test_auto_starts_and_is_right(tiny_pair, tiny_oracle):
-    """Whatever it chooses from step to step."""
-    with start(tiny_pair, mixing_mode="auto", max_total_tokens=2000) as engine:
-        cases = random_cases(38, 10, 3, tokens=(30, 60))
-        outputs = run(engine, cases)
-        check_all(tiny_oracle, cases, outputs)
-        assert any(steps(output) < case.n - 1 for output, case in zip(outputs, cases, strict=True))
-        check_pools(engine)
