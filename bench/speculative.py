@@ -120,25 +120,18 @@ class Bench:
         for engine in self.engines.values():
             engine.shutdown()
 
-    def call(
-        self, engine: str, batch: int, *, mixed: bool, new: int | None = None, temperature: float | None = None
-    ) -> tuple[float, list[dict]]:
-        """Seconds and outputs of one call with ``batch`` prompts."""
+    def call(self, engine: str, pairs: list, *, mixed: bool, new: int, temperature: float) -> tuple[float, list[dict]]:
+        """Seconds and outputs of one call with the contexts ``pairs``; ``mixed``: with the student's."""
         args = self.args
-        pairs = [self.rng.choice(self.contexts) for _ in range(batch)]
-        temperature = args.temperature if temperature is None else temperature
-        params = {"temperature": temperature, "top_p": args.top_p, "ignore_eos": True}
-        params["max_new_tokens"] = new or args.output_len
+        params = {"temperature": temperature, "top_p": args.top_p, "max_new_tokens": new, "ignore_eos": True}
         each: list[dict[str, Any]] = [dict(params) for _ in pairs]
         if mixed:
             for one, (_, student) in zip(each, pairs, strict=True):
                 one["custom_params"] = {"student_input_ids": student, "alpha_method": args.alpha_method}
-        made = self.engines[engine]
-        made.flush_cache()
         start = time.perf_counter()
-        outputs = made.generate(input_ids=[teacher for teacher, _ in pairs], sampling_params=each)
+        outputs = self.engines[engine].generate(input_ids=[teacher for teacher, _ in pairs], sampling_params=each)
         seconds = time.perf_counter() - start
-        assert all(len(output["output_ids"]) == params["max_new_tokens"] for output in outputs)
+        assert all(len(output["output_ids"]) == new for output in outputs)
         return seconds, outputs
 
     def rate(self, name: str, batch: int) -> dict[str, float]:
@@ -146,7 +139,10 @@ class Bench:
         engine = {"t": "lockstep", "m": "lockstep", "auto": "auto"}.get(name, "given")
         if engine == "given":
             self.control.write(int(name.removeprefix("m_")))
-        seconds, outputs = self.call(engine, batch, mixed=name != "t")
+        self.engines[engine].flush_cache()
+        pairs = [self.rng.choice(self.contexts) for _ in range(batch)]
+        new, temperature = self.args.output_len, self.args.temperature
+        seconds, outputs = self.call(engine, pairs, mixed=name != "t", new=new, temperature=temperature)
         result = {"rate": batch * self.args.output_len / seconds}
         meta = [output["meta_info"] for output in outputs]
         if engine != "lockstep":
@@ -155,10 +151,14 @@ class Bench:
         return result
 
     def step_seconds(self, engine: str, rows: int) -> float:
-        """What one more token for each of ``rows`` plain requests takes."""
-        short, _ = self.call(engine, rows, mixed=False, new=2, temperature=0.0)
-        long, _ = self.call(engine, rows, mixed=False, new=2 + 16, temperature=0.0)
-        return (long - short) / 16
+        """What one more greedy token for each of ``rows`` plain requests takes; their prompts are in the cache."""
+        pairs = [self.rng.choice(self.contexts) for _ in range(rows)]
+
+        def seconds(new: int) -> float:
+            return self.call(engine, pairs, mixed=False, new=new, temperature=0.0)[0]
+
+        seconds(1)
+        return spread((seconds(18) - seconds(2)) / 16 for _ in range(3))["median"]
 
 
 def acceptance(tokens_per_step: float, k: int) -> float:
@@ -182,12 +182,11 @@ def summary(bench: Bench, batch: int, rounds: list[dict[str, dict[str, float]]])
     per_step = {n: spread(r[n]["tokens_per_step"] for r in rounds)["median"] for n in rounds[0] if n.startswith("m_")}
     accepted = {name: acceptance(value, int(name[2:])) for name, value in per_step.items()}
     costs = {
-        "t": spread(bench.step_seconds("lockstep", batch) for _ in range(3))["median"],
-        "s": spread(bench.step_seconds("student", batch) for _ in range(3))["median"],
+        "t": bench.step_seconds("lockstep", batch),
+        "s": bench.step_seconds("student", batch),
     }
     for k in args.draft_tokens:
-        verify = spread(bench.step_seconds("lockstep", batch * (k + 1)) for _ in range(3))["median"]
-        costs[f"t({batch * (k + 1)})"] = verify
+        costs[f"t({batch * (k + 1)})"] = bench.step_seconds("lockstep", batch * (k + 1))
 
     def predicted(k: int, a: float) -> float:
         """Speed-up over lockstep."""
