@@ -24,13 +24,12 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import sglang
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 
 from bench import drafts_control
 from bench.common import (
@@ -44,9 +43,8 @@ from bench.common import (
     spread,
     with_spread,
 )
+from bench.engine_process import EngineProcess
 from bench.small_student import held_out
-from sglang_optimal import OptimalSampler
-from sglang_optimal.runtime import scheduler
 
 LONGEST_CONTEXT = 160  # tokens
 
@@ -98,41 +96,37 @@ class Bench:
         pair = (args.model_path, args.student_model_path)
         path = Path(tempfile.mkdtemp()) / "drafts"
         self.control = drafts_control.Control(path)
-        self.engines: dict[str, Any] = {}
         wide = {**arguments, "max_total_tokens": 2 * largest * (most + 1) * longest}
-        self.engines["lockstep"] = OptimalSampler(*pair, student_weights="separate", **wide).engine
-        ordinary = scheduler.scheduler_process
-        scheduler.scheduler_process = lambda config: drafts_control.scheduler_process(path, config)
-        try:
-            self.engines["given"] = OptimalSampler(
-                *pair, mixing_mode="speculative", draft_tokens=most, **arguments
-            ).engine
-        finally:
-            scheduler.scheduler_process = ordinary
-        self.engines["auto"] = OptimalSampler(*pair, mixing_mode="auto", draft_tokens=most, **arguments).engine
-        self.engines["student"] = sglang.Engine(model_path=args.student_model_path, **wide)
+        drafts = {**arguments, "draft_tokens": most}
+        self.engines = {
+            "lockstep": EngineProcess(*pair, student_weights="separate", **wide),
+            "given": EngineProcess(*pair, control=path, mixing_mode="speculative", **drafts),
+            "auto": EngineProcess(*pair, mixing_mode="auto", **drafts),
+            "student": EngineProcess(args.student_model_path, **wide),
+        }
         if args.load_format == "dummy":
             self.contexts = [tuple(random_prompts(self.rng, 1, n, 30000)[0] for n in (96, 64)) for _ in range(200)]
         else:
-            self.contexts = held_out(self.engines["lockstep"].tokenizer_manager.tokenizer)
+            self.contexts = held_out(AutoTokenizer.from_pretrained(args.model_path))
 
     def close(self) -> None:
         for engine in self.engines.values():
             engine.shutdown()
 
-    def call(self, engine: str, pairs: list, *, mixed: bool, new: int, temperature: float) -> tuple[float, list[dict]]:
-        """Seconds and outputs of one call with the contexts ``pairs``; ``mixed``: with the student's."""
+    def call(
+        self, engine: str, pairs: list, *, mixed: bool, new: int, temperature: float
+    ) -> tuple[float, list[tuple[int, int]]]:
+        """Seconds, and (tokens, decode steps) of each answer, of one call with the contexts ``pairs``; ``mixed``: with
+        the student's."""
         args = self.args
         params = {"temperature": temperature, "top_p": args.top_p, "max_new_tokens": new, "ignore_eos": True}
         each: list[dict[str, Any]] = [dict(params) for _ in pairs]
         if mixed:
             for one, (_, student) in zip(each, pairs, strict=True):
                 one["custom_params"] = {"student_input_ids": student, "alpha_method": args.alpha_method}
-        start = time.perf_counter()
-        outputs = self.engines[engine].generate(input_ids=[teacher for teacher, _ in pairs], sampling_params=each)
-        seconds = time.perf_counter() - start
-        assert all(len(output["output_ids"]) == new for output in outputs)
-        return seconds, outputs
+        seconds, answers = self.engines[engine].generate(input_ids=[pair[0] for pair in pairs], sampling_params=each)
+        assert all(tokens == new for tokens, _ in answers)
+        return seconds, answers
 
     def rate(self, name: str, batch: int) -> dict[str, float]:
         """Tokens a second of one call, and what is known of its drafts."""
@@ -142,12 +136,10 @@ class Bench:
         self.engines[engine].flush_cache()
         pairs = [self.rng.choice(self.contexts) for _ in range(batch)]
         new, temperature = self.args.output_len, self.args.temperature
-        seconds, outputs = self.call(engine, pairs, mixed=name != "t", new=new, temperature=temperature)
-        result = {"rate": batch * self.args.output_len / seconds}
-        meta = [output["meta_info"] for output in outputs]
+        seconds, answers = self.call(engine, pairs, mixed=name != "t", new=new, temperature=temperature)
+        result = {"rate": batch * new / seconds}
         if engine != "lockstep":
-            steps = sum(one["spec_verify_ct"] for one in meta)
-            result["tokens_per_step"] = sum(len(output["output_ids"]) - 1 for output in outputs) / steps
+            result["tokens_per_step"] = batch * (new - 1) / sum(steps for _, steps in answers)
         return result
 
     def step_seconds(self, engine: str, rows: int) -> float:
