@@ -67,9 +67,9 @@ bench: $(MODEL)/config.json  ## all benchmarks on the small model, about 35 minu
 		--student-input-len 64 --output-len 24
 
 bench-drafts: $(MODEL)/config.json  ## two students distilled for a few minutes, and what drafting with them gives; about an hour on two cores
-	$(BIN)/python -m bench.small_student --model-path $(MODEL) --layers 3 2 --output models/smollm2-small
+	$(BIN)/python -m bench.small_student --model-path $(MODEL) --layers 4 3 --output models/smollm2-small
+	$(BIN)/python -m bench.speculative --model-path $(MODEL) --student-model-path models/smollm2-small-4 --run-name 4-layers
 	$(BIN)/python -m bench.speculative --model-path $(MODEL) --student-model-path models/smollm2-small-3 --run-name 3-layers
-	$(BIN)/python -m bench.speculative --model-path $(MODEL) --student-model-path models/smollm2-small-2 --run-name 2-layers
 
 bench-gpu: $(READY)  ## the same questions on one GPU, with dummy weights (BENCH_TEACHER, BENCH_STUDENT: config folders or ids)
 	$(BIN)/python -m bench.alpha --dtype bfloat16

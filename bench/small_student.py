@@ -1,6 +1,6 @@
 """Small students for speculative benchmarks: some layers of a model, distilled from it for a few minutes.
 
-    python -m bench.small_student --model-path T --layers 3 2 --output models/small [--minutes 6]
+    python -m bench.small_student --model-path T --layers 4 3 --output models/small [--minutes 10]
 
 A student keeps the embeddings and some of the blocks, evenly spaced with the first and the last among them. It learns
 from what semi on-policy distillation is for: texts are sampled from the mixture of the teacher that is told the worked
@@ -12,6 +12,7 @@ recipe is honest rather than good: minutes on a CPU make a student that knows th
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import time
@@ -32,9 +33,9 @@ TRAIN_SEED, BENCH_SEED = 11, 12
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model-path", required=True, help="Teacher.")
-    parser.add_argument("--layers", type=positive_int, nargs="+", default=[3, 2], help="One student each.")
+    parser.add_argument("--layers", type=positive_int, nargs="+", default=[4, 3], help="One student each.")
     parser.add_argument("--output", required=True, help="Folder of the students; the number of layers is added.")
-    parser.add_argument("--minutes", type=float, default=6.0, help="Training of each. Default: %(default)s.")
+    parser.add_argument("--minutes", type=float, default=10.0, help="Training of each. Default: %(default)s.")
     parser.add_argument("--problems", type=positive_int, default=400, help="Default: %(default)s.")
     parser.add_argument("--new-tokens", type=positive_int, default=72, help="Of each text. Default: %(default)s.")
     parser.add_argument("--temperature", type=float, default=0.8, help="Of the texts. Default: %(default)s.")
@@ -149,9 +150,15 @@ def main() -> None:
     args, console = parse_args(), Console()
     tokenizer = AutoTokenizer.from_pretrained(args.model_path)
     start = time.monotonic()
-    sampled = sampled_texts(args, tokenizer)
+    kept = Path(f"{args.output}-texts.json")
+    if kept.exists():
+        sampled = json.loads(kept.read_text())
+    else:
+        sampled = sampled_texts(args, tokenizer)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(sampled))
     count = sum(len(text) for _, text in sampled)
-    console.print(f"{len(sampled)} texts, {count} tokens, sampled in {time.monotonic() - start:.0f} s")
+    console.print(f"{len(sampled)} texts, {count} tokens, at {time.monotonic() - start:.0f} s; kept in {kept}")
     torch.manual_seed(0)
     teacher = AutoModelForCausalLM.from_pretrained(args.model_path, dtype=torch.float32).eval()
     texts = Texts(teacher, sampled)

@@ -249,6 +249,8 @@ def main() -> None:
             bench.rate(name, 1)  # warm-up
         for batch in args.batch_size:
             rounds = []
+            for _ in range(2):
+                bench.rate("auto", batch)  # it has to learn what steps of this size cost
             for _ in range(args.repeats):
                 order = bench.rng.sample(names, len(names))
                 measured = {name: bench.rate(name, batch) for name in order}
