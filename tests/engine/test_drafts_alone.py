@@ -39,3 +39,6 @@ def test_auto_starts_and_is_right(tiny_pair, tiny_oracle):
             output["meta_info"]["spec_verify_ct"] < case.n - 1 for output, case in zip(outputs, cases, strict=True)
         )
         check_pools(engine)
+        # SGLang's configuration is the process's: it would count this one's drafts, which it has not.
+        with pytest.raises(ValueError, match="mixing_mode: an engine that drafts and one that does not"):
+            start(tiny_pair)
