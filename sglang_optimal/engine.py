@@ -411,8 +411,8 @@ def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any
     for drafts in _drafts.values():
         if (drafts > 0) != (config.longest_draft > 0):
             raise ValueError(
-                "mixing_mode: an engine that drafts and one that does not cannot run in one process, where SGLang has one "
-                "configuration; shut the first down, or start one of them in a process of its own."
+                "mixing_mode: an engine that drafts and one that does not cannot run in one process, where SGLang has "
+                "one configuration; shut the first down, or start one of them in a process of its own."
             )
 
     class MixedEngine(Engine):
