@@ -41,6 +41,10 @@ class Truncation:
         names = ("temperature", "top_k", "top_p", "min_p")
         return dataclasses.replace(self, **{name: getattr(self, name).repeat(times) for name in names})
 
+    def scaled(self, factor: Tensor) -> Truncation:
+        """The same with another temperature: ``factor`` (a scalar) times as high."""
+        return dataclasses.replace(self, temperature=self.temperature * factor)
+
     def probs(self, logits: Tensor) -> Tensor:
         """What is sampled from: [R, V] float32 that sums to 1 in each row, from logits [R, V]."""
         probs = (logits.float() / self.temperature.unsqueeze(-1)).softmax(-1)

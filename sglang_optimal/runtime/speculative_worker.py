@@ -23,6 +23,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang_optimal.mixing import mix
 from sglang_optimal.mixing.speculation import Truncation, verify, verify_greedy
 from sglang_optimal.runtime.draft_length import BestLength, FixedLength
+from sglang_optimal.runtime.draft_temperature import DraftTemperature
 from sglang_optimal.runtime.observer import MixingStep, make_samplable, series
 from sglang_optimal.runtime.plan import DecodePlan, DraftRows, MixedRows
 from sglang_optimal.runtime.speculation import LastTokens
@@ -59,6 +60,7 @@ class SpeculativeWorker(BaseSpecWorker):
         self.lengths = FixedLength(config.longest_draft)
         if config.mixing_mode == "auto":
             self.lengths = BestLength(config.longest_draft, agree=self._agreed_length)
+        self.temperature = DraftTemperature(self.device)
         self._launched: collections.deque[tuple[int, list[int]]] = collections.deque()
         self._cached: tuple[list, DraftRows] | None = None
 
@@ -166,7 +168,7 @@ class SpeculativeWorker(BaseSpecWorker):
         bias = None if bias is None else drafted.select(bias)[:, :v]
         truncation = _truncation(batch.sampling_info, drafted)
 
-        draft = self._draft(batch, rows, length, truncation, bias)
+        draft = self._draft(batch, rows, length, self.temperature.sharpened(truncation), bias)
         forward = self._verify_forward(batch, drafted, draft.tokens)
         logits = forward.logits_output.next_token_logits
         first = None if n == size else self._first_tokens(batch, rows, draft, logits[:size])
@@ -181,6 +183,7 @@ class SpeculativeWorker(BaseSpecWorker):
             tokens, accepted = verify_greedy(mixture.logits.argmax(-1).view(width, n), draft.tokens)
         else:
             chances = every.probs(mixture.logits).view(width, n, v)
+            self.temperature.observe(draft.logits[0], chances[0], truncation)
             tokens, accepted = verify(chances, draft.chances, draft.tokens)
         tokens, accepted = self._agreed(tokens), self._agreed(accepted)
 
