@@ -26,12 +26,12 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return False
 
     def init_backend(self) -> None:
-        from sglang.srt.layers.attention import torch_native_backend
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
         from sglang.srt.mem_cache import allocation
 
         from sglang_optimal.platforms.cpu_attention import GroupedRowsBackend
 
-        torch_native_backend.TorchNativeAttnBackend = GroupedRowsBackend
+        register_attention_backend("torch_native")(GroupedRowsBackend)
         allocation.assign_req_to_token_pool_func = write_slots
 
     def get_device(self, device_id: int = 0) -> str:

@@ -21,7 +21,7 @@ STUDENT_ADAPTER = "student"
 _REFUSED = (
     ("enable_mixed_chunk", "mixing prefill and decode rows in one batch"),
     ("enable_two_batch_overlap", "two-batch overlap"),
-    ("speculative_algorithm", "speculative decoding with another draft than --mixing-mode speculative's"),
+    ("speculative_algorithm", "speculative decoding"),
     ("enable_dp_attention", "data-parallel attention"),
     ("enable_lora", "LoRA adapters"),
     ("lora_paths", "LoRA adapters"),

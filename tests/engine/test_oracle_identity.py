@@ -33,7 +33,13 @@ MODES = {"": ENGINES, "shared-": SHARED, "lora-": LORA, "drafts-": DRAFTS}
 ONE_MODEL = ("shared-", "lora-")
 
 
-@pytest.fixture(scope="module", params=[f"{mode}{name}" for mode, engines in MODES.items() for name in engines])
+SLOW = ("shared-small-no-overlap", "drafts-small-no-overlap")
+NAMES = [f"{mode}{name}" for mode, engines in MODES.items() for name in engines]
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NAMES]
+)
 def sampler(request, tiny_pair):
     mode = next(mode for mode in reversed(MODES) if request.param.startswith(mode))
     name = request.param.removeprefix(mode)

@@ -18,6 +18,7 @@ DRAWS = 3000
 @pytest.fixture(scope="module", params=[{}, {"mixing_mode": "speculative", "draft_tokens": 3}], ids=["", "drafts"])
 def sampler(request, tiny_pair):
     with start(tiny_pair, max_running_requests=256, max_total_tokens=20_000, **request.param) as engine:
+        engine.drafts = bool(request.param)
         yield engine
 
 
@@ -64,6 +65,8 @@ FILTERS = [
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_distribution_of_the_first_token(sampler, tiny_oracle, contexts, filters):
+    if sampler.drafts:
+        pytest.skip("the first token comes from the prefill, where nothing is drafted")
     params = {"temperature": 1.0, **filters}
     draws = draw(sampler, contexts, **params)
     probs = tiny_oracle.next_token_distribution(*contexts, **params)
@@ -115,7 +118,7 @@ def test_distribution_of_whole_sequences(sampler, tiny_oracle, contexts, alpha, 
             grown |= {(*history, int(token)): chance * float(probs[token]) for token in probs.nonzero()}
         expected = grown
     index = {sequence: i for i, sequence in enumerate(expected)}
-    draws = draw(sampler, contexts, draws=2500, n=4, alpha=alpha, **filters)
+    draws = draw(sampler, contexts, draws=1500, n=4, alpha=alpha, **filters)
     counts = Counter(index[tuple(ids)] for ids in draws)  # a KeyError: a sequence that cannot be
     assert_fits(counts, torch.tensor(list(expected.values()), dtype=torch.float64))
 
