@@ -75,6 +75,10 @@ class MixedTokenizerManager(TokenizerManager):
 
     def generate_request(self, obj, request=None):
         if isinstance(obj, GenerateReqInput):
+            if not hasattr(obj, "is_single"):
+                # SGLang asks for it when the answer has ended, even if the request was refused before it looked at it;
+                # failing there would close a connection that has gone on to the next request.
+                obj.is_single = True
             _unpack_carried(obj)
             self._render_teacher_messages(obj)
         outputs = super().generate_request(obj, request)

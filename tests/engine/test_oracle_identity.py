@@ -33,7 +33,7 @@ MODES = {"": ENGINES, "shared-": SHARED, "lora-": LORA, "drafts-": DRAFTS}
 ONE_MODEL = ("shared-", "lora-")
 
 
-SLOW = ("shared-small-no-overlap", "drafts-small-no-overlap")
+SLOW = ("shared-small-no-overlap", "drafts-small-no-overlap", "lora-small")
 NAMES = [f"{mode}{name}" for mode, engines in MODES.items() for name in engines]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 
 import httpx
 import pytest
@@ -236,6 +237,18 @@ def test_bad_field_in_a_stream(client):
     params = {"max_new_tokens": 4, "custom_params": {"student_input_ids": [-1]}}
     (event,) = events(client, "/generate", {"input_ids": [10, 11], "sampling_params": params, "stream": True})
     assert "student_input_ids[0]: -1 is outside" in event["error"]["message"]
+
+
+def test_a_refused_stream_leaves_its_connection_alone(client):
+    """SGLang looks after every stream again two seconds later; the connection may be busy with the next one by then."""
+    bad = {"input_ids": [10, 11], "sampling_params": {"custom_params": {"teacher_messages": 5}}, "stream": True}
+    params = {"max_new_tokens": 40, "ignore_eos": True, "custom_params": {"student_input_ids": [12, 13]}}
+    (event,) = events(client, "/generate", bad)
+    assert "teacher_messages" in event["error"]["message"]
+    end = time.monotonic() + 3.0
+    while time.monotonic() < end:
+        last = events(client, "/generate", {"input_ids": [10, 11], "sampling_params": params, "stream": True})[-1]
+        assert len(last["output_ids"]) == 40
 
 
 def test_bad_field_in_a_batch(client):
