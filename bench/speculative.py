@@ -45,6 +45,7 @@ from bench.common import (
 )
 from bench.engine_process import EngineProcess
 from bench.small_student import held_out
+from sglang_optimal.runtime.draft_length import expected_tokens
 
 LONGEST_CONTEXT = 160  # tokens
 
@@ -160,10 +161,6 @@ def acceptance(tokens_per_step: float, k: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if expected_tokens(middle, k) < tokens_per_step else (low, middle)
     return low
-
-
-def expected_tokens(a: float, k: int) -> float:
-    return sum(a**i for i in range(k + 1))
 
 
 def summary(bench: Bench, batch: int, rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (ICML 2023), and Chen et al.,
 "Accelerating Large Language Model Decoding with Speculative Sampling" (2023): a proposal y drawn from p is kept with
 probability min(1, q(y)/p(y)), and otherwise replaced by a draw from (q − p)₊, normalised. What comes out follows q.
-Here q is the mixture, which needs the student's own distribution at every position anyway, and p is that distribution.
+Here q is the mixture, which needs the student's logits at every position anyway, and p is made of those.
 """
 
 from __future__ import annotations

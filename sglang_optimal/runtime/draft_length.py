@@ -16,6 +16,11 @@ _MARGIN = 1.02  # another length must promise this much more
 _FIRST_PROBE, _LAST_PROBE = 128, 4096  # steps without a look at another length
 
 
+def expected_tokens(acceptance: float, length: int) -> float:
+    """1 + a + … + a^k: what a step with k drafts gives a row where each is accepted with chance a."""
+    return sum(acceptance**i for i in range(length + 1))
+
+
 class FixedLength:
     """Always the same length."""
 
@@ -132,7 +137,7 @@ class _Costs:
 
     def _rate(self, length: int, acceptance: float) -> float:
         """Tokens a second and row."""
-        return sum(acceptance**i for i in range(length + 1)) / self._cost(length)
+        return expected_tokens(acceptance, length) / self._cost(length)
 
     def _cost(self, length: int) -> float:
         if length in self.seconds:

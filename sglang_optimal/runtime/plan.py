@@ -58,6 +58,14 @@ class MixedRows:
         """The mixed rows of a tensor [B, …]; the tensor itself when all are."""
         return tensor if self.index is None else tensor.index_select(0, self.index)
 
+    def student_lens(self, batch: ScheduleBatch, ahead: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Lengths of the students' rows [n] in a decode batch, ``ahead`` tokens after its own: on the device, on the
+        host (None where the batch has none there)."""
+        cpu = batch.seq_lens_cpu
+        if cpu is not None:
+            cpu = (cpu if self.index is None else cpu[self.host]) + self.offsets_cpu + ahead
+        return self.select(batch.seq_lens) + self.offsets + ahead, cpu
+
 
 @dataclasses.dataclass
 class DraftRows:
@@ -129,10 +137,9 @@ class Planner:
         rows = self._decode_rows(batch)
         if rows is None:
             return None
-        seq_lens = rows.select(batch.seq_lens) + rows.offsets
-        cpu = batch.seq_lens_cpu if rows.index is None else batch.seq_lens_cpu[rows.host]
+        seq_lens, cpu = rows.student_lens(batch)
         slots = self.kv.decode_slots(rows.select(batch.req_pool_indices), seq_lens)
-        return DecodePlan(rows=rows, seq_lens=seq_lens, seq_lens_cpu=cpu + rows.offsets_cpu, out_cache_loc=slots)
+        return DecodePlan(rows=rows, seq_lens=seq_lens, seq_lens_cpu=cpu, out_cache_loc=slots)
 
     def _decode_rows(self, batch: ScheduleBatch) -> MixedRows | None:
         # SGLang rebinds batch.reqs whenever the composition changes, so identity of the list is identity of the rows.

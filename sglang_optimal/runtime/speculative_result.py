@@ -43,7 +43,7 @@ class Draft:
         )
 
     def propose(self, position: int, truncation: Truncation) -> torch.Tensor:
-        """Tokens [n] drawn from the student's own distribution at ``position``, truncated as the mixture will be."""
+        """Tokens [n] drawn from the student's logits at ``position`` with ``truncation``."""
         logits = self.logits[position]
         if self.chances is None:
             return logits.argmax(-1)

@@ -149,10 +149,7 @@ class SpeculativeWorker(BaseSpecWorker):
 
     def _plan(self, batch: ScheduleBatch, rows: MixedRows, ahead: int) -> DecodePlan:
         """The student's decode step ``ahead`` tokens after that of ``batch``, which holds an ordinary decode batch."""
-        seq_lens = rows.select(batch.seq_lens) + rows.offsets + ahead
-        cpu = batch.seq_lens_cpu
-        if cpu is not None:
-            cpu = (cpu if rows.index is None else cpu[rows.host]) + rows.offsets_cpu + ahead
+        seq_lens, cpu = rows.student_lens(batch, ahead)
         pool = self.target_worker.student_kv.req_to_token_pool
         slots = _slots(pool, rows.select(batch.req_pool_indices), seq_lens)
         return DecodePlan(rows=rows, seq_lens=seq_lens, seq_lens_cpu=cpu, out_cache_loc=slots)

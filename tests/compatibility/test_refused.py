@@ -48,6 +48,22 @@ def test_flags(models, flag):
     assert f"`{flag}`" in DOC.read_text(), f"{flag} is not in docs/compatibility.md"
 
 
+@pytest.mark.parametrize("mode", ["speculative", "auto"])
+@pytest.mark.parametrize("flag", ["--enable-deterministic-inference", "--enable-return-hidden-states"])
+def test_flags_where_the_student_drafts(models, flag, mode):
+    with pytest.raises(ValueError, match=f"^{flag}: .*where the student drafts"):
+        launch_server.parse([*models, "--mixing-mode", mode, flag])
+    launch_server.parse([*models, flag])  # not a matter of the student alone
+
+
+def test_drafts_with_shared_weights(models):
+    """Refused where they were asked for; ``auto`` stays in lockstep."""
+    teacher = models[:2]
+    with pytest.raises(ValueError, match="mixing_mode: 'speculative' gains nothing with shared weights"):
+        launch_server.parse([*teacher, "--mixing-mode", "speculative"])
+    assert launch_server.parse([*teacher, "--mixing-mode", "auto"])[1].longest_draft == 0
+
+
 # What SGLang knows a model by, over the tiny teacher's own configuration.
 MODELS = {
     "recurrent": {
