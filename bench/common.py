@@ -33,9 +33,18 @@ def add_output_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 def positive_int(text: str) -> int:
     """Type of an argument that must be at least 1."""
+    return _at_least(1, text)
+
+
+def non_negative_int(text: str) -> int:
+    """Type of an argument that must be at least 0."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import multiprocessing
 import time
@@ -30,6 +31,14 @@ class EngineProcess:
     def generate(self, **arguments: Any) -> tuple[float, list[tuple[int, int]]]:
         """Seconds of a call of SGLang's ``Engine.generate``; tokens and decode steps (with drafts) of each answer."""
         self._pipe.send(("generate", arguments))
+        return self._pipe.recv()
+
+    def serve(
+        self, concurrency: int, input_ids: list[list[int]], sampling_params: list[dict[str, Any]]
+    ) -> tuple[float, list[tuple[int, int]]]:
+        """`generate` for requests of their own, of which ``concurrency`` run at a time."""
+        arguments = {"concurrency": concurrency, "input_ids": input_ids, "sampling_params": sampling_params}
+        self._pipe.send(("serve", arguments))
         return self._pipe.recv()
 
     def flush_cache(self) -> None:
@@ -64,6 +73,18 @@ def _serve(pipe, teacher: str, student: str | None, control: Path | None, argume
             pipe.send(True)
             continue
         start = time.perf_counter()
-        outputs = engine.generate(**call)
+        outputs = engine.generate(**call) if what == "generate" else _closed_loop(engine, **call)
         seconds = time.perf_counter() - start
         pipe.send((seconds, [(len(o["output_ids"]), o["meta_info"].get("spec_verify_ct", 0)) for o in outputs]))
+
+
+def _closed_loop(engine, concurrency: int, input_ids: list, sampling_params: list) -> list[dict[str, Any]]:
+    async def one(ids: list[int], params: dict[str, Any]) -> dict[str, Any]:
+        async with free:
+            return await engine.async_generate(input_ids=ids, sampling_params=params)
+
+    async def every() -> list[dict[str, Any]]:
+        return await asyncio.gather(*map(one, input_ids, sampling_params))
+
+    free = asyncio.Semaphore(concurrency)
+    return engine.loop.run_until_complete(every())

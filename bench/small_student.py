@@ -77,6 +77,11 @@ def sampled_texts(args: argparse.Namespace, tokenizer) -> list[tuple[list[int], 
     return [(student, result.token_ids) for (_, student), result in zip(pairs, results, strict=True)]
 
 
+def half() -> torch.autocast:
+    """Matrix products in bfloat16, in which both models will run, and which some CPUs do three times as fast."""
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
 def cut(teacher, layers: int):
     """A copy of ``teacher`` (float32) with ``layers`` of its blocks."""
     last = teacher.config.num_hidden_layers - 1
@@ -110,7 +115,7 @@ class Texts:
     def states(self, model, chosen: list[int]) -> torch.Tensor:
         """Last hidden states [tokens of the texts, width] of the chosen texts."""
         grad = torch.enable_grad() if model.training else torch.no_grad()
-        with grad:
+        with grad, half():
             ids = pad_sequence([self.ids[i] for i in chosen], batch_first=True)
             states = model.model(ids, use_cache=False).last_hidden_state
         return torch.cat([states[row, self.places[i]] for row, i in enumerate(chosen)])
@@ -125,9 +130,10 @@ def train(teacher, student, texts: Texts, args: argparse.Namespace, console: Con
         if len(order) < args.batch_size:
             order = rng.sample(range(len(texts.ids)), len(texts.ids))
         chosen = [order.pop() for _ in range(args.batch_size)]
-        with torch.no_grad():
-            target = log_softmax(teacher.lm_head(torch.cat([texts.hidden[i] for i in chosen])), -1)
-        got = log_softmax(student.lm_head(texts.states(student, chosen)), -1)
+        with torch.no_grad(), half():
+            target = log_softmax(teacher.lm_head(torch.cat([texts.hidden[i] for i in chosen])).float(), -1)
+        with half():
+            got = log_softmax(student.lm_head(texts.states(student, chosen)).float(), -1)
         loss = kl_div(got, target, log_target=True, reduction="batchmean")
         for group in optimizer.param_groups:
             warm = min(1.0, (len(losses) + 1) / 20)

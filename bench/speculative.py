@@ -2,15 +2,17 @@
 
     python -m bench.speculative --model-path T --student-model-path S [--draft-tokens 1 2 4 8] [--batch-size 1 4 16]
 
-Rates, in generated tokens a second over whole calls (prefill included, caches flushed before each):
+Rates, in generated tokens a second, of B clients that each send their next request when the last is answered
+(``--waves`` requests a client; prefill included, caches flushed before):
 
     t       plain requests: the teacher alone
     m       mixed requests in lockstep
-    m_k     mixed requests with k drafts a step
+    m_k     mixed requests with k drafts a step; m_0 is lockstep on the engine that drafts
     auto    mixed requests, the number of drafts chosen online
 
-The prompts are word problems that ``bench.small_student`` has not seen; the teacher is told the solution. Rounds go
-through the calls in random order; ratios are taken within a round, and are medians (smallest–largest).
+The prompts are word problems that ``bench.small_student`` has not seen; the teacher is told the solution. Answers have
+from half to one and a half times ``--output-len`` tokens. Every round has prompts and lengths of its own, the same for
+all modes, which come in random order; ratios are taken within a round, and are medians (smallest–largest).
 
 The model beside the measurement: with a the chance that a draft is accepted and B requests, a step of k drafts gives
 E = 1 + a + … + a^k tokens a request and costs V + (k + 1)·s, where V is a step of the teacher on (k + 1)·B rows and s
@@ -37,6 +39,7 @@ from bench.common import (
     append_record,
     device_name,
     new_figure,
+    non_negative_int,
     positive_int,
     random_prompts,
     save_figure,
@@ -54,9 +57,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model-path", required=True, help="Teacher.")
     parser.add_argument("--student-model-path", required=True)
-    parser.add_argument("--draft-tokens", type=positive_int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    parser.add_argument("--draft-tokens", type=non_negative_int, nargs="+", default=list(range(9)))
     parser.add_argument("--batch-size", type=positive_int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--output-len", type=positive_int, default=64, help="Default: %(default)s.")
+    parser.add_argument("--waves", type=positive_int, default=3, help="Requests a client. Default: %(default)s.")
     parser.add_argument("--repeats", type=positive_int, default=3, help="Rounds. Default: %(default)s.")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy. Default: %(default)s.")
     parser.add_argument("--top-p", type=float, default=1.0, help="Default: %(default)s.")
@@ -81,7 +85,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.rng = args, random.Random(0)
-        longest = LONGEST_CONTEXT + args.output_len
+        longest = LONGEST_CONTEXT + args.output_len * 3 // 2
         largest, most = max(args.batch_size), max(args.draft_tokens)
         arguments: dict[str, Any] = {
             "max_total_tokens": 2 * largest * (longest + 2 * most + 2),
@@ -114,41 +118,40 @@ class Bench:
         for engine in self.engines.values():
             engine.shutdown()
 
-    def call(
-        self, engine: str, pairs: list, *, mixed: bool, new: int, temperature: float
-    ) -> tuple[float, list[tuple[int, int]]]:
-        """Seconds, and (tokens, decode steps) of each answer, of one call with the contexts ``pairs``; ``mixed``: with
-        the student's."""
-        args = self.args
-        params = {"temperature": temperature, "top_p": args.top_p, "max_new_tokens": new, "ignore_eos": True}
-        each: list[dict[str, Any]] = [dict(params) for _ in pairs]
-        if mixed:
-            for one, (_, student) in zip(each, pairs, strict=True):
-                one["custom_params"] = {"student_input_ids": student, "alpha_method": args.alpha_method}
-        seconds, answers = self.engines[engine].generate(input_ids=[pair[0] for pair in pairs], sampling_params=each)
-        assert all(tokens == new for tokens, _ in answers)
-        return seconds, answers
+    def workload(self, batch: int) -> list[tuple[list[int], list[int], int]]:
+        """(teacher context, student context, tokens to generate) of the requests of ``batch`` clients."""
+        most = self.args.output_len
+        pairs = self.rng.choices(self.contexts, k=batch * self.args.waves)
+        return [(*pair, self.rng.randint(most // 2, most * 3 // 2)) for pair in pairs]
 
-    def rate(self, name: str, batch: int) -> dict[str, float]:
-        """Tokens a second of one call, and what is known of its drafts."""
+    def params(self, new: int, temperature: float) -> dict[str, Any]:
+        return {"temperature": temperature, "top_p": self.args.top_p, "max_new_tokens": new, "ignore_eos": True}
+
+    def rate(self, name: str, batch: int, work: list[tuple[list[int], list[int], int]]) -> dict[str, float]:
+        """Tokens a second of ``batch`` clients, and what is known of their drafts."""
         engine = {"t": "lockstep", "m": "lockstep", "auto": "auto"}.get(name, "given")
         if engine == "given":
             self.control.write(int(name.removeprefix("m_")))
         self.engines[engine].flush_cache()
-        pairs = [self.rng.choice(self.contexts) for _ in range(batch)]
-        new, temperature = self.args.output_len, self.args.temperature
-        seconds, answers = self.call(engine, pairs, mixed=name != "t", new=new, temperature=temperature)
-        result = {"rate": batch * new / seconds}
+        params = [self.params(new, self.args.temperature) for _, _, new in work]
+        if name != "t":
+            for one, (_, student, _) in zip(params, work, strict=True):
+                one["custom_params"] = {"student_input_ids": student, "alpha_method": self.args.alpha_method}
+        seconds, answers = self.engines[engine].serve(batch, [teacher for teacher, _, _ in work], params)
+        assert [tokens for tokens, _ in answers] == [new for _, _, new in work]
+        result = {"rate": sum(new for _, _, new in work) / seconds}
         if engine != "lockstep":
-            result["tokens_per_step"] = batch * (new - 1) / sum(steps for _, steps in answers)
+            # The first token of each is a prefill's.
+            result["tokens_per_step"] = sum(new - 1 for _, _, new in work) / sum(steps for _, steps in answers)
         return result
 
     def step_seconds(self, engine: str, rows: int) -> float:
         """What one more greedy token for each of ``rows`` plain requests takes; their prompts are in the cache."""
-        pairs = [self.rng.choice(self.contexts) for _ in range(rows)]
+        prompts = [teacher for teacher, _ in self.rng.choices(self.contexts, k=rows)]
 
         def seconds(new: int) -> float:
-            return self.call(engine, pairs, mixed=False, new=new, temperature=0.0)[0]
+            params = self.params(new, temperature=0.0)
+            return self.engines[engine].generate(input_ids=prompts, sampling_params=params)[0]
 
         seconds(1)
         return spread((seconds(18) - seconds(2)) / 16 for _ in range(3))["median"]
@@ -169,12 +172,13 @@ def summary(bench: Bench, batch: int, rounds: list[dict[str, dict[str, float]]])
     over = {name: spread(r[name]["rate"] / r["m"]["rate"] for r in rounds) for name in rounds[0]}
     over_t = {name: spread(r[name]["rate"] / r["t"]["rate"] for r in rounds) for name in rounds[0]}
     per_step = {n: spread(r[n]["tokens_per_step"] for r in rounds)["median"] for n in rounds[0] if n.startswith("m_")}
-    accepted = {name: acceptance(value, int(name[2:])) for name, value in per_step.items()}
+    accepted = {n: acceptance(value, int(n[2:])) for n, value in per_step.items() if n != "m_0"}
     costs = {
         "t": bench.step_seconds("lockstep", batch),
         "s": bench.step_seconds("student", batch),
     }
-    for k in args.draft_tokens:
+    drafts = [k for k in args.draft_tokens if k]
+    for k in drafts:
         costs[f"t({batch * (k + 1)})"] = bench.step_seconds("lockstep", batch * (k + 1))
 
     def predicted(k: int, a: float) -> float:
@@ -190,7 +194,7 @@ def summary(bench: Bench, batch: int, rounds: list[dict[str, dict[str, float]]])
         "tokens_per_step": per_step,
         "acceptance": accepted,
         "model_over_lockstep": {name: predicted(int(name[2:]), a) for name, a in accepted.items()},
-        "model_for_acceptance": {a: {k: predicted(k, a) for k in args.draft_tokens} for a in args.acceptance},
+        "model_for_acceptance": {a: {k: predicted(k, a) for k in drafts} for a in args.acceptance},
         "step_seconds": costs,
         "cost_ratio": costs["t"] / costs["s"],
     }
@@ -202,7 +206,7 @@ def show(console: Console, args: argparse.Namespace, records: list[dict[str, Any
         table.add_column(name, justify="right")
     for r in records:
         for name in r["rates"]:
-            known = name in r["tokens_per_step"]
+            known = name in r["acceptance"]
             table.add_row(
                 *(str(r["batch_size"]), name, f"{r['rates'][name]['median']:.1f}"),
                 *(with_spread(r["over_lockstep"][name]), with_spread(r["over_teacher"][name])),
@@ -223,10 +227,9 @@ def show(console: Console, args: argparse.Namespace, records: list[dict[str, Any
 def plot(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
     figure, axes = new_figure(len(records))
     for axis, r in zip(axes[0], records, strict=True):
-        k = [0, *args.draft_tokens]
-        measured = [1.0] + [r["over_lockstep"][f"m_{i}"]["median"] for i in args.draft_tokens]
-        axis.plot(k, measured, marker="o", label="measured")
-        axis.plot(k, [1.0] + [r["model_over_lockstep"][f"m_{i}"] for i in args.draft_tokens], "--", label="model")
+        k = args.draft_tokens
+        axis.plot(k, [r["over_lockstep"][f"m_{i}"]["median"] for i in k], marker="o", label="measured")
+        axis.plot(k, [r["model_over_lockstep"].get(f"m_{i}", 1.0) for i in k], "--", label="model")
         axis.axhline(r["over_lockstep"]["auto"]["median"], color="tab:green", label="auto")
         axis.axhline(r["over_lockstep"]["t"]["median"], color="grey", label="teacher alone")
         axis.set(xlabel="drafts a step", ylabel="tokens/s over lockstep", title=f"batch {r['batch_size']}")
@@ -243,14 +246,14 @@ def main() -> None:
     records = []
     try:
         for name in names:
-            bench.rate(name, 1)  # warm-up
+            bench.rate(name, 1, bench.workload(1))  # warm-up
         for batch in args.batch_size:
             rounds = []
             for _ in range(2):
-                bench.rate("auto", batch)  # it has to learn what steps of this size cost
+                bench.rate("auto", batch, bench.workload(batch))  # it has to learn what steps of this size cost
             for _ in range(args.repeats):
-                order = bench.rng.sample(names, len(names))
-                measured = {name: bench.rate(name, batch) for name in order}
+                work = bench.workload(batch)
+                measured = {name: bench.rate(name, batch, work) for name in bench.rng.sample(names, len(names))}
                 rounds.append({name: measured[name] for name in names})
             records.append(summary(bench, batch, rounds))
             about = {n: getattr(args, n) for n in ("model_path", "student_model_path", "temperature", "output_len")}

@@ -1,4 +1,4 @@
-"""The choice of the number of drafts, against a clock that knows what each step costs."""
+"""The choice of the number of drafts, on a simulated machine whose steps have known costs."""
 
 from __future__ import annotations
 
@@ -7,27 +7,54 @@ import random
 import pytest
 
 from sglang_optimal.runtime.draft_length import BestLength, FixedLength
+from sglang_optimal.runtime.step_timer import StepTimer
+
+
+class Timer(StepTimer):
+    """Times by the machine's clock; a step's time is known ``late`` steps after it."""
+
+    def __init__(self, machine: Machine, late: int):
+        super().__init__("cpu")
+        self.machine, self.late = machine, late
+
+    def _event(self):
+        return Event(self)
+
+
+class Event:
+    def __init__(self, timer: Timer):
+        self.timer = timer
+
+    def record(self) -> None:
+        self.now, self.step = self.timer.machine.now, self.timer.machine.steps
+
+    def query(self) -> bool:
+        return self.timer.machine.steps >= self.step + self.timer.late
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.now - self.now)
 
 
 class Machine:
     """Steps that cost ``base + slope · k`` seconds (by the rows), with noise, and drafts accepted with chance ``a``."""
 
-    def __init__(self, longest: int, acceptance: float, base: float, slope: float, noise: float = 0.05):
-        self.now, self.tokens = 0.0, 0
+    def __init__(self, longest: int, acceptance: float, base: float, slope: float, noise: float = 0.05, late: int = 0):
+        self.now, self.tokens, self.steps = 0.0, 0, 0
         self.acceptance, self.base, self.slope, self.noise = acceptance, base, slope, noise
         self.rng = random.Random(1)
-        self.lengths = BestLength(longest, clock=lambda: self.now)
+        self.lengths = BestLength(longest, Timer(self, late))
         self.chosen: list[int] = []
 
     def run(self, steps: int, rows: int = 1) -> float:
         """Tokens a second and row over ``steps`` steps."""
         start, tokens = self.now, self.tokens
         for _ in range(steps):
-            k = self.lengths.choose(rows)
-            self.chosen.append(k)
-            self.now += (self.base + self.slope * k) * self.rng.uniform(1 - self.noise, 1 + self.noise)
-            if self.noise and self.rng.random() < 0.005:
-                self.now += 5 * self.base  # something else ran on the machine
+            with self.lengths.step(rows) as k:
+                self.chosen.append(k)
+                self.now += (self.base + self.slope * k) * self.rng.uniform(1 - self.noise, 1 + self.noise)
+                if self.noise and self.rng.random() < 0.005:
+                    self.now += 5 * self.base  # something else ran on the machine
+            self.steps += 1
             accepted = []
             for _ in range(rows):
                 count = 0
@@ -92,19 +119,18 @@ def test_each_size_of_batch_has_its_own():
     assert small >= 3 and large == 0 and machine.chosen[-1] >= 3
 
 
-def test_prefills_are_not_measured():
-    """A prefill between two steps would count as the cost of the first."""
-    machine = Machine(8, 0.8, base=1.0, slope=0.1, noise=0.0)
-    for step in range(600):
-        machine.run(1)
-        if step % 5 == 4:
-            machine.now += 30.0
-            machine.lengths.interrupt()
-    costs = machine.lengths._sizes[1].seconds
-    assert costs and all(seconds < 2.5 for seconds in costs.values())
+def test_requests_that_come_and_go():
+    """The batch has another size at every few steps, with a prefill between, and times are known late."""
+    machine = Machine(8, 0.8, base=1.0, slope=0.1, late=2)
+    for _ in range(300):
+        machine.run(2, machine.rng.randint(3, 16))
+        machine.now += 30.0
+    assert all(k >= 3 for k in machine.chosen[-50:])
+    for costs in machine.lengths._sizes.values():
+        assert all(seconds < 2.5 for seconds in costs.seconds.values())
 
 
 def test_ranks_agree():
     """Each decision is put to the other ranks, whatever this one has measured."""
-    lengths = BestLength(8, agree=lambda choice: 3)
+    lengths = BestLength(8, StepTimer("cpu"), agree=lambda choice: 3)
     assert {lengths.choose(1) for _ in range(50)} == {3}

@@ -9,6 +9,7 @@ of drafts: a request that cannot be drafted for takes part with one row, as in l
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 
 import torch
@@ -28,6 +29,7 @@ from sglang_optimal.runtime.observer import MixingStep, make_samplable, series
 from sglang_optimal.runtime.plan import DecodePlan, DraftRows, MixedRows
 from sglang_optimal.runtime.speculation import LastTokens
 from sglang_optimal.runtime.speculative_result import Accepted, Draft
+from sglang_optimal.runtime.step_timer import StepTimer
 from sglang_optimal.runtime.student import decode_rows
 from sglang_optimal.runtime.student_kv import student_of
 
@@ -59,7 +61,7 @@ class SpeculativeWorker(BaseSpecWorker):
         config = target_worker.mixing_config
         self.lengths = FixedLength(config.longest_draft)
         if config.mixing_mode == "auto":
-            self.lengths = BestLength(config.longest_draft, agree=self._agreed_length)
+            self.lengths = BestLength(config.longest_draft, StepTimer(self.device), agree=self._agreed_length)
         self.temperature = DraftTemperature(self.device)
         self._launched: collections.deque[tuple[int, list[int]]] = collections.deque()
         self._cached: tuple[list, DraftRows] | None = None
@@ -79,19 +81,16 @@ class SpeculativeWorker(BaseSpecWorker):
     def forward_batch_generation(self, batch: ScheduleBatch, on_publish=None, pp_proxy_tensors=None):
         """One step; ``on_publish`` is told the requests' new lengths as early as they are known."""
         if not batch.forward_mode.is_decode():
-            self.lengths.interrupt()
             result = self.target_worker.forward_batch_generation(batch)
             return self._finish(batch, result, batch.seq_lens, result.next_token_ids, on_publish)
         rows = self._rows(batch)
         last = batch.spec_info.bonus_tokens.long()
         host = [] if rows.drafted is None else rows.drafted.host
-        length = self.lengths.choose(len(host)) if host else 0
-        if not host:
-            self.lengths.interrupt()
-        self._launched.append((length, host))
-        if length == 0:
-            return self._lockstep(batch, rows, last, on_publish)
-        return self._speculate(batch, rows, last, length, on_publish)
+        with self.lengths.step(len(host)) if host else contextlib.nullcontext(0) as length:
+            self._launched.append((length, host))
+            if length == 0:
+                return self._lockstep(batch, rows, last, on_publish)
+            return self._speculate(batch, rows, last, length, on_publish)
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         """The scheduler has the result of the oldest decode step that it has not had yet."""
