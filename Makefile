@@ -80,7 +80,9 @@ bench-gpu: $(READY)  ## the same questions on one GPU, with dummy weights (BENCH
 	$(BIN)/python -m bench.profile --model-path $(BENCH_TEACHER) --student-model-path $(BENCH_STUDENT) \
 		--batch-size 1 32 256 --server-args --load-format dummy
 	$(BIN)/python -m bench.speculative --model-path $(BENCH_TEACHER) --student-model-path $(BENCH_STUDENT) \
-		--load-format dummy --batch-size 1 4 16 64
+		--load-format dummy --batch-size 1 4 16
+	$(BIN)/python -m bench.speculative --model-path $(BENCH_TEACHER) --student-model-path $(BENCH_STUDENT) \
+		--load-format dummy --batch-size 64 --draft-tokens 0 1 2
 
 audit: $(READY)  ## known vulnerabilities of everything installed; fails if something cannot be looked up
 	$(BIN)/pip freeze --exclude-editable > $(VENV)/audit.txt

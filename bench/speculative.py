@@ -48,7 +48,6 @@ from bench.common import (
 )
 from bench.engine_process import EngineProcess
 from bench.small_student import held_out
-from sglang_optimal.runtime.draft_length import expected_tokens
 
 LONGEST_CONTEXT = 160  # tokens
 
@@ -157,8 +156,13 @@ class Bench:
         return spread((seconds(18) - seconds(2)) / 16 for _ in range(3))["median"]
 
 
+def expected_tokens(acceptance: float, k: int) -> float:
+    """1 + a + … + a^k."""
+    return sum(acceptance**i for i in range(k + 1))
+
+
 def acceptance(tokens_per_step: float, k: int) -> float:
-    """The chance a that 1 + a + … + a^k is ``tokens_per_step``."""
+    """The a that gives ``tokens_per_step``."""
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2

@@ -58,13 +58,17 @@ class Machine:
             accepted = []
             for _ in range(rows):
                 count = 0
-                while count < k and self.rng.random() < self.acceptance:
+                while count < k and self.rng.random() < self.chance():
                     count += 1
                 accepted.append(count)
                 self.tokens += 1 + count
             if k:
                 self.lengths.observe(k, accepted)
         return (self.tokens - tokens) / (self.now - start) / rows
+
+    def chance(self) -> float:
+        """That the next draft is accepted."""
+        return self.acceptance
 
     def rate(self, k: int) -> float:
         """What length k gives, without disturbances."""
@@ -117,6 +121,28 @@ def test_each_size_of_batch_has_its_own():
     machine.slope = 0.1
     machine.run(20, 1)
     assert small >= 3 and large == 0 and machine.chosen[-1] >= 3
+
+
+class Stretches(Machine):
+    """Text with easy and hard stretches, of which the rows take their drafts in turn."""
+
+    easy = True
+
+    def chance(self) -> float:
+        self.easy ^= self.rng.random() < 0.08
+        return 0.97 if self.easy else 0.3
+
+
+def test_easy_stretches_are_used():
+    """A run of accepted drafts is a sign of more: the mean acceptance alone would make the drafts too short."""
+
+    def rate(lengths=None) -> float:
+        machine = Stretches(8, 0.0, base=1.0, slope=0.15, noise=0.0)
+        machine.lengths = lengths or machine.lengths
+        machine.run(1000)
+        return machine.run(4000)
+
+    assert rate() > 0.93 * max(rate(FixedLength(k)) for k in range(9))
 
 
 def test_requests_that_come_and_go():

@@ -13,14 +13,11 @@ from sglang_optimal.runtime.step_timer import StepTimer
 RUN = 6
 """Steps between two decisions for one size of batch, on every rank alike."""
 _ENOUGH, _RECENT = 3, 9  # steps of a length that make its cost known, and that are remembered
-_MEMORY = 0.97  # of the acceptance, from step to step
+_GUESS = 0.75  # acceptance before anything is known
+_MEMORY = 0.98  # of the acceptance, from step to step
+_PRIOR = 4.0  # drafts at one position that weigh as much as what is known of the position before
 _MARGIN = 1.02  # another length must promise this much more
 _FIRST_PROBE, _LAST_PROBE = 128, 4096  # steps without a look at another length
-
-
-def expected_tokens(acceptance: float, length: int) -> float:
-    """1 + a + … + a^k: what a step with k drafts gives a row where each is accepted with chance a."""
-    return sum(acceptance**i for i in range(length + 1))
 
 
 class FixedLength:
@@ -45,11 +42,11 @@ class FixedLength:
 class BestLength(FixedLength):
     """The length that gives most tokens a second, by what has been measured.
 
-    A step with k drafts gives 1 + a + … + a^k tokens a row, where a is the chance that a draft is accepted, and costs
-    c(k) seconds, measured where it was run and on the line through the nearest measured ones elsewhere. Costs are kept
-    for each size of batch, in powers of two: a small batch is verified almost for free, because the weights are read
-    once whatever it holds, and a large one is not. Another length is tried from time to time, ever more seldom while
-    that changes nothing.
+    A step with k drafts gives 1 + a₁ + a₁a₂ + … + a₁⋯a_k tokens a row, where a_i is the chance that a draft is accepted
+    if those before it were (it mostly grows with i: text has easy stretches). It costs c(k) seconds, measured where it
+    was run and on the line through the nearest measured ones elsewhere. Costs are kept for each size of batch, in
+    powers of two: a small batch is verified almost for free, because the weights are read once whatever it holds, and a
+    large one is not. Another length is tried from time to time, ever more seldom while that changes nothing.
 
     Args:
         longest: the most drafts in a step.
@@ -64,12 +61,7 @@ class BestLength(FixedLength):
         self._sizes: dict[int, _Costs] = {}
         self._size: int | None = None
         self._left = 0  # steps until the next decision
-        self._kept, self._tried = 1.5, 2.0  # a guess that the first steps outweigh
-
-    @property
-    def acceptance(self) -> float:
-        """The chance that a draft is accepted."""
-        return min(self._kept / self._tried, 0.999)
+        self._acceptance = _Acceptance(longest)
 
     @contextlib.contextmanager
     def step(self, rows: int) -> Iterator[int]:
@@ -83,16 +75,37 @@ class BestLength(FixedLength):
         size = round(math.log2(rows))
         costs = self._sizes.setdefault(size, _Costs(self.longest))
         if size != self._size or self._left == 0:
-            self.length = self._agree(costs.decide(self.acceptance))
+            self.length = self._agree(costs.decide(self._acceptance.tokens()))
             self._size, self._left = size, RUN
         self._left -= 1
         costs.steps += 1
         return self.length
 
     def observe(self, length: int, accepted: Sequence[int]) -> None:
-        # A row is tried until its first refusal.
-        self._kept = self._kept * _MEMORY + sum(accepted)
-        self._tried = self._tried * _MEMORY + sum(min(count + 1, length) for count in accepted)
+        self._acceptance.add(length, accepted)
+
+
+class _Acceptance:
+    """How many drafts are accepted, position by position."""
+
+    def __init__(self, longest: int):
+        self._kept, self._tried = [0.0] * longest, [0.0] * longest
+
+    def add(self, length: int, accepted: Sequence[int]) -> None:
+        for i in range(len(self._tried)):
+            # A row is tried until its first refusal.
+            reached = [count for count in accepted if count >= i] if i < length else []
+            self._tried[i] = self._tried[i] * _MEMORY + len(reached)
+            self._kept[i] = self._kept[i] * _MEMORY + sum(count > i for count in reached)
+
+    def tokens(self) -> list[float]:
+        """What a step gives a row with 0, 1, … drafts."""
+        chance, reached, expected = _GUESS, 1.0, [1.0]
+        for kept, tried in zip(self._kept, self._tried, strict=True):
+            chance = (kept + _PRIOR * chance) / (tried + _PRIOR)
+            reached *= chance
+            expected.append(expected[-1] + reached)
+        return expected
 
 
 class _Costs:
@@ -117,13 +130,13 @@ class _Costs:
         """What is known; medians, because a machine has other things to do as well."""
         return {k: statistics.median(times) for k, times in self._times.items() if len(times) >= _ENOUGH}
 
-    def decide(self, acceptance: float) -> int:
-        """The length of the next run."""
+    def decide(self, tokens: Sequence[float]) -> int:
+        """The length of the next run; ``tokens``: what each gives."""
         seconds = self.seconds
         for length in (0, min(2, self.longest)):  # two points make a line
             if length not in seconds:
                 return length
-        rates = [expected_tokens(acceptance, k) / _cost(k, seconds) for k in range(self.longest + 1)]
+        rates = [tokens[k] / _cost(k, seconds) for k in range(self.longest + 1)]
         best = max(range(len(rates)), key=rates.__getitem__)
         if self._best is not None and rates[best] < _MARGIN * rates[self._best]:
             best = self._best
