@@ -51,7 +51,7 @@ class Machine:
         for _ in range(steps):
             with self.lengths.step(rows) as k:
                 self.chosen.append(k)
-                self.now += (self.base + self.slope * k) * self.rng.uniform(1 - self.noise, 1 + self.noise)
+                self.now += self.cost(k) * self.rng.uniform(1 - self.noise, 1 + self.noise)
                 if self.noise and self.rng.random() < 0.005:
                     self.now += 5 * self.base  # something else ran on the machine
             self.steps += 1
@@ -65,6 +65,9 @@ class Machine:
             if k:
                 self.lengths.observe(k, accepted)
         return (self.tokens - tokens) / (self.now - start) / rows
+
+    def cost(self, k: int) -> float:
+        return self.base + self.slope * k
 
     def chance(self) -> float:
         """That the next draft is accepted."""
@@ -96,6 +99,22 @@ def test_where_drafting_loses_lockstep_is_kept(acceptance):
     lockstep = Machine(0, acceptance, base=1.0, slope=1.2, noise=0.0)
     lockstep.lengths = FixedLength(0)
     assert reached > 0.97 * lockstep.run(1500)
+
+
+class Crooked(Machine):
+    """One draft costs less than the line from none to two says, as where lockstep samples in a slower way."""
+
+    costs = (0.9, 1.06, 1.47, 1.79, 2.1, 2.4, 2.7, 3.0, 3.3)
+
+    def cost(self, k: int) -> float:
+        return self.costs[k]
+
+
+def test_what_a_guess_hides_is_found():
+    machine = Crooked(8, 0.75, base=1.0, slope=0.0, noise=0.02)
+    machine.run(150, rows=16)
+    assert machine.run(500, rows=16) > 0.95 * 1.75 / 1.06
+    assert machine.chosen.count(1) > 400
 
 
 def test_follows_a_change():

@@ -17,6 +17,7 @@ _GUESS = 0.75  # acceptance before anything is known
 _MEMORY = 0.98  # of the acceptance, from step to step
 _PRIOR = 4.0  # drafts at one position that weigh as much as what is known of the position before
 _MARGIN = 1.02  # another length must promise this much more
+_PROMISING = 0.93  # of the best rate: lengths that are expected to give this much are measured before one is settled on
 _FIRST_PROBE, _LAST_PROBE = 128, 4096  # steps without a look at another length
 
 
@@ -44,9 +45,10 @@ class BestLength(FixedLength):
 
     A step with k drafts gives 1 + a₁ + a₁a₂ + … + a₁⋯a_k tokens a row, where a_i is the chance that a draft is accepted
     if those before it were (it mostly grows with i: text has easy stretches). It costs c(k) seconds, measured where it
-    was run and on the line through the nearest measured ones elsewhere. Costs are kept for each size of batch, in
-    powers of two: a small batch is verified almost for free, because the weights are read once whatever it holds, and a
-    large one is not. Another length is tried from time to time, ever more seldom while that changes nothing.
+    was run and guessed on the line through the nearest measured ones elsewhere; what looks promising by such a guess is
+    measured. Costs are kept for each size of batch, in powers of two: a small batch is verified almost for free,
+    because the weights are read once whatever it holds, and a large one is not. Another length is tried from time to
+    time, ever more seldom while that changes nothing.
 
     Args:
         longest: the most drafts in a step.
@@ -138,6 +140,9 @@ class _Costs:
                 return length
         rates = [tokens[k] / _cost(k, seconds) for k in range(self.longest + 1)]
         best = max(range(len(rates)), key=rates.__getitem__)
+        promising = [k for k in range(len(rates)) if k not in seconds and rates[k] > _PROMISING * rates[best]]
+        if promising:
+            return max(promising, key=rates.__getitem__)
         if self._best is not None and rates[best] < _MARGIN * rates[self._best]:
             best = self._best
         if best != self._best:
