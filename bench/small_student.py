@@ -1,6 +1,6 @@
 """Small students for speculative benchmarks: some layers of a model, distilled from it for a few minutes.
 
-    python -m bench.small_student --model-path T --layers 4 3 --output models/small [--minutes 13]
+    python -m bench.small_student --model-path T --layers 4 3 --output models/small [--minutes 18]
 
 A student keeps the embeddings and some of the blocks, evenly spaced with the first and the last among them. It learns
 from what semi on-policy distillation is for: texts are sampled from the mixture of the teacher that is told the worked
@@ -35,8 +35,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model-path", required=True, help="Teacher.")
     parser.add_argument("--layers", type=positive_int, nargs="+", default=[4, 3], help="One student each.")
     parser.add_argument("--output", required=True, help="Folder of the students; the number of layers is added.")
-    parser.add_argument("--minutes", type=float, default=13.0, help="Training of each. Default: %(default)s.")
-    parser.add_argument("--problems", type=positive_int, default=1000, help="Default: %(default)s.")
+    parser.add_argument("--minutes", type=float, default=18.0, help="Training of each. Default: %(default)s.")
+    parser.add_argument("--problems", type=positive_int, default=2000, help="Default: %(default)s.")
     parser.add_argument("--new-tokens", type=positive_int, default=72, help="Of each text. Default: %(default)s.")
     parser.add_argument("--temperature", type=float, default=0.8, help="Of the texts. Default: %(default)s.")
     parser.add_argument("--batch-size", type=positive_int, default=16, help="Texts a step. Default: %(default)s.")
@@ -142,7 +142,7 @@ def train(teacher, student, texts: Texts, args: argparse.Namespace, console: Con
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
         if time.monotonic() - shown > 20:
             shown = time.monotonic()
             console.print(
