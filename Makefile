@@ -66,7 +66,7 @@ bench: $(MODEL)/config.json  ## all benchmarks on the small model, about 35 minu
 	$(BIN)/python -m bench.serving --model-path $(MODEL) --request-rate 1 2 --num-prompts 24 --input-len 96 \
 		--student-input-len 64 --output-len 24
 
-bench-drafts: $(MODEL)/config.json  ## two students distilled for a few minutes, and what drafting with them gives; about two hours on two cores
+bench-drafts: $(MODEL)/config.json  ## two students distilled for a few minutes, and what drafting with them gives; two to three hours on two cores
 	$(BIN)/python -m bench.small_student --model-path $(MODEL) --layers 4 3 --output models/smollm2-small
 	$(BIN)/python -m bench.speculative --model-path $(MODEL) --student-model-path models/smollm2-small-4 --run-name 4-layers
 	$(BIN)/python -m bench.speculative --model-path $(MODEL) --student-model-path models/smollm2-small-3 --run-name 3-layers
