@@ -81,11 +81,15 @@ class AlphaParams:
             raise ValueError("methods, alpha_min, alpha_max, fixed_alpha: must have the same length.")
         values = [_method(m) for m in methods]
 
-        def floats(entries: Sequence[float]) -> Tensor:
-            return torch.tensor(entries, dtype=torch.float32).to(device, non_blocking=True)
+        # Pinned, because a copy from other memory may wait until a GPU has caught up.
+        pin = torch.device(device).type == "cuda"
 
+        def floats(entries: Sequence[float]) -> Tensor:
+            return torch.tensor(entries, dtype=torch.float32, pin_memory=pin).to(device, non_blocking=True)
+
+        method = torch.tensor([int(v) for v in values], dtype=torch.int64, pin_memory=pin)
         return cls(
-            method=torch.tensor([int(v) for v in values], dtype=torch.int64).to(device, non_blocking=True),
+            method=method.to(device, non_blocking=True),
             alpha_min=floats(alpha_min),
             alpha_max=floats(alpha_max),
             fixed_alpha=floats(fixed_alpha),

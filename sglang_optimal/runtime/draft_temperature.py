@@ -29,7 +29,8 @@ class DraftTemperature:
 
     def sharpened(self, truncation: Truncation) -> Truncation:
         """The requests' settings with the temperature to draft at."""
-        return truncation.scaled(self._factors[self._overlaps.argmax()])
+        # Not by indexing with a number that the device has: the host would wait for it.
+        return truncation.scaled(self._factors.index_select(0, self._overlaps.argmax(0, keepdim=True)))
 
     def observe(self, student_logits: Tensor, target: Tensor, truncation: Truncation) -> None:
         """Told of the first position of a step: the student's logits [n, v], and what the mixture draws from [n, v]."""

@@ -59,9 +59,11 @@ class MixingStep:
         logits = self.student_logits.float()
         # SGLang's transforms take the whole batch at the teacher's width.
         full = logits.new_zeros((len(info), width))
-        full[self.rows.host if self.rows.index is None else self.rows.index, : self.vocab_size] = logits[
-            :, : self.vocab_size
-        ]
+        known = logits[:, : self.vocab_size]
+        if self.rows.index is None:
+            full[:, : self.vocab_size] = known
+        else:
+            full[self.rows.index, : self.vocab_size] = known
         info.apply_logits_bias(full)
         self.student_logits = self.rows.select(full)
 

@@ -9,6 +9,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from sglang_optimal.mixing import AlphaParams
+from sglang_optimal.runtime.host_copy import sent
 from sglang_optimal.runtime.student_kv import StudentKV, length_offset, student_of
 
 
@@ -18,7 +19,8 @@ class MixedRows:
 
     Attributes:
         reqs: the requests, as their students' forward sees them.
-        host: row numbers. index: the same on the device, [n] int64, or None when every row is mixed.
+        host: row numbers. host_index: the same as a tensor, [n] int64 on the host.
+        index: the same on the device, or None when every row is mixed.
         offsets, offsets_cpu: [n] int64, student length minus teacher length.
         alpha: per-row settings.
         info: whether any row asked for all per-token series.
@@ -26,6 +28,7 @@ class MixedRows:
 
     reqs: list[Req]
     host: list[int]
+    host_index: torch.Tensor
     index: torch.Tensor | None
     offsets: torch.Tensor
     offsets_cpu: torch.Tensor
@@ -36,14 +39,16 @@ class MixedRows:
     def build(cls, batch: ScheduleBatch, host: list[int], kv: StudentKV) -> MixedRows:
         reqs = [batch.reqs[i] for i in host]
         settings = [req.student.alpha for req in reqs]
-        offsets = torch.tensor([length_offset(req) for req in reqs], dtype=torch.int64)
         device = batch.device
+        offsets_cpu, offsets = sent([length_offset(req) for req in reqs], device)
+        host_index, index = sent(host, device)
         return cls(
             reqs=[kv.as_student(req) for req in reqs],
             host=host,
-            index=None if len(host) == len(batch.reqs) else torch.tensor(host, dtype=torch.int64).to(device),
-            offsets=offsets.to(device, non_blocking=True),
-            offsets_cpu=offsets,
+            host_index=host_index,
+            index=None if len(host) == len(batch.reqs) else index,
+            offsets=offsets,
+            offsets_cpu=offsets_cpu,
             alpha=AlphaParams.from_lists(
                 [s.alpha_method for s in settings],
                 [s.alpha_min for s in settings],
@@ -58,12 +63,16 @@ class MixedRows:
         """The mixed rows of a tensor [B, …]; the tensor itself when all are."""
         return tensor if self.index is None else tensor.index_select(0, self.index)
 
+    def select_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same of a tensor on the host."""
+        return tensor if self.index is None else tensor.index_select(0, self.host_index)
+
     def student_lens(self, batch: ScheduleBatch, ahead: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Lengths of the students' rows [n] in a decode batch, ``ahead`` tokens after its own: on the device, on the
         host (None where the batch has none there)."""
         cpu = batch.seq_lens_cpu
         if cpu is not None:
-            cpu = (cpu if self.index is None else cpu[self.host]) + self.offsets_cpu + ahead
+            cpu = self.select_host(cpu) + self.offsets_cpu + ahead
         return self.select(batch.seq_lens) + self.offsets + ahead, cpu
 
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+from collections.abc import Iterator
 
 import torch
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
-from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.platforms.torch_cpu import ignore_pinned_memory
 from sglang_optimal.runtime import sampler
+from sglang_optimal.runtime.failure import no_logits, student_failure
 from sglang_optimal.runtime.launch import STUDENT_ADAPTER
 from sglang_optimal.runtime.observer import MixingObserver, MixingStep
 from sglang_optimal.runtime.plan import DecodePlan, PrefillPlan
 from sglang_optimal.runtime.row_room import room_for_rows
-from sglang_optimal.runtime.student import decode_part, prefill_part, prefill_pieces
+from sglang_optimal.runtime.student import decode_part, kept, prefill_part, prefill_pieces
 from sglang_optimal.runtime.student_kv import SharedStudentKV, StudentRows
 
 logger = logging.getLogger(__name__)
@@ -53,10 +57,15 @@ class SharedTpWorker(TpModelWorker):
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def alloc_memory_pool(self, *args, **kwargs) -> None:
-        super().alloc_memory_pool(*args, **kwargs)
         runner = self.model_runner
-        # Before the attention backends look at the table.
-        self._rows = StudentRows(runner.req_to_token_pool)
+        wire_components = runner._init_post_memory_pool_components
+
+        def with_student_rows() -> None:
+            self._rows = StudentRows(runner.req_to_token_pool)
+            wire_components()
+
+        runner._init_post_memory_pool_components = with_student_rows
+        super().alloc_memory_pool(*args, **kwargs)
         self.student_kv = SharedStudentKV(self._rows, runner.token_to_kv_pool_allocator, self._lora_id)
         runner.sampling_observer = MixingObserver()
         if get_parallel().tp_rank == 0:
@@ -84,8 +93,11 @@ class SharedTpWorker(TpModelWorker):
             self._pending = None if step is None else (batch, step)
         return super().forward_batch_generation(batch, *args, **kwargs)
 
-    def _forward(self, forward_batch: ForwardBatch, *args, **kwargs):
-        """In place of ``ModelRunner.forward``: what it gives for the scheduled rows; the students' logits are kept."""
+    def _forward(self, forward_batch: ForwardBatch, *args, **kwargs) -> ModelRunnerOutput:
+        """In place of ``ModelRunner.forward``: what it gives for the scheduled rows; the students' logits are kept.
+
+        Where the students' part fails, their requests end and the scheduled rows are forwarded alone.
+        """
         pending, self._pending = self._pending, None
         if pending is None:
             return self._forward_one(forward_batch, *args, **kwargs)
@@ -93,25 +105,36 @@ class SharedTpWorker(TpModelWorker):
         plan = batch.student_plan
         if isinstance(plan, PrefillPlan) and plan.after_teacher:
             output = self._forward_one(forward_batch, *args, **kwargs)
-            teacher = output.logits_output
-            teacher.next_token_logits = teacher.next_token_logits.clone()
-            step.student_logits = prefill_pieces(batch, plan, self._logits, self._rows.offset)
+            output.logits_output = kept(output)
+            with self._ending_students(step, batch):
+                step.student_logits = prefill_pieces(batch, plan, self._logits, self._rows.offset)
             return output
-        part = self._part_beside(batch, plan)
-        if part is None:
-            logits = prefill_pieces(batch, plan, self._logits, self._rows.offset)
-            # What comes next may overwrite the static buffer of a graph.
-            step.student_logits = logits.clone()
-            if self.model_runner.lora_manager is not None:  # which now knows the students' rows
-                self.model_runner.lora_manager.prepare_lora_batch(forward_batch)
-            return self._forward_one(forward_batch, *args, **kwargs)
-        both = _joined(batch, part)
-        output = self._forward_one(self._forward_batch(both), *args, **kwargs)
+        with self._ending_students(step, batch):
+            part = self._part_beside(batch, plan)
+            if part is not None:
+                return self._forward_both(batch, part, step)
+            step.student_logits = prefill_pieces(batch, plan, self._logits, self._rows.offset)
+        if self.model_runner.lora_manager is not None:  # which now knows the students' rows
+            self.model_runner.lora_manager.prepare_lora_batch(forward_batch)
+        return self._forward_one(forward_batch, *args, **kwargs)
+
+    def _forward_both(self, batch: ScheduleBatch, part: ScheduleBatch, step: MixingStep) -> ModelRunnerOutput:
+        """One forward of the scheduled rows and the students'; returns the former's part of what it gave."""
+        output = self._forward_one(self._forward_batch(_joined(batch, part)))
         logits = output.logits_output.next_token_logits
-        n = len(batch.reqs)
-        step.student_logits = logits[n:]
-        output.logits_output.next_token_logits = logits[:n]
+        scheduled = rows_of(batch)
+        step.student_logits = logits[scheduled:]
+        output.logits_output.next_token_logits = logits[:scheduled]
         return output
+
+    @contextlib.contextmanager
+    def _ending_students(self, step: MixingStep, batch: ScheduleBatch) -> Iterator[None]:
+        """What is raised within ends the mixed requests of the step, and nothing else."""
+        try:
+            yield
+        except Exception as error:
+            step.failure = student_failure(error, step.rows)
+            step.student_logits = no_logits(step.rows, self.vocab_size, batch.device)
 
     def _part_beside(self, batch: ScheduleBatch, plan: DecodePlan | PrefillPlan) -> ScheduleBatch | None:
         """The students' rows for the same forward; None where they need forwards of their own."""
@@ -129,13 +152,26 @@ class SharedTpWorker(TpModelWorker):
         return ForwardBatch.init_new(batch, self.model_runner, return_hidden_states_before_norm=False)
 
     def _logits(self, part: ScheduleBatch) -> torch.Tensor:
-        return self._forward_one(self._forward_batch(part)).logits_output.next_token_logits
+        return kept(self._forward_one(self._forward_batch(part))).next_token_logits
+
+
+def rows_of(batch: ScheduleBatch) -> int:
+    """Rows of a forward of ``batch``: one for each request, and behind them those of beam search."""
+    return len(batch.seq_lens)
+
+
+def _request_of_each_row(batch: ScheduleBatch) -> list[Req]:
+    reqs = list(batch.reqs)
+    for entry in () if batch.beam_tail is None else batch.beam_tail.entries:
+        reqs += [batch.reqs[entry.leader_idx]] * (entry.end - entry.start)
+    return reqs
 
 
 def _joined(batch: ScheduleBatch, part: ScheduleBatch) -> ScheduleBatch:
     """One batch with the rows of ``batch`` and then those of ``part``; nothing of the sampling."""
     both = copy.copy(part)
-    both.reqs = [*batch.reqs, *part.reqs]
+    both.reqs = [*_request_of_each_row(batch), *part.reqs]
+    assert len(both.reqs) == rows_of(batch) + rows_of(part), "a row without a request"
     for name in ("input_ids", "req_pool_indices", "seq_lens", "orig_seq_lens", "out_cache_loc", "seq_lens_cpu"):
         setattr(both, name, torch.cat([getattr(batch, name), getattr(part, name)]))
     if part.req_pool_indices_cpu is not None and batch.req_pool_indices_cpu is not None:

@@ -25,6 +25,8 @@ from sglang_optimal.mixing import mix
 from sglang_optimal.mixing.speculation import Truncation, verify, verify_greedy
 from sglang_optimal.runtime.draft_length import BestLength, FixedLength
 from sglang_optimal.runtime.draft_temperature import DraftTemperature
+from sglang_optimal.runtime.failure import student_failure
+from sglang_optimal.runtime.host_copy import sent
 from sglang_optimal.runtime.observer import MixingStep, make_samplable, series
 from sglang_optimal.runtime.plan import DecodePlan, DraftRows, MixedRows
 from sglang_optimal.runtime.speculation import LastTokens
@@ -108,7 +110,7 @@ class SpeculativeWorker(BaseSpecWorker):
             if drafted == host:
                 rows = DraftRows(mixed, mixed, None)
             else:
-                inner = torch.tensor([host.index(i) for i in drafted]).to(batch.device, non_blocking=True)
+                inner = sent([host.index(i) for i in drafted], batch.device)[1]
                 rows = DraftRows(mixed, MixedRows.build(batch, drafted, kv) if drafted else None, inner)
             self._cached = batch.reqs, rows
         return self._cached[1]
@@ -205,26 +207,23 @@ class SpeculativeWorker(BaseSpecWorker):
                 # The first forward has the rows that are not drafted for as well.
                 part = rows.mixed if ahead == 0 else drafted
                 ids = part.select(batch.input_ids) if ahead == 0 else draft.tokens[ahead - 1]
-                logits = target.student.forward_decode(batch, self._plan(batch, part, ahead), ids)
+                logits = target.student.forward_decode(batch, self._plan(batch, part, ahead), ids, view=True)
                 if ahead == 0 and rows.inner is not None:
                     draft.first = logits.clone()
-                    logits = logits[rows.inner]
-                # Copied: the buffer of a graph is the next forward's as well.
+                    logits = logits.index_select(0, rows.inner)
                 draft.logits[ahead] = logits[:, :v] if bias is None else logits[:, :v] + bias
                 if ahead < length:
                     draft.tokens[ahead] = self._agreed(draft.propose(ahead, truncation))
         except Exception as error:
-            draft.failure = target.student_failure(error, rows.mixed)
+            draft.failure = student_failure(error, rows.mixed)
             draft.spoil(len(rows.mixed.host))
         return draft
 
     def _verify_forward(self, batch: ScheduleBatch, drafted: MixedRows, drafts: torch.Tensor):
         """The teacher's forward of all rows of ``batch``, then of the drafted rows once for each draft [k, n]."""
         k, n = drafts.shape
-        again = torch.arange(len(batch.reqs), device=batch.device) if drafted.index is None else drafted.index
-        ahead = torch.arange(1, k + 1).repeat_interleave(n)
-        pool_rows = torch.cat([batch.req_pool_indices, batch.req_pool_indices[again].repeat(k)])
-        seq_lens = torch.cat([batch.seq_lens, batch.seq_lens[again].repeat(k) + ahead.to(batch.device)])
+        pool_rows = torch.cat([batch.req_pool_indices, drafted.select(batch.req_pool_indices).repeat(k)])
+        seq_lens = torch.cat([batch.seq_lens, _ahead(drafted.select(batch.seq_lens), k)])
         cpu = batch.seq_lens_cpu
         part = decode_rows(
             batch,
@@ -232,7 +231,7 @@ class SpeculativeWorker(BaseSpecWorker):
             input_ids=torch.cat([batch.input_ids, drafts.reshape(-1)]),
             req_pool_indices=pool_rows,
             seq_lens=seq_lens,
-            seq_lens_cpu=None if cpu is None else torch.cat([cpu, cpu[drafted.host].repeat(k) + ahead]),
+            seq_lens_cpu=None if cpu is None else torch.cat([cpu, _ahead(drafted.select_host(cpu), k)]),
             out_cache_loc=_slots(batch.req_to_token_pool, pool_rows, seq_lens),
         )
         runner = self.target_worker.model_runner
@@ -268,6 +267,12 @@ class SpeculativeWorker(BaseSpecWorker):
             torch.distributed.broadcast(choice, src=group.ranks[0], group=group.cpu_group)
             return int(choice)
         return length
+
+
+def _ahead(seq_lens: torch.Tensor, k: int) -> torch.Tensor:
+    """[k · n] the lengths [n] with one token more, with two, … with k."""
+    more = torch.arange(1, k + 1, device=seq_lens.device, dtype=seq_lens.dtype)
+    return (seq_lens + more.unsqueeze(1)).view(-1)
 
 
 def _slots(pool, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:

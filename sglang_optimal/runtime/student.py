@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+from array import array
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,14 +15,17 @@ from sglang.srt.eplb.expert_distribution import (
     set_global_expert_distribution_recorder,
 )
 from sglang.srt.eplb.expert_location import get_global_expert_location_metadata, set_global_expert_location_metadata
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch
+from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.architectures import student_model_config
+from sglang_optimal.runtime.host_copy import sent
 from sglang_optimal.runtime.plan import DecodePlan, PrefillChunk, PrefillPlan
 from sglang_optimal.runtime.student_weights import checkpoint_layout, student_version, update_from_disk
 
@@ -63,14 +68,16 @@ class StudentWorker(TpModelWorker):
         return bool(every)
 
     def forward_decode(
-        self, batch: ScheduleBatch, plan: DecodePlan, input_ids: torch.Tensor | None = None
+        self, batch: ScheduleBatch, plan: DecodePlan, input_ids: torch.Tensor | None = None, *, view: bool = False
     ) -> torch.Tensor:
         """Run the mixed rows of a decode batch. Returns logits [n, V_student].
 
         Args:
             input_ids: [n] what they read; None: what the batch does.
+            view: whether the caller copies them before any model's next forward, which may overwrite them then.
         """
-        return self._logits(decode_part(batch, plan, input_ids=input_ids))
+        part = decode_part(batch, plan, input_ids=input_ids)
+        return self._forward(part).logits_output.next_token_logits if view else self._logits(part)
 
     def forward_prefill(self, batch: ScheduleBatch, plan: PrefillPlan) -> torch.Tensor:
         """Prefill the student contexts, in pieces of at most the chunk size.
@@ -81,8 +88,24 @@ class StudentWorker(TpModelWorker):
         return prefill_pieces(batch, plan, self._logits)
 
     def _logits(self, part: ScheduleBatch) -> torch.Tensor:
+        return kept(self._forward(part)).next_token_logits
+
+    def _forward(self, part: ScheduleBatch) -> ModelRunnerOutput:
         forward_batch = ForwardBatch.init_new(part, self.model_runner, return_hidden_states_before_norm=False)
-        return self.model_runner.forward(forward_batch).logits_output.next_token_logits
+        return self.model_runner.forward(forward_batch)
+
+
+def kept(output: ModelRunnerOutput) -> LogitsProcessorOutput:
+    """What a forward gave, safe from the next forward of any model in this process.
+
+    A graph's output is a view of static buffers. The one of the logits is shared by all models of the process that have
+    the same vocabulary size (``GraphSharedOutput``), and the memory of graphs by all graphs.
+    """
+    logits_output = output.logits_output
+    if not output.can_run_graph:
+        return logits_output
+    tensors = {name: value for name, value in vars(logits_output).items() if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(logits_output, **{name: value.clone() for name, value in tensors.items()})
 
 
 @contextlib.contextmanager
@@ -144,13 +167,12 @@ def prefill_part(batch: ScheduleBatch, piece: list[PrefillChunk], row_offset: in
     part = _student_batch(batch, [chunk.req for chunk in piece])
     ends = [chunk.end for chunk in piece]
     lens = [chunk.end - chunk.start for chunk in piece]
-    ids = torch.cat([torch.tensor(c.ids[c.start : c.end], dtype=torch.int64) for c in piece])
-    rows = torch.tensor([chunk.row + row_offset for chunk in piece], dtype=torch.int64)
-    part.input_ids = ids.to(batch.device, non_blocking=True)
-    part.req_pool_indices_cpu = rows
-    part.req_pool_indices = rows.to(batch.device, non_blocking=True)
-    part.seq_lens_cpu = torch.tensor(ends, dtype=torch.int64)
-    part.seq_lens = part.seq_lens_cpu.to(batch.device, non_blocking=True)
+    ids = array("q")
+    for chunk in piece:
+        ids.extend(chunk.ids[chunk.start : chunk.end])
+    part.input_ids = sent(ids, batch.device)[1]
+    part.req_pool_indices_cpu, part.req_pool_indices = sent([chunk.row + row_offset for chunk in piece], batch.device)
+    part.seq_lens_cpu, part.seq_lens = sent(ends, batch.device)
     part.seq_lens_sum = sum(ends)
     part.orig_seq_lens = part.seq_lens.to(torch.int32)
     part.out_cache_loc = torch.cat([chunk.slots for chunk in piece])
@@ -164,23 +186,28 @@ def prefill_part(batch: ScheduleBatch, piece: list[PrefillChunk], row_offset: in
 def prefill_pieces(
     batch: ScheduleBatch, plan: PrefillPlan, forward: Callable[[ScheduleBatch], torch.Tensor], row_offset: int = 0
 ) -> torch.Tensor:
-    """Forward the pieces one after another. Returns logits [n, V] of each context's last token."""
+    """Forward the pieces one after another. Returns logits [n, V] of each context's last token.
+
+    Args:
+        forward: gives logits that its next call leaves as they are.
+    """
     finished: list[torch.Tensor] = []
     for piece in plan.pieces:
         logits = forward(prefill_part(batch, piece, row_offset))
-        done = [i for i, chunk in enumerate(piece) if chunk.last]
-        if len(done) == len(piece):
-            # The logits of a graph replay live in its static buffer, which the next piece overwrites.
-            finished.append(logits.clone() if len(plan.pieces) > 1 else logits)
-        elif done:
-            finished.append(logits[done])
+        # A context that goes on in the next piece is the last of this one.
+        done = len(piece) if piece[-1].last else len(piece) - 1
+        if done:
+            finished.append(logits[:done])
     return finished[0] if len(finished) == 1 else torch.cat(finished)
 
 
 def _student_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:
-    """A shallow copy of the teacher's batch without what belongs to the teacher's sampling."""
+    """A shallow copy of the teacher's batch without what belongs to the teacher's rows or sampling."""
     part = copy.copy(batch)
     part.reqs = reqs
+    part.beam_tail = None
+    part.max_seq_len_host = None
+    part.input_embeds = part.replace_embeds = part.replace_positions = None
     part.sampling_info = None
     part.has_grammar = False
     part.return_logprob = False

@@ -18,6 +18,8 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
+from sglang_optimal.runtime.host_copy import sent
+
 WORTH_BORROWING = 32
 """Tokens. A prefix that both contexts of one fresh request share is computed once if it is at least this long: the
 student's forward then has to follow the teacher's instead of being part of it."""
@@ -256,7 +258,8 @@ class StudentKV:
 
     def reserve(self, reqs: list[Req]) -> None:
         """Take as many slots ahead as the scheduler has just taken for the teachers, and write the rows."""
-        rows, positions = [], []
+        rows: list[int] = []
+        positions: list[int] = []
         for req in reqs:
             state = req.student.kv
             start, end = len(state.ids) + state.reserved, self._total(req)
@@ -266,7 +269,7 @@ class StudentKV:
         if not rows:
             return
         slots = alloc_token_slots(self.tree, len(rows)).to(torch.int32)
-        where = torch.tensor([rows, positions], dtype=torch.int64).to(slots.device, non_blocking=True)
+        where = sent(rows + positions, slots.device)[1].view(2, -1)
         self.req_to_token_pool.write((where[0], where[1]), slots)
 
     def checkpoint(self, req: Req) -> None:
@@ -431,6 +434,9 @@ class SharedStudentKV(StudentKV):
 
 class StudentRows:
     """A second table of rows behind the teacher's, in the same tensor, so that one forward can read rows of both.
+
+    Takes the place of the pool's table, of which several of SGLang's objects keep a reference (the translator of KV
+    indices, attention backends): made before any of them is.
 
     Attributes:
         offset: what to add to a request's row number to find its student's row.

@@ -6,15 +6,15 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.runtime_context import get_context, get_memory, get_parallel, get_schedule, get_spec
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime import sampler
+from sglang_optimal.runtime.failure import no_logits, student_failure
 from sglang_optimal.runtime.observer import MixingObserver, MixingStep
-from sglang_optimal.runtime.plan import MixedRows, PrefillPlan
+from sglang_optimal.runtime.plan import PrefillPlan
 from sglang_optimal.runtime.row_room import room_for_rows
 from sglang_optimal.runtime.student import StudentWorker
 from sglang_optimal.runtime.student_kv import StudentKV
@@ -128,28 +128,9 @@ class MixedTpWorker(TpModelWorker):
         try:
             step.student_logits = forward(batch, plan)
         except Exception as error:
-            step.failure = self.student_failure(error, plan.rows)
-            n = len(plan.rows.reqs)
-            step.student_logits = torch.full((n, self.vocab_size), torch.nan, device=batch.device)
+            step.failure = student_failure(error, plan.rows)
+            step.student_logits = no_logits(plan.rows, self.vocab_size, batch.device)
         return step
-
-    def student_failure(self, error: Exception, rows: MixedRows) -> str:
-        """What to tell the requests whose student's forward raised ``error``; raises it again if nothing can go on."""
-        if not self._survives(error):
-            raise error
-        logger.error("student forward", exc_info=error)
-        for req in rows.reqs:
-            if req.student.kv is not None:  # else it has just ended
-                req.student.kv.failed = True
-        return f"the student's forward failed: {type(error).__name__}: {error}"
-
-    @staticmethod
-    def _survives(error: Exception) -> bool:
-        """Whether to end the mixed requests of this batch only, and go on.
-
-        Not where other ranks wait for this one, nor where the accelerator itself has failed.
-        """
-        return get_parallel().tp_size == 1 and not isinstance(error, torch.AcceleratorError)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""The real engine with SGLang's GPU mechanisms switched on, on a CPU."""
