@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
 
@@ -53,3 +54,16 @@ def check_architectures(server_args, config: MixingConfig, *, resolved: bool) ->
             if refused(model):
                 name = model.hf_config.architectures[0]
                 raise ValueError(f"{flag}: {name} is {what}, which is not supported beside a student.")
+        if resolved and flag == "--student-model-path":
+            _check_quantization(server_args, model)
+
+
+def _check_quantization(server_args, student: ModelConfig) -> None:
+    """SGLang loads both models with one --quantization, and for some teachers it chooses it itself."""
+    chosen = resolving_view(server_args).quantization
+    own = getattr(student.hf_config, "quantization_config", None)
+    if chosen is not None and chosen != server_args.quantization and own is None:
+        raise ValueError(
+            f"--student-model-path: SGLang chose --quantization {chosen} for the teacher, and would quantize the student "
+            "with it as well; give --quantization yourself to have that for both, or a student of the same format."
+        )

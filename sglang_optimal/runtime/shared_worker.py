@@ -20,6 +20,7 @@ from sglang_optimal.config import MixingConfig
 from sglang_optimal.platforms.torch_cpu import ignore_pinned_memory
 from sglang_optimal.runtime import sampler
 from sglang_optimal.runtime.failure import no_logits, student_failure
+from sglang_optimal.runtime.graph_runners import prepare_graphs
 from sglang_optimal.runtime.launch import STUDENT_ADAPTER
 from sglang_optimal.runtime.observer import MixingObserver, MixingStep
 from sglang_optimal.runtime.plan import DecodePlan, PrefillPlan
@@ -78,6 +79,7 @@ class SharedTpWorker(TpModelWorker):
     def init_cuda_graphs(self, capture_decode_cuda_graph: bool = True) -> None:
         with room_for_rows(self.model_runner, 2):
             super().init_cuda_graphs(capture_decode_cuda_graph)
+        prepare_graphs(self.model_runner, 2)
 
     @property
     def student_context_len(self) -> int:

@@ -6,13 +6,24 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+import torch
+from sglang.srt.layers.moe.utils import initialize_moe_config
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
-from sglang.srt.runtime_context import get_context, get_memory, get_parallel, get_schedule, get_spec
+from sglang.srt.runtime_context import (
+    get_context,
+    get_exec,
+    get_flags,
+    get_memory,
+    get_parallel,
+    get_schedule,
+    get_spec,
+)
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime import sampler
 from sglang_optimal.runtime.failure import no_logits, student_failure
+from sglang_optimal.runtime.graph_runners import fence_plans, prepare_graphs
 from sglang_optimal.runtime.observer import MixingObserver, MixingStep
 from sglang_optimal.runtime.plan import PrefillPlan
 from sglang_optimal.runtime.row_room import room_for_rows
@@ -20,6 +31,8 @@ from sglang_optimal.runtime.student import StudentWorker
 from sglang_optimal.runtime.student_kv import StudentKV
 
 logger = logging.getLogger(__name__)
+
+_OURS = "sglang_optimal.ordinary_decoding"
 
 
 class MixedTpWorker(TpModelWorker):
@@ -34,7 +47,8 @@ class MixedTpWorker(TpModelWorker):
         with _ordinary_decoding():
             super().__init__(**worker_kwargs)
             sampler.install(self.model_runner)
-            self.student = StudentWorker(config, random_seed=self.random_seed, **worker_kwargs)
+            with _settings_of_the_teacher():
+                self.student = StudentWorker(config, random_seed=self.random_seed, **worker_kwargs)
         # Which lets SGLang put off the sampling of a prefill, but not where a speculative worker waits for it.
         self.enable_spec = config.longest_draft > 0
         self.student_kv: StudentKV | None = None
@@ -96,16 +110,70 @@ class MixedTpWorker(TpModelWorker):
         return max(teacher * student // (teacher + student) // page * page, page)
 
     def init_attention_backends(self) -> None:
-        with _ordinary_decoding():
-            with room_for_rows(self.model_runner, 1 + self.mixing_config.longest_draft):
+        with self._ordinary_steps():
+            with room_for_rows(self.model_runner, self._rows_per_request):
                 super().init_attention_backends()
             self.student.init_attention_backends()
+        for worker in (self, self.student):
+            fence_plans(worker.model_runner.attn_backend)
 
     def init_cuda_graphs(self, capture_decode_cuda_graph: bool = True) -> None:
-        with _ordinary_decoding():
-            with room_for_rows(self.model_runner, 1 + self.mixing_config.longest_draft):
+        self._share_fusion_workspace()
+        with self._ordinary_steps():
+            with room_for_rows(self.model_runner, self._rows_per_request):
                 super().init_cuda_graphs(capture_decode_cuda_graph)
             self.student.init_cuda_graphs(capture_decode_cuda_graph)
+        prepare_graphs(self.model_runner, self._rows_per_request)
+        prepare_graphs(self.student.model_runner, 1)
+
+    @property
+    def _rows_per_request(self) -> int:
+        """Rows of a request in the teacher's decode batches, at most."""
+        return 1 + self.mixing_config.longest_draft
+
+    @contextlib.contextmanager
+    def _ordinary_steps(self) -> Iterator[None]:
+        """Attention and graphs as without speculation, with page tables for what a step takes ahead of the context."""
+        drafts = self.mixing_config.longest_draft
+        if not drafts:
+            yield
+            return
+        spec, ahead = get_spec(), 2 * (drafts + 1)
+        steps, tokens = spec.speculative_num_steps, spec.speculative_num_draft_tokens
+        configs = (self.model_config, self.student.model_config)
+        with _ordinary_decoding():
+            get_context().override(_OURS, speculative_num_steps=None, speculative_num_draft_tokens=None)
+            for config in configs:
+                config.context_len += ahead
+            try:
+                yield
+            finally:
+                for config in configs:
+                    config.context_len -= ahead
+                get_context().override(_OURS, speculative_num_steps=steps, speculative_num_draft_tokens=tokens)
+
+    def _share_fusion_workspace(self) -> None:
+        """One workspace of fused all-reduces, large enough for both models before any graph remembers where it is.
+
+        SGLang has one a process; the larger model's warm-up would free the one in the other's graphs.
+        """
+        backend = get_exec().comm.flashinfer_allreduce_fusion_backend
+        if backend is None or get_parallel().tp_size == 1:
+            return
+        runners = (self.model_runner, self.student.model_runner)
+        if backend == "cutedsl" or len({runner.dtype == torch.float32 for runner in runners}) > 1:
+            raise RuntimeError(
+                f"--flashinfer-allreduce-fusion-backend {backend}: two models cannot share its workspace where it is "
+                "'cutedsl', or where one model alone is float32; choose another, or give both models one --dtype."
+            )
+        from sglang.srt.layers.flashinfer_comm_fusion import pre_initialize_workspaces
+        from sglang.srt.layers.layer_boundary import FUSE_ALLREDUCE_MAX_BATCH_SIZE
+
+        pre_initialize_workspaces(
+            max_token_num=FUSE_ALLREDUCE_MAX_BATCH_SIZE,
+            hidden_dim=max(runner.model_config.hidden_size for runner in runners),
+            dtype=self.model_runner.dtype,
+        )
 
     @property
     def student_context_len(self) -> int:
@@ -134,11 +202,21 @@ class MixedTpWorker(TpModelWorker):
 
 
 @contextlib.contextmanager
+def _settings_of_the_teacher() -> Iterator[None]:
+    """Load the student within: settings of the process that SGLang derives from a model stay the teacher's."""
+    if get_flags().moe.runner_backend is None:  # the teacher has no experts, but the student may
+        initialize_moe_config()
+    without_prefix_chunks = get_schedule().disable_chunked_prefix_cache
+    yield
+    get_context().override(_OURS, disable_chunked_prefix_cache=without_prefix_chunks)
+
+
+@contextlib.contextmanager
 def _ordinary_decoding() -> Iterator[None]:
     """Models, pools and graphs as without speculation: a speculative step is made of ordinary decode batches."""
     algorithm = get_spec().speculative_algorithm
-    get_context().override("sglang_optimal.ordinary_decoding", speculative_algorithm=None)
+    get_context().override(_OURS, speculative_algorithm=None)
     try:
         yield
     finally:
-        get_context().override("sglang_optimal.ordinary_decoding", speculative_algorithm=algorithm)
+        get_context().override(_OURS, speculative_algorithm=algorithm)

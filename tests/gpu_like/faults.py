@@ -1,1 +1,132 @@
-def install(): pass
+"""The faults that the emulation was made for, put back one at a time while the engine runs: each must be noticed.
+
+The name of the one that is in force stands in the file that `FILE` names; a test writes it there with `put_back`.
+Those that act while the engine is built are in force if they stand there at its start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FILE = "GPU_LIKE_FAULT"
+
+WRONG_TOKENS = {
+    "student-view": "the student's logits are a view of the buffer that the teacher's forward writes",
+    "first-view": "so are those of the rows that are not drafted for",
+}
+WRONG_TOKENS_SHARED = {"teacher-view": "the teacher's logits are a view of what the student's prefill writes"}
+FROM_THE_START = {"stale-table": "what refers to the table of rows refers to the one before the student's half"}
+HOST_WAITS = {
+    "indexed-by-number": "DraftTemperature picks a factor by a number on the device",
+    "blocking-copy": "lengths for the verification are made on the host",
+    "list-index": "rows of logits are chosen by a list",
+    "rows-by-list": "rows of the host's lengths are chosen on the device",
+}
+
+
+@contextlib.contextmanager
+def put_back(name: str) -> Iterator[None]:
+    """Let a fault be in force within, in all engines of this test that were started with `FILE` set."""
+    path = Path(os.environ[FILE])
+    path.write_text(name)
+    try:
+        yield
+    finally:
+        path.write_text("")
+
+
+def in_force() -> str:
+    path = os.environ.get(FILE)
+    return Path(path).read_text() if path else ""
+
+
+def install() -> None:
+    """In a scheduler process: make every fault possible."""
+    from sglang_optimal.runtime import shared_worker, speculative_worker, student
+    from sglang_optimal.runtime.draft_temperature import DraftTemperature
+    from sglang_optimal.runtime.observer import MixingStep
+    from sglang_optimal.runtime.plan import MixedRows
+
+    def as_they_are(output) -> Any:
+        return output.logits_output
+
+    _fault("student-view", student, "kept", as_they_are)
+    _fault("teacher-view", shared_worker, "kept", as_they_are)
+    _fault("indexed-by-number", DraftTemperature, "sharpened", _indexed_by_number)
+    _fault("blocking-copy", speculative_worker, "_ahead", _blocking_ahead)
+    _fault("list-index", MixingStep, "apply_logit_transforms", _list_index)
+    _fault("rows-by-list", MixedRows, "select_host", _rows_by_list)
+    _fault("stale-table", shared_worker.SharedTpWorker, "alloc_memory_pool", _stale_table)
+    _view_of_first()
+
+
+def _fault(name: str, owner: Any, attribute: str, wrong: Any) -> None:
+    right = getattr(owner, attribute)
+
+    @functools.wraps(right)
+    def either(*args, **kwargs):
+        return (wrong if in_force() == name else right)(*args, **kwargs)
+
+    setattr(owner, attribute, either)
+
+
+def _indexed_by_number(self, truncation):
+    return truncation.scaled(self._factors[self._overlaps.argmax()])
+
+
+def _blocking_ahead(seq_lens, k: int):
+    import torch
+
+    more = torch.arange(1, k + 1).repeat_interleave(len(seq_lens))
+    return seq_lens.repeat(k) + more.to(seq_lens.device)
+
+
+def _list_index(self, width: int, info) -> None:
+    full = self.student_logits.float().new_zeros((len(info), width))
+    full[self.rows.host, : self.vocab_size] = self.student_logits.float()[:, : self.vocab_size]
+    info.apply_logits_bias(full)
+    self.student_logits = self.rows.select(full)
+
+
+def _rows_by_list(self, tensor):
+    return tensor if self.index is None else tensor[self.index.tolist()]
+
+
+def _stale_table(self, *args, **kwargs) -> None:
+    from sglang.srt.managers.tp_worker import TpModelWorker
+
+    from sglang_optimal.runtime.observer import MixingObserver
+    from sglang_optimal.runtime.student_kv import SharedStudentKV, StudentRows
+
+    TpModelWorker.alloc_memory_pool(self, *args, **kwargs)
+    runner = self.model_runner
+    self._rows = StudentRows(runner.req_to_token_pool)
+    self.student_kv = SharedStudentKV(self._rows, runner.token_to_kv_pool_allocator, self._lora_id)
+    runner.sampling_observer = MixingObserver()
+
+
+def _view_of_first() -> None:
+    """The student's logits of the first position are not cloned for the rows that are not drafted for."""
+    from sglang_optimal.runtime.speculative_worker import SpeculativeWorker
+    from sglang_optimal.runtime.student import StudentWorker
+
+    right, forward = SpeculativeWorker._draft, StudentWorker.forward_decode
+    given: list[Any] = []
+
+    def forward_decode(self, *args, **kwargs):
+        given.append(forward(self, *args, **kwargs))
+        return given[-1]
+
+    def draft(self, *args, **kwargs):
+        given.clear()
+        drafted = right(self, *args, **kwargs)
+        if in_force() == "first-view" and drafted.first is not None:
+            drafted.first = given[0]
+        return drafted
+
+    StudentWorker.forward_decode, SpeculativeWorker._draft = forward_decode, draft

@@ -131,9 +131,19 @@ class RecordedGraphs:
         forward_fn()
         if post_warmup_hook is not None:
             post_warmup_hook()
-        self._calls[shape_key] = forward_fn
+        # A captured kernel goes on reading the metadata that lay there at its capture.
+        metadata = self._runner.attn_backend.forward_metadata
+        self._calls[shape_key] = functools.partial(self._with_metadata, metadata, forward_fn)
         self._outputs[shape_key] = forward_fn()
         _given_out.append(self._outputs[shape_key])
+
+    def _with_metadata(self, metadata, forward_fn):
+        backend = self._runner.attn_backend
+        before, backend.forward_metadata = backend.forward_metadata, metadata
+        try:
+            return forward_fn()
+        finally:
+            backend.forward_metadata = before
 
     def can_run(self, forward_batch, shape_key) -> bool:
         return shape_key in self._calls
@@ -157,7 +167,8 @@ class RecordedGraphs:
     def _poison_inputs(self) -> None:
         """Other values that are as legal: padded rows are read too."""
         buffers = self._runner.buffers
-        for name, value in (("input_ids", 1), ("req_pool_indices", 0), ("out_cache_loc", 0), ("positions", 0)):
+        last = self._runner.model_runner.model_config.vocab_size - 1
+        for name, value in (("input_ids", last), ("req_pool_indices", 0), ("out_cache_loc", 0), ("positions", 0)):
             getattr(buffers, name).fill_(value)
         for name in ("seq_lens", "seq_lens_cpu"):
             getattr(buffers, name).fill_(self._runner.seq_len_fill_value)
