@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_optimal.mixing.speculation import Truncation
+from sglang_optimal.mixing.truncation import Truncation
 from sglang_optimal.runtime.draft_temperature import EVERY, DraftTemperature
 
 

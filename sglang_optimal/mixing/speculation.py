@@ -8,69 +8,11 @@ Here q is the mixture, which needs the student's logits at every position anyway
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Ranks looked at before a row is sorted whole, on a CPU, where sorting a vocabulary costs more than a small forward.
-_LEADING = 1024
 _BLOCK = 256
-
-
-@dataclasses.dataclass
-class Truncation:
-    """Temperature, top-k, top-p and min-p of R rows, as SGLang applies them: all to one sorted distribution.
-
-    Attributes:
-        temperature, top_p, min_p: [R] float32. top_k: [R] integer, 1 for a greedy row.
-        needed: whether any row truncates at all.
-        greedy: whether every row takes its most likely token.
-    """
-
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    needed: bool
-    greedy: bool
-
-    def repeat(self, times: int) -> Truncation:
-        """The settings of [times · R] rows, position after position."""
-        names = ("temperature", "top_k", "top_p", "min_p")
-        return dataclasses.replace(self, **{name: getattr(self, name).repeat(times) for name in names})
-
-    def scaled(self, factor: Tensor) -> Truncation:
-        """The same with another temperature: ``factor`` (a scalar) times as high."""
-        return dataclasses.replace(self, temperature=self.temperature * factor)
-
-    def probs(self, logits: Tensor) -> Tensor:
-        """What is sampled from: [R, V] float32 that sums to 1 in each row, from logits [R, V]."""
-        probs = (logits.float() / self.temperature.unsqueeze(-1)).softmax(-1)
-        return self._truncated(probs) if self.needed else probs
-
-    def _truncated(self, probs: Tensor) -> Tensor:
-        width = probs.shape[-1]
-        values, index, before = _sorted(probs, width if probs.is_cuda else min(_LEADING, width))
-        if len(index[0]) < width and not bool(self._closed(before).all()):
-            values, index, before = _sorted(probs, width)
-        rank = torch.arange(values.shape[-1], device=probs.device)
-        keep = (rank < self.top_k.unsqueeze(-1)) & (before <= self.top_p.unsqueeze(-1))
-        keep &= values >= self.min_p.unsqueeze(-1) * values[:, :1]
-        values = values.masked_fill(~keep, 0.0)
-        values /= values.sum(-1, keepdim=True)
-        return torch.zeros_like(probs).scatter_(-1, index, values)
-
-    def _closed(self, before: Tensor) -> Tensor:
-        """[R] whether nothing after the sorted ranks can be kept."""
-        return (self.top_k <= before.shape[-1]) | (before[:, -1] > self.top_p)
-
-
-def _sorted(probs: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``count`` largest of each row, their columns, and the mass before each."""
-    values, index = probs.topk(count, dim=-1) if count < probs.shape[-1] else probs.sort(-1, descending=True)
-    return values, index, values.cumsum(-1) - values
 
 
 def draw(weights: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sglang_optimal.mixing.speculation import Truncation
+from sglang_optimal.mixing.truncation import Truncation
 
 FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3)
 EVERY = 8

@@ -12,7 +12,8 @@ from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
 
-from sglang_optimal.mixing.speculation import Truncation, draw
+from sglang_optimal.mixing.speculation import draw
+from sglang_optimal.mixing.truncation import Truncation
 from sglang_optimal.runtime.observer import MixingDeviceOutput
 from sglang_optimal.runtime.plan import DraftRows
 

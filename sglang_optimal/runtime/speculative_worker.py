@@ -22,7 +22,8 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_optimal.mixing import mix
-from sglang_optimal.mixing.speculation import Truncation, verify, verify_greedy
+from sglang_optimal.mixing.speculation import verify, verify_greedy
+from sglang_optimal.mixing.truncation import Truncation
 from sglang_optimal.runtime.draft_length import BestLength, FixedLength
 from sglang_optimal.runtime.draft_temperature import DraftTemperature
 from sglang_optimal.runtime.failure import student_failure
@@ -34,6 +35,7 @@ from sglang_optimal.runtime.speculative_result import Accepted, Draft
 from sglang_optimal.runtime.step_timer import StepTimer
 from sglang_optimal.runtime.student import decode_rows
 from sglang_optimal.runtime.student_kv import student_of
+from sglang_optimal.runtime.truncation import truncation_of
 
 
 def can_draft(req: Req) -> bool:
@@ -164,7 +166,7 @@ class SpeculativeWorker(BaseSpecWorker):
         size, n, v, width = len(batch.reqs), len(drafted.host), target.vocab_size, length + 1
         bias = batch.sampling_info.logit_bias
         bias = None if bias is None else drafted.select(bias)[:, :v]
-        truncation = _truncation(batch.sampling_info, drafted)
+        truncation = truncation_of(batch.sampling_info, drafted)
 
         draft = self._draft(batch, rows, length, self.temperature.sharpened(truncation), bias)
         forward = self._verify_forward(batch, drafted, draft.tokens)
@@ -181,7 +183,8 @@ class SpeculativeWorker(BaseSpecWorker):
             tokens, accepted = verify_greedy(mixture.logits.argmax(-1).view(width, n), draft.tokens)
         else:
             chances = every.probs(mixture.logits).view(width, n, v)
-            self.temperature.observe(draft.logits[0], chances[0], truncation)
+            if draft.failure is None:
+                self.temperature.observe(draft.logits[0], chances[0], truncation)
             tokens, accepted = verify(chances, draft.chances, draft.tokens)
         tokens, accepted = self._agreed(tokens), self._agreed(accepted)
 
@@ -278,14 +281,3 @@ def _ahead(seq_lens: torch.Tensor, k: int) -> torch.Tensor:
 def _slots(pool, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
     """[n] the KV slots of the tokens at position ``seq_lens − 1``."""
     return pool.req_to_token[rows, seq_lens - 1].to(torch.int64)
-
-
-def _truncation(info, drafted: MixedRows) -> Truncation:
-    return Truncation(
-        temperature=drafted.select(info.temperatures).view(-1),
-        top_k=drafted.select(info.top_ks),
-        top_p=drafted.select(info.top_ps),
-        min_p=drafted.select(info.min_ps),
-        needed=info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling,
-        greedy=info.is_all_greedy,
-    )

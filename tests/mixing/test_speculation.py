@@ -6,77 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import filter_probs
 from scipy.stats import chisquare
 
 from sglang_optimal.mixing import speculation
-from sglang_optimal.mixing.speculation import Truncation, draw, verify, verify_greedy
+from sglang_optimal.mixing.speculation import draw, verify, verify_greedy
 
 V, K, DRAWS = 7, 3, 60_000
-
-
-def rows(*settings: dict) -> Truncation:
-    """Truncation of one row for each settings."""
-
-    def column(name: str, default: float, dtype=torch.float32) -> torch.Tensor:
-        return torch.tensor([row.get(name, default) for row in settings], dtype=dtype)
-
-    return Truncation(
-        temperature=column("temperature", 1.0),
-        top_k=column("top_k", 1 << 30, torch.int32),
-        top_p=column("top_p", 1.0),
-        min_p=column("min_p", 0.0),
-        needed=any(name in row for row in settings for name in ("top_k", "top_p", "min_p")),
-        greedy=False,
-    )
-
-
-SETTINGS = (
-    {},
-    {"temperature": 0.5},
-    {"top_k": 1},
-    {"top_k": 5, "temperature": 1.7},
-    {"top_p": 0.6},
-    {"min_p": 0.2},
-    {"top_k": 9, "top_p": 0.8, "min_p": 0.02},
-)
-
-
-@pytest.mark.parametrize("width", [40, 5000])
-def test_truncation_is_the_oracles(width):
-    """5000 is wide enough for the partial sort; the flat row, where that does not reach the mass, makes it sort all."""
-    torch.manual_seed(1)
-    logits = torch.randn(len(SETTINGS), width) * 3
-    for scale in (1.0, 1e-3):
-        got = rows(*SETTINGS).probs(logits * scale)
-        for row, chosen in enumerate(SETTINGS):
-            probs = (logits[row].double() * scale / chosen.get("temperature", 1.0)).softmax(-1)
-            filters = {name: value for name, value in chosen.items() if name != "temperature"}
-            expected = filter_probs(probs, **filters)
-            assert got[row].sum() == pytest.approx(1.0, abs=1e-5)
-            # A token just at the edge of the mass may be in for one precision and out for the other.
-            off = (got[row] - expected).abs() > 1e-5 + 1e-3 * expected
-            assert int((off & ((got[row] > 0) != (expected > 0))).sum()) <= 1 and int(off.sum()) <= max(1, width // 20)
-
-
-def test_truncation_is_sglangs():
-    """The support and the weights are those that SGLang's own sampler draws from."""
-    from sglang.srt.layers.sampler import top_k_top_p_min_p_sampling_from_probs_torch as sample
-
-    torch.manual_seed(2)
-    logits = torch.randn(len(SETTINGS), 300) * 2
-    truncation = rows(*SETTINGS)
-    probs = (logits / truncation.temperature.unsqueeze(-1)).softmax(-1)
-    _, weights, order, _ = sample(
-        probs, truncation.top_k, truncation.top_p, truncation.min_p, True, None, None, return_filtered_probs=True
-    )
-    expected = torch.zeros_like(probs).scatter(-1, order.long(), weights)
-    assert torch.allclose(truncation.probs(logits), expected / expected.sum(-1, keepdim=True), atol=1e-6)
-
-
-def test_repeat_is_position_after_position():
-    truncation = rows({"temperature": 2.0}, {"top_k": 3}).repeat(3)
-    assert truncation.temperature.tolist() == [2.0, 1.0] * 3 and truncation.top_k[1::2].tolist() == [3] * 3
 
 
 def test_draw():
