@@ -398,9 +398,11 @@ _drafts: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any]):
+    from sglang_optimal.runtime import launch
+
+    launch.check_sglang_version()
     from sglang.srt.entrypoints.engine import Engine
 
-    from sglang_optimal.runtime import launch
     from sglang_optimal.runtime.scheduler import scheduler_process
     from sglang_optimal.runtime.tokenizer import tokenizer_manager_init
 

@@ -219,6 +219,7 @@ def _run(argv: list[str]) -> int:
     from sglang_optimal.runtime import launch
 
     try:
+        launch.check_sglang_version()
         server_args, config = parse(argv)
         launch.check_models(server_args, config)
         launch.resolve(server_args, config)

@@ -22,8 +22,9 @@ REFUSED = 2
 def supervise(command: Sequence[str], max_restarts: int, *, pause: float = 2.0) -> int:
     """Run ``command`` until it ends well, is stopped, refuses its arguments, or has failed too often in a row.
 
-    SIGTERM and SIGINT are passed on and end it. Whatever the command leaves of its process group is killed before it
-    is started again, so that no memory or port stays taken.
+    SIGTERM, SIGINT and the end of the terminal (SIGHUP, unless it is ignored, as under nohup) are passed on as SIGTERM
+    and end it. Whatever the command leaves of its process group is killed before it is started again, so that no memory
+    or port stays taken.
 
     Args:
         command: the program and its arguments.
@@ -41,7 +42,10 @@ def supervise(command: Sequence[str], max_restarts: int, *, pause: float = 2.0) 
         if process is not None:
             _signal_group(process, signal.SIGTERM)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, stop) for number in numbers}
     failures = 0
     try:
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -77,21 +78,54 @@ def test_what_is_left_of_it_is_killed(tmp_path, capfd):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("child", ["runs", "stubborn"])
-def test_a_signal_ends_both(tmp_path, number, child):
-    code = (
-        "import sys; from sglang_optimal import supervise as s; s.GRACE_SECONDS = 0.5; "
-        "sys.exit(s.supervise(sys.argv[1:], 5))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, *command(tmp_path, child)])
+SUPERVISOR = """
+import sys
+from sglang_optimal import supervise
+supervise.GRACE_SECONDS = 0.5
+sys.exit(supervise.supervise(sys.argv[1:], 5))
+"""
+
+
+def supervised(tmp_path: Path, child: str, *before: str) -> tuple[subprocess.Popen, int]:
+    """A supervisor in a process of its own, and the id of its running child. ``before``: what starts both."""
+    process = subprocess.Popen([*before, sys.executable, "-c", SUPERVISOR, *command(tmp_path, child)])
     deadline = time.monotonic() + 20
-    while not (tmp_path / "log").exists():
+    while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text().endswith("\n"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(0.3)
-    process.send_signal(number)
-    assert process.wait(20) == 128 + (signal.SIGTERM if child == "runs" else signal.SIGKILL)
-    pid = int((tmp_path / "log").read_text())
-    with pytest.raises(ProcessLookupError):
+    return process, int((tmp_path / "log").read_text())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("child", ["runs", "stubborn"])
+def test_a_signal_ends_both(tmp_path, number, child):
+    process, pid = supervised(tmp_path, child)
+    try:
+        process.send_signal(number)
+        assert process.wait(20) == 128 + (signal.SIGTERM if child == "runs" else signal.SIGKILL)
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    finally:
+        end(process, pid)
+
+
+def test_a_closed_terminal_is_nothing_under_nohup(tmp_path):
+    process, pid = supervised(tmp_path, "runs", "nohup")
+    try:
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
         os.kill(pid, 0)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
+    finally:
+        end(process, pid)
+
+
+def end(process: subprocess.Popen, pid: int) -> None:
+    """Kill what a failed test has left."""
+    process.kill()
+    process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

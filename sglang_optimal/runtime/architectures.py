@@ -62,8 +62,8 @@ def _check_quantization(server_args, student: ModelConfig) -> None:
     """SGLang loads both models with one --quantization, and for some teachers it chooses it itself."""
     chosen = resolving_view(server_args).quantization
     own = getattr(student.hf_config, "quantization_config", None)
-    if chosen is not None and chosen != server_args.quantization and own is None:
+    if chosen is not None and server_args.quantization is None and own is None:
         raise ValueError(
-            f"--student-model-path: SGLang chose --quantization {chosen} for the teacher, and would quantize the student "
-            "with it as well; give --quantization yourself to have that for both, or a student of the same format."
+            f"--student-model-path: SGLang chose --quantization {chosen} for the teacher, and would quantize the "
+            "student with it as well; give --quantization unquant, or a student of the same format."
         )

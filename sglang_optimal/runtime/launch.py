@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +24,186 @@ ALGORITHM = "OPTIMAL"
 STUDENT_ADAPTER = "student"
 """SGLang's name of the student's LoRA adapter; plain requests may ask for it with ``lora_path``."""
 
-# (ServerArgs field, what it turns on), each off by default and refused beside a student
-_REFUSED = (
-    ("enable_mixed_chunk", "mixing prefill and decode rows in one batch"),
-    ("enable_two_batch_overlap", "two-batch overlap"),
-    ("speculative_algorithm", "speculative decoding"),
-    ("enable_dp_attention", "data-parallel attention"),
-    ("enable_lora", "LoRA adapters"),
-    ("lora_paths", "LoRA adapters"),
-    ("enable_hierarchical_cache", "the hierarchical cache"),
-    ("enable_lmcache", "LMCache"),
-    ("enable_flexkv", "FlexKV"),
-    ("enable_unified_cache_external_linker", "an external cache"),
-    ("enable_streaming_session", "streaming sessions"),
-    ("enable_eplb", "expert load balancing"),
-    ("ep_dispatch_algorithm", "expert load balancing"),
-    ("expert_distribution_recorder_mode", "recording the load of experts"),
-    ("enable_pdmux", "PD multiplexing"),
-    ("dllm_algorithm", "diffusion language models"),
-    *((name, "a front end other than the HTTP server") for name in OTHER_FRONT_ENDS),
-)
-# the same, refused only where the student drafts
-_REFUSED_DRAFTING = (
-    ("enable_deterministic_inference", "seeded sampling"),
-    ("enable_return_hidden_states", "returning hidden states"),
-    ("return_hidden_states_mode", "returning hidden states"),
-)
 _PLAIN = "give --student-weights none for a server that does not mix"
-_ONLY_ONE = ("pp_size", "attn_dp_size", "attn_cp_size", "dcp_size", "tokenizer_worker_num", "page_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Beside:
+    """Beside which students something is refused.
+
+    Attributes:
+        applies: whether the settled configuration has such a student.
+        words: how the message says it.
+        instead: what the message says can be done.
+    """
+
+    applies: Callable[[MixingConfig], bool]
+    words: str = "beside a student"
+    instead: str = f"remove the flag, or {_PLAIN}"
+
+
+_ANY = _Beside(lambda config: True)
+# A second model runner, of which SGLang knows nothing.
+_OWN_WEIGHTS = _Beside(lambda config: not config.shared_weights, "beside a student with weights of its own")
+_SHARED_WEIGHTS = _Beside(lambda config: config.shared_weights, "beside a student that shares the teacher's weights")
+_DRAFTING = _Beside(lambda config: config.longest_draft > 0, "where the student drafts", "use lockstep mixing")
+_LOCKSTEP = _Beside(lambda config: config.longest_draft == 0)
+_ADAPTER = _Beside(lambda config: config.student_lora_path is not None, "beside --student-lora-path", "remove the flag")
+_NO_ADAPTER = _Beside(lambda config: config.student_lora_path is None)
+
+
+def _other_than(*fine: Any) -> Callable[[Any], bool]:
+    return lambda value: bool(value) and value not in fine
+
+
+def _names_weights(extra_config: str | dict[str, Any]) -> bool:
+    """Whether the loaders' extra configuration has a place of one model's weights, which the other would load too."""
+    with contextlib.suppress(TypeError, json.JSONDecodeError):  # SGLang's to refuse
+        extra_config = json.loads(extra_config)
+    places = ("presharded_path", "qlora_adapter_name_or_path", "pack_path", "source_path")
+    return isinstance(extra_config, dict) and any(extra_config.get(place) for place in places)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refusal:
+    """A ServerArgs field that cannot be honoured beside a student.
+
+    Attributes:
+        field: its name.
+        what: what it turns on.
+        beside: which students.
+        asks: whether a value turns it on.
+    """
+
+    field: str
+    what: str
+    beside: _Beside = _ANY
+    asks: Callable[[Any], bool] = bool
+
+
+_REFUSED = (
+    _Refusal("enable_mixed_chunk", "mixing prefill and decode rows in one batch"),
+    _Refusal("enable_two_batch_overlap", "two-batch overlap"),
+    _Refusal("speculative_algorithm", "speculative decoding", _LOCKSTEP),
+    _Refusal("speculative_algorithm", "speculative decoding", asks=_other_than(ALGORITHM)),
+    _Refusal("decoupled_spec_role", "speculative decoding", asks=_other_than("null")),
+    _Refusal("enable_dp_attention", "data-parallel attention"),
+    _Refusal("enable_lora", "LoRA adapters", _NO_ADAPTER),
+    _Refusal("lora_paths", "LoRA adapters", _NO_ADAPTER),
+    # SGLang loads the adapters of scheduled requests ahead of their forward; the student's is none of those.
+    _Refusal("enable_lora_overlap_loading", "loading adapters ahead", _ADAPTER),
+    _Refusal("max_loras_per_batch", "fewer than 2 (the adapter, and no adapter)", _ADAPTER, lambda value: value < 2),
+    _Refusal("enable_hierarchical_cache", "the hierarchical cache"),
+    _Refusal("enable_lmcache", "LMCache"),
+    _Refusal("enable_flexkv", "FlexKV"),
+    _Refusal("enable_unified_cache_external_linker", "an external cache"),
+    # Both keep the KV of scheduled requests elsewhere, and move it when the scheduler says so.
+    _Refusal("enable_hisparse", "hierarchical sparse attention"),
+    _Refusal("enable_unified_memory", "one memory for several KV pools"),
+    _Refusal("radix_eviction_policy_config", "tuning the eviction of two radix caches", _OWN_WEIGHTS),
+    _Refusal("enable_streaming_session", "streaming sessions"),
+    _Refusal("enable_eplb", "expert load balancing"),
+    _Refusal("ep_dispatch_algorithm", "expert load balancing"),
+    _Refusal("init_expert_location", "expert load balancing", asks=_other_than("trivial")),
+    _Refusal("expert_distribution_recorder_mode", "recording the load of experts"),
+    _Refusal("expert_balancedness_report_mode", "recording the load of experts", asks=_other_than("off")),
+    _Refusal("elastic_ep_backend", "elastic expert parallelism", asks=_other_than("none")),
+    # The scheduler tells every rank the number of its tokens, without the students'.
+    _Refusal("moe_a2a_backend", "all-to-all expert parallelism", asks=_other_than("none")),
+    _Refusal("moe_dense_tp_size", "another tensor parallelism for dense layers"),
+    _Refusal("kt_weight_path", "experts on the CPU", _OWN_WEIGHTS),
+    _Refusal("enable_layernorm_sp", "sequence parallelism of layer norms", _OWN_WEIGHTS),
+    _Refusal("enable_nvidia_megakernel", "a kernel for the whole of one model", _OWN_WEIGHTS),
+    _Refusal("enable_amd_monokernel", "a kernel for the whole of one model", _OWN_WEIGHTS),
+    _Refusal("enable_pdmux", "PD multiplexing"),
+    _Refusal("disaggregation_mode", "PD disaggregation", asks=_other_than("null")),
+    _Refusal("dllm_algorithm", "diffusion language models"),
+    *(_Refusal(name, "a front end other than the HTTP server") for name in OTHER_FRONT_ENDS),
+    _Refusal("grpc_port", "a front end other than the HTTP server"),
+    # They would change the teacher's logits, or read what only scheduled rows have.
+    _Refusal("enable_watermark", "watermarking"),
+    _Refusal("enable_return_routed_experts", "returning the routed experts"),
+    _Refusal("enable_return_indexer_topk", "returning the indexer's choices"),
+    _Refusal("enable_return_aux_hidden_states", "returning auxiliary hidden states"),
+    _Refusal("enable_return_hidden_states", "returning hidden states", _DRAFTING),
+    _Refusal("return_hidden_states_mode", "returning hidden states", _DRAFTING),
+    _Refusal("enable_deterministic_inference", "seeded sampling", _DRAFTING),
+    _Refusal("kv_canary", "checking the KV cache with canaries", asks=_other_than("none")),
+    # SGLang gives them to the model that it knows, and to no other.
+    _Refusal("default_chat_template_kwargs", "a default that only the teacher's chat template gets"),
+    _Refusal("chat_template", "a chat template for the teacher alone", _SHARED_WEIGHTS),
+    _Refusal("hf_chat_template_name", "a chat template for the teacher alone", _SHARED_WEIGHTS),
+    _Refusal("startup_weight_load_mode", "overlapped loading", _OWN_WEIGHTS, _other_than("serial")),
+    _Refusal("enable_memory_saver", "releasing the models' memory", _OWN_WEIGHTS),
+    _Refusal("checkpoint_engine_wait_weights_before_ready", "waiting for the teacher's weights alone", _OWN_WEIGHTS),
+    # One source, place or layout of weights, which both models would use.
+    _Refusal("load_format", "loading from a remote instance", _OWN_WEIGHTS, lambda value: value == "remote_instance"),
+    _Refusal("load_format", "loading a GGUF file", _OWN_WEIGHTS, lambda value: value == "gguf"),
+    _Refusal(
+        "remote_instance_weight_loader_start_seed_via_transfer_engine", "being a remote instance's source", _OWN_WEIGHTS
+    ),
+    _Refusal("weight_cache_mode", "a cache of weights", _OWN_WEIGHTS, _other_than("off")),
+    _Refusal("model_loader_extra_config", "a place of one model's weights", _OWN_WEIGHTS, _names_weights),
+    _Refusal("quantization_param_path", "a file of one model's scaling factors", _OWN_WEIGHTS),
+    _Refusal("modelopt_checkpoint_restore_path", "a place of one model's weights", _OWN_WEIGHTS),
+    _Refusal("modelopt_checkpoint_save_path", "a place of one model's weights", _OWN_WEIGHTS),
+    _Refusal("modelopt_export_path", "a place of one model's weights", _OWN_WEIGHTS),
+    _Refusal("decrypted_config_file", "a configuration of one model", _OWN_WEIGHTS),
+    _Refusal("model_checksum", "a list of one model's checksums", _OWN_WEIGHTS),
+    _Refusal("offload_group_size", "offloading groups of layers", _OWN_WEIGHTS, lambda value: value > 0),
+    _Refusal("debug_tensor_dump_output_folder", "dumping two models into one folder", _OWN_WEIGHTS),
+    _Refusal("msprobe_dump_config", "dumping two models into one folder", _OWN_WEIGHTS),
+)
+_ONLY_ONE = ("pp_size", "attn_dp_size", "attn_cp_size", "dcp_size", "dwdp_size", "tokenizer_worker_num", "page_size")
+_SPECULATIVE = ("uno_lora_path", "enable_multi_layer_eagle", "spec_trace_dir")
+"""SGLang's settings of drafting that do not begin with ``speculative_``."""
+# (switch of SGLang's environment, what it turns on)
+_REFUSED_ENVIRONMENT = (
+    ("SGLANG_RUST_SERVER", "the Rust server"),
+    ("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "sizing KV pools after the graphs"),
+    ("SGLANG_KV_CANARY_ENABLE_TOKEN_ORACLE", "an oracle in place of sampling"),
+)
+
+
+def check_sglang_version() -> None:
+    """Refuse another SGLang than the one this package is made for, before anything of it is imported.
+
+    Raises:
+        ValueError: names both versions and the command that installs the right one.
+    """
+    pinned = _pinned_sglang()
+    if pinned is None:
+        return  # run from a folder of sources, without having been installed
+    try:
+        installed = importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        if importlib.util.find_spec("sglang") is not None:
+            return  # the same for SGLang
+        installed = "not installed"
+    if installed.partition("+")[0] != pinned:
+        raise ValueError(
+            f"sglang: {installed}, but this version of sglang-optimal works with sglang {pinned} alone; "
+            f"run: pip install 'sglang=={pinned}'"
+        )
+
+
+def _pinned_sglang() -> str | None:
+    """SGLang's version in this package's own requirements; None where they are not known."""
+    try:
+        requirements = importlib.metadata.requires("sglang-optimal") or ()
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    pins = (re.match(r"sglang(?:\[.*\])?\s*\(?==\s*([\w.!]+)", requirement) for requirement in requirements)
+    return next((pin.group(1) for pin in pins if pin is not None), None)
 
 
 def server_defaults(config: MixingConfig) -> dict[str, Any]:
-    """ServerArgs values that mixing needs; empty without a student, so that the server is SGLang's own."""
+    """ServerArgs values that mixing needs; empty without a student, so that the server is SGLang's own.
+
+    Raises:
+        ValueError: another SGLang than the pinned one is installed.
+    """
+    check_sglang_version()
     if not config.mixes:
         return {}
     defaults: dict[str, Any] = {"sampling_backend": "optimal", "radix_cache_backend": "optimal"}
@@ -81,6 +236,7 @@ def checked_server_args(teacher: str, config: MixingConfig, arguments: dict[str,
     Raises:
         ValueError: names the argument and the fix.
     """
+    check_sglang_version()
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs
 
@@ -90,6 +246,8 @@ def checked_server_args(teacher: str, config: MixingConfig, arguments: dict[str,
     check_known(arguments, ServerArgs.__struct_fields__, where)
     if "model_path" in arguments:
         raise ValueError("model_path: is the teacher; give it as the first argument.")
+    if arguments.get("incremental_streaming_output"):
+        raise ValueError(f"incremental_streaming_output: a stream of {where} yields all there is so far; leave it out.")
     load_plugins()
     plugin.register()
     parsed = ServerArgs(model_path=teacher, **{**server_defaults(config), **arguments})
@@ -108,6 +266,7 @@ def check_server_args(server_args, config: MixingConfig) -> None:
     if not config.mixes:
         return
     _check_features(server_args, config)
+    _check_drafting(server_args)
     if config.student_lora_path is not None and server_args.lora_paths != [_adapter(config)]:
         raise ValueError("--lora-paths: no other adapter is supported beside --student-lora-path; remove the flag.")
     for name in ("sampling_backend", "radix_cache_backend"):
@@ -116,27 +275,32 @@ def check_server_args(server_args, config: MixingConfig) -> None:
             raise ValueError(f"{_flag(name)}: must stay unset or 'optimal' beside a student, got {value!r}.")
     from sglang.srt.environ import envs
 
-    if envs.SGLANG_RUST_SERVER.get():
-        raise ValueError("SGLANG_RUST_SERVER: the Rust server is not supported beside a student; unset it.")
+    for name, what in _REFUSED_ENVIRONMENT:
+        if getattr(envs, name).get():
+            raise ValueError(f"{name}: {what} is not supported beside a student; unset it.")
 
 
 def _check_features(server_args, config: MixingConfig) -> None:
-    for name, what in _REFUSED:
-        if config.student_lora_path is not None and name in ("enable_lora", "lora_paths"):
-            continue
-        if name == "speculative_algorithm" and config.longest_draft and getattr(server_args, name, None) == ALGORITHM:
-            continue
-        if getattr(server_args, name, None):
-            raise ValueError(f"{_flag(name)}: {what} is not supported beside a student; remove the flag, or {_PLAIN}.")
-    for name, what in _REFUSED_DRAFTING if config.longest_draft else ():
-        if getattr(server_args, name, None):
-            raise ValueError(f"{_flag(name)}: {what} is not supported where the student drafts; use lockstep mixing.")
+    for refusal in _REFUSED:
+        beside, flag = refusal.beside, _flag(refusal.field)
+        if beside.applies(config) and refusal.asks(getattr(server_args, refusal.field)):
+            raise ValueError(f"{flag}: {refusal.what} is not supported {beside.words}; {beside.instead}.")
     for name in _ONLY_ONE:
-        value = getattr(server_args, name, 1)
+        value = getattr(server_args, name)
         if value not in (None, 1):
             raise ValueError(f"{_flag(name)}: only 1 is supported beside a student, got {value}; or {_PLAIN}.")
-    if getattr(server_args, "disaggregation_mode", "null") not in (None, "null"):
-        raise ValueError(f"--disaggregation-mode: PD disaggregation is not supported beside a student; {_PLAIN}.")
+
+
+def _check_drafting(server_args) -> None:
+    """SGLang's settings of its own drafting, which would be read by nobody or replaced by those of the student's."""
+    unset = type(server_args)(model_path=server_args.model_path)
+    for name in unset.__struct_fields__:
+        ours = name.startswith("speculative_") and name != "speculative_algorithm"
+        if (ours or name in _SPECULATIVE) and getattr(server_args, name) != getattr(unset, name):
+            raise ValueError(
+                f"{_flag(name)}: SGLang's own drafting is not supported beside a student, which drafts with "
+                f"--mixing-mode and --draft-tokens; remove the flag, or {_PLAIN}."
+            )
 
 
 def _flag(name: str) -> str:
@@ -156,7 +320,8 @@ def resolve(server_args, config: MixingConfig) -> None:
     from sglang_optimal.runtime.architectures import check_architectures
 
     try:
-        if config.student_model_path is not None:
+        # Until it is resolved, SGLang's model configurations refuse 'unquant'.
+        if config.student_model_path is not None and server_args.quantization != "unquant":
             check_architectures(server_args, config, resolved=False)
         if config.longest_draft:
             server_args.speculative_algorithm = ALGORITHM
@@ -171,11 +336,27 @@ def resolve(server_args, config: MixingConfig) -> None:
     cpu_ranks.share_cores(server_args.tp_size * server_args.dp_size, server_args.nnodes)
     if config.student_model_path is None:
         return
+    view = resolving_view(server_args)
     try:
-        _check_features(resolving_view(server_args), config)
+        _check_features(view, config)
     except ValueError as error:
         raise ValueError(f"{error} SGLang chose this for the model, the device or another flag.") from None
+    if not config.shared_weights:
+        _check_fused_all_reduces(view)
     check_architectures(server_args, config, resolved=True)
+
+
+def _check_fused_all_reduces(view) -> None:
+    """Refuse, before both models are loaded, a workspace of fused all-reduces that the worker cannot share.
+
+    Raises:
+        ValueError: names the flag and the fix.
+    """
+    if view.tp_size > 1 and view.flashinfer_allreduce_fusion_backend == "cutedsl":
+        raise ValueError(
+            "--flashinfer-allreduce-fusion-backend: two models cannot share the workspace of 'cutedsl'; "
+            "give another, or --enforce-disable-flashinfer-allreduce-fusion."
+        )
 
 
 def check_models(server_args, config: MixingConfig) -> None:

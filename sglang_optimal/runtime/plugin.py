@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-_registered = False
+_registered: set[str] = set()
 
 
 def register() -> None:
-    """Register the names that we give to SGLang's arguments; safe to call again."""
-    global _registered
-    if _registered:
-        return
-    _registered = True
+    """Register the names that we give to SGLang's arguments; safe to call again.
+
+    SGLang only logs what its plugins raise. After a failure the next call does what is missing, and so raises it again.
+    """
     from sglang.srt.layers.sampler import register_sampler_backend
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
 
     from sglang_optimal.runtime import speculation
 
-    register_sampler_backend("optimal", _sampler)
-    register_radix_cache_backend("optimal", _radix_cache)
-    speculation.register()
+    steps = {
+        "sampler": lambda: register_sampler_backend("optimal", _sampler),
+        "radix cache": lambda: register_radix_cache_backend("optimal", _radix_cache),
+        "speculation": speculation.register,
+    }
+    for name, step in steps.items():
+        if name not in _registered:
+            step()
+            _registered.add(name)
 
 
 def _sampler():

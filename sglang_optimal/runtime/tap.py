@@ -19,24 +19,41 @@ def series_of(meta_info: dict[str, Any], start: int = 0) -> dict[str, list[float
 
 
 class MixingTap:
-    """Remembers the series of each choice and which of their tokens were taken."""
+    """Remembers the series of each choice until they are taken.
 
-    def __init__(self) -> None:
-        self._meta: dict[int, dict[str, Any]] = {}
-        self._taken: dict[int, int] = {}
+    Args:
+        incremental: whether an output has the series of its own tokens alone (``--incremental-streaming-output``) and
+            not those of all tokens so far; None: as SGLang is configured.
+    """
+
+    def __init__(self, incremental: bool | None = None) -> None:
+        self._incremental = incremental
+        self._seen: dict[int, int] = {}
+        self._waiting: dict[int, dict[str, list[float]]] = {}
 
     async def follow(self, outputs: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
         """Yield what ``outputs`` yields."""
         async with contextlib.aclosing(outputs):
             async for output in outputs:
-                self._meta[output.get("index", 0)] = output["meta_info"]
+                self._keep(output.get("index", 0), output["meta_info"])
                 yield output
+
+    def _keep(self, index: int, meta_info: dict[str, Any]) -> None:
+        if self._incremental is None:
+            self._incremental = _sglang_is_incremental()
+        new = series_of(meta_info, 0 if self._incremental else self._seen.get(index, 0))
+        self._seen[index] = self._seen.get(index, 0) + len(new.get("alpha", ()))
+        waiting = self._waiting.setdefault(index, {})
+        for name, values in new.items():
+            waiting.setdefault(name, []).extend(values)
 
     def take(self, index: int) -> dict[str, list[float]]:
         """Series of the tokens of choice ``index`` that were not taken before."""
-        series = series_of(self._meta.get(index, {}), self._taken.get(index, 0))
-        new = len(series.get("alpha", ()))
-        if not new:
-            return {}
-        self._taken[index] = self._taken.get(index, 0) + new
-        return series
+        series = self._waiting.pop(index, {})
+        return series if series.get("alpha") else {}
+
+
+def _sglang_is_incremental() -> bool:
+    from sglang.srt.runtime_context import get_serving
+
+    return get_serving().incremental_streaming_output
