@@ -103,6 +103,8 @@ class MixingConfig:
             the teacher verifies in one forward, without any change to what is sampled; ``auto``: as many drafts as pay,
             up to ``draft_tokens``, or none. Drafting needs a student with weights of its own.
         draft_tokens: see ``mixing_mode``; None: `DRAFT_TOKENS` of it.
+        mixing_self_check: ``on`` or ``off``: whether to compare, before any request is served, both sides' logits with
+            those of each model alone, and not to start where they differ; None: on wherever there is an accelerator.
         alpha: defaults for requests that do not say.
         shared_weights: what ``student_weights`` came to, see `settled`.
     """
@@ -115,6 +117,7 @@ class MixingConfig:
     plain_requests: str = "allow"
     mixing_mode: str = "lockstep"
     draft_tokens: int | None = None
+    mixing_self_check: str | None = None
     alpha: AlphaSettings = AlphaSettings()
     shared_weights: bool = False
 
@@ -128,9 +131,11 @@ class MixingConfig:
         "plain_requests",
         "mixing_mode",
         "draft_tokens",
+        "mixing_self_check",
     )
     STUDENT_WEIGHTS = ("auto", "shared", "separate", "none")
     PLAIN_REQUESTS = ("allow", "refuse")
+    SELF_CHECK = ("on", "off")
     DRAFT_TOKENS = {"lockstep": 0, "speculative": 4, "auto": 8}
     MAX_DRAFT_TOKENS = 32
 
@@ -151,6 +156,12 @@ class MixingConfig:
         plain = values.get("plain_requests")
         if plain is not None and plain not in cls.PLAIN_REQUESTS:
             raise ValueError(f"plain_requests: {plain!r} is not one of {', '.join(cls.PLAIN_REQUESTS)}.")
+        check = values.get("mixing_self_check")
+        if isinstance(check, bool):  # what YAML makes of on and off
+            check = cls.SELF_CHECK[not check]
+            values = {**values, "mixing_self_check": check}
+        if check is not None and check not in cls.SELF_CHECK:
+            raise ValueError(f"mixing_self_check: {check!r} is not one of {', '.join(cls.SELF_CHECK)}.")
         mode, drafts = values.get("mixing_mode"), values.get("draft_tokens")
         if mode is not None and mode not in cls.DRAFT_TOKENS:
             raise ValueError(f"mixing_mode: {mode!r} is not one of {', '.join(cls.DRAFT_TOKENS)}.")
@@ -176,6 +187,10 @@ class MixingConfig:
     def longest_draft(self) -> int:
         """The most tokens that the student drafts in one step; 0: lockstep."""
         return self.DRAFT_TOKENS[self.mixing_mode] if self.draft_tokens is None else self.draft_tokens
+
+    def checks_itself(self, has_accelerator: bool) -> bool:
+        """Whether the mixing is checked before a request is served."""
+        return has_accelerator if self.mixing_self_check is None else self.mixing_self_check == "on"
 
     @property
     def mixes(self) -> bool:

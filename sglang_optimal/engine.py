@@ -80,8 +80,8 @@ class OptimalSampler:
         teacher_system_prompt, student_system_prompt: put before the prompts of each side: as a system message with
             ``enable_chat_template``, else as a first paragraph. Not used for token ids.
         enable_chat_template: wrap text prompts as a user message in each model's own chat template.
-        student_revision, student_max_total_tokens, student_weights, student_lora_path, mixing_mode, draft_tokens: see
-            MixingConfig.
+        student_revision, student_max_total_tokens, student_weights, student_lora_path, mixing_mode, draft_tokens,
+            mixing_self_check: see MixingConfig.
         **server_args: any argument of SGLang's ServerArgs (``mem_fraction_static``, ``context_length``, …).
 
     Raises:
@@ -111,6 +111,7 @@ class OptimalSampler:
         student_lora_path: str | None = None,
         mixing_mode: str | None = None,
         draft_tokens: int | None = None,
+        mixing_self_check: str | None = None,
         **server_args: Any,
     ):
         self.config = MixingConfig.from_dict(
@@ -122,6 +123,7 @@ class OptimalSampler:
                 "student_lora_path": student_lora_path,
                 "mixing_mode": mixing_mode,
                 "draft_tokens": draft_tokens,
+                "mixing_self_check": mixing_self_check,
                 "alpha_method": alpha_method,
                 "alpha_min": alpha_min,
                 "alpha_max": alpha_max,

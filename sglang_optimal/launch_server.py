@@ -31,6 +31,9 @@ def mixing_parser() -> argparse.ArgumentParser:
         "--mixing-mode", help=f"{', '.join(MixingConfig.DRAFT_TOKENS)}: whether the student drafts; see docs/api.md."
     )
     group.add_argument("--draft-tokens", type=int, help="Tokens that the student drafts for one step, or at most.")
+    group.add_argument(
+        "--mixing-self-check", help="on, or off: compare both sides' logits with each model's alone; see docs/api.md."
+    )
     group.add_argument("--alpha-method", help=f"Default for requests: {', '.join(ALPHA_METHODS)}.")
     group.add_argument("--alpha-min", type=float, help="Default lower bound on alpha.")
     group.add_argument("--alpha-max", type=float, help="Default upper bound on alpha.")

@@ -25,6 +25,8 @@ from sglang_optimal.series import SERIES
 
 logger = logging.getLogger(__name__)
 
+_KL_STUDENT, _KL_TEACHER = SERIES.index("kl_to_student"), SERIES.index("kl_to_teacher")
+
 
 @dataclasses.dataclass
 class MixingStep:
@@ -121,9 +123,20 @@ def make_samplable(mixed: torch.Tensor, mixture: Mixture) -> None:
 
 
 class MixingObserver:
-    """SGLang's SamplingObserver for batches with mixed rows. ``on_tokens``: told the values of every sampled token."""
+    """SGLang's SamplingObserver for batches with mixed rows.
+
+    Attributes:
+        on_tokens: told the values of every sampled token.
+        on_sides: told the requests and both sides' logits [n, V] that a token of each is sampled from; only while the
+            self-check runs.
+        equal_sides: notices sides that are the same although they should not be.
+    """
 
     on_tokens: Callable[[list[list[float]]], None] | None = None
+    on_sides: Callable[[list[Req], torch.Tensor, torch.Tensor], None] | None = None
+
+    def __init__(self) -> None:
+        self.equal_sides = EqualSides()
 
     def is_active(self, sampling_info: SamplingBatchInfo) -> bool:
         return getattr(sampling_info, "mixing", None) is not None
@@ -134,10 +147,43 @@ class MixingObserver:
 
     def after_sample(self, state: MixingStep, token_ids: torch.Tensor) -> MixingDeviceOutput:
         values = state.extras(token_ids).unsqueeze(1)
-        output = MixingDeviceOutput(state.rows.host, values, self.on_tokens, state.failure)
+        if self.on_sides is not None:
+            self.on_sides(state.rows.reqs, state.teacher_logits, state.student_logits)
         # Free both models' logits now: the step lives on with the batch for two more iterations.
         state.teacher_logits = state.student_logits = state.mixture = None
-        return output
+        return MixingDeviceOutput(state.rows.host, values, self, state.failure)
+
+
+class EqualSides:
+    """Counts tokens of which both sides gave exactly the same distribution although they read different contexts.
+
+    That many in a row come of a fault, not of two models that agree: of logits that are one model's twice.
+
+    Attributes:
+        tokens: how many there were.
+    """
+
+    _MANY, _SHARE = 512, 0.95
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._seen = 0
+        self._warned = False
+
+    def add(self, req: Req, values: Sequence[float]) -> None:
+        """Told the values of ``SERIES`` for one token."""
+        if req.student.prompt_ids == req.origin_input_ids:
+            return
+        self._seen += 1
+        self.tokens += values[_KL_STUDENT] == 0.0 == values[_KL_TEACHER]
+        if not self._warned and self._seen >= self._MANY and self.tokens >= self._SHARE * self._seen:
+            self._warned = True
+            logger.warning(
+                "%d of %d mixed tokens had the same distribution on both sides although the contexts differ: the "
+                "mixture may be one model alone. Start again with --mixing-self-check on, or --disable-cuda-graph.",
+                self.tokens,
+                self._seen,
+            )
 
 
 @dataclasses.dataclass
@@ -146,11 +192,11 @@ class MixingDeviceOutput:
 
     host_rows: list[int]
     values: torch.Tensor
-    on_tokens: Callable[[list[list[float]]], None] | None = None
+    observer: MixingObserver
     failure: str | None = None
 
     def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> MixingHostOutput:
-        return MixingHostOutput(self.host_rows, copy_tensor(self.values), self.on_tokens, self.failure)
+        return MixingHostOutput(self.host_rows, copy_tensor(self.values), self.observer, self.failure)
 
 
 @dataclasses.dataclass
@@ -159,7 +205,7 @@ class MixingHostOutput:
 
     host_rows: list[int]
     values: torch.Tensor
-    on_tokens: Callable[[list[list[float]]], None] | None = None
+    observer: MixingObserver
     failure: str | None = None
 
     def consume(self, batch: ScheduleBatch, commits: Sequence[CommittedTokens | None]) -> None:
@@ -170,8 +216,8 @@ class MixingHostOutput:
                 continue
             # Fewer than were sampled where a stop condition ended the request among them.
             sampled += self._take(batch.reqs[row], commit.output_index, values[: len(commit.token_ids)])
-        if sampled and self.on_tokens is not None:
-            self.on_tokens(sampled)
+        if sampled and self.observer.on_tokens is not None:
+            self.observer.on_tokens(sampled)
 
     def _take(self, req: Any, start: int, tokens: list[list[float]]) -> list[list[float]]:
         """Add the values of a request's tokens from position ``start`` on; returns those it keeps."""
@@ -182,6 +228,7 @@ class MixingHostOutput:
                 return tokens[:position]
             if req.customized_info is None:
                 req.customized_info = {}
+            self.observer.equal_sides.add(req, values)
             names = SERIES if req.student.return_mixing_info else SERIES[:1]
             for name, value in zip(names, values, strict=False):
                 req.customized_info.setdefault(name, []).append(value)

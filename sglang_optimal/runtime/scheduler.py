@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 
+import torch
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput, UpdateWeightFromDiskReqOutput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
@@ -20,10 +23,13 @@ from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.invariants import MixedInvariantChecker
 from sglang_optimal.runtime.plan import Planner
 from sglang_optimal.runtime.request import from_wire
+from sglang_optimal.runtime.self_check import SelfCheck, SelfCheckError
 from sglang_optimal.runtime.shared_worker import SharedTpWorker
 from sglang_optimal.runtime.student_kv import SharedStudentKV, StudentKV, student_of
 from sglang_optimal.runtime.student_weights import is_for_student
 from sglang_optimal.runtime.worker import MixedTpWorker
+
+logger = logging.getLogger(__name__)
 
 
 class MixedPrefillAdder(PrefillAdder):
@@ -75,6 +81,25 @@ class MixedScheduler(Scheduler):
     """SGLang's scheduler with a student worker. ``mixing_config`` is set before construction, in each process."""
 
     mixing_config: MixingConfig
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.self_check_report: dict[str, float | int] | None = None
+        if self.mixing_config.checks_itself(torch.accelerator.is_available()):
+            self.check_itself()
+
+    def check_itself(self) -> None:
+        """Compare what the mixing sees with what each model gives alone; on an idle scheduler.
+
+        Raises:
+            SystemExit: with status 2 where they differ; the reason is printed.
+        """
+        try:
+            self.self_check_report = SelfCheck(self).run()
+        except SelfCheckError as error:
+            print(f"sglang_optimal: error: self-check: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from error
+        logger.info("Self-check: both sides' logits are right: %s", self.self_check_report)
 
     def init_tp_model_worker(self) -> None:
         worker_class = SharedTpWorker if self.mixing_config.shared_weights else MixedTpWorker
@@ -198,6 +223,8 @@ class MixedScheduler(Scheduler):
                 "protected": tree.protected_size(),
             },
             "shared_weights": self.mixing_config.shared_weights,
+            "self_check": self.self_check_report,
+            "equal_sides_tokens": self.tp_worker.model_runner.sampling_observer.equal_sides.tokens,
             "student_pool": self.tp_worker.student_kv.stats(),
         }
         return output

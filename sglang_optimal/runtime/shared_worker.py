@@ -82,6 +82,11 @@ class SharedTpWorker(TpModelWorker):
         prepare_graphs(self.model_runner, 2)
 
     @property
+    def student_runner(self):
+        """The student's model runner: the teacher's."""
+        return self.model_runner
+
+    @property
     def student_context_len(self) -> int:
         return self.model_config.context_len
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -14,7 +13,7 @@ from sglang.srt.managers.utils import GenerationBatchResult
 
 from sglang_optimal.mixing.speculation import draw
 from sglang_optimal.mixing.truncation import Truncation
-from sglang_optimal.runtime.observer import MixingDeviceOutput
+from sglang_optimal.runtime.observer import MixingDeviceOutput, MixingObserver
 from sglang_optimal.runtime.plan import DraftRows
 
 
@@ -78,11 +77,18 @@ class Accepted:
     values: torch.Tensor
     logits: torch.Tensor
 
+    def show(self, on_sides, teacher: torch.Tensor, student: torch.Tensor) -> None:
+        """Tell ``MixingObserver.on_sides`` of both sides' logits [w, n, v] where a token came of them."""
+        for ahead in range(len(self.tokens)):
+            rows = (self.accepted >= ahead).nonzero().view(-1)
+            reqs = [self.rows.drafted.reqs[i] for i in rows.tolist()]
+            on_sides(reqs, teacher[ahead][rows], student[ahead][rows])
+
     def result(
         self,
         batch: ScheduleBatch,
         first: tuple[torch.Tensor, LogitsProcessorOutput] | None,
-        on_tokens: Callable | None,
+        observer: MixingObserver,
         failure: str | None,
     ) -> GenerationBatchResult:
         """SGLang's result of a speculative step, w tokens wide.
@@ -110,7 +116,7 @@ class Accepted:
         output = LogitsProcessorOutput(next_token_logits=None)
         if batch.return_logprob:
             self._write_logprobs(output, batch, None if first is None else first[1])
-        output.auxiliary_device_output = MixingDeviceOutput(rows.host, values, on_tokens, failure)
+        output.auxiliary_device_output = MixingDeviceOutput(rows.host, values, observer, failure)
         return GenerationBatchResult(
             logits_output=output,
             next_token_ids=tokens.reshape(-1).to(torch.int32),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -190,11 +191,25 @@ class SpeculativeWorker(BaseSpecWorker):
 
         values = series(mixture, teacher, student, every.temperature, tokens.reshape(-1))
         step = Accepted(rows, tokens, accepted, values.view(width, n, -1), mixture.logits.view(width, n, v))
-        result = step.result(batch, first, target.model_runner.sampling_observer.on_tokens, draft.failure)
+        observer = target.model_runner.sampling_observer
+        if observer.on_sides is not None:
+            step.show(observer.on_sides, teacher.view(width, n, v), draft.logits)
+        result = step.result(batch, first, observer, draft.failure)
         result.can_run_cuda_graph = forward.can_run_graph
         lens = result.accept_lens
         last = result.next_token_ids.view(size, width).gather(1, (lens - 1).long().unsqueeze(1)).squeeze(1)
         return self._finish(batch, result, batch.seq_lens - 1 + lens, last, on_publish)
+
+    @contextlib.contextmanager
+    def always_drafting(self) -> Iterator[None]:
+        """Within, each step drafts as much as one may; what that shows of lengths and temperatures is forgotten."""
+        lengths, temperature = self.lengths, self.temperature
+        self.lengths = FixedLength(self.target_worker.mixing_config.longest_draft)
+        self.temperature = DraftTemperature(self.device)
+        try:
+            yield
+        finally:
+            self.lengths, self.temperature = lengths, temperature
 
     # -- parts of a step -------------------------------------------------------------------------------------------
 

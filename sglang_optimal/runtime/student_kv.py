@@ -88,7 +88,12 @@ class StudentKV:
     Args:
         req_to_token_pool, allocator: the student model runner's own pools.
         disable_radix_cache, eviction_policy: as the teacher's.
+
+    Attributes:
+        row_offset: what to add to a request's row number to find its student's row in the model runner's table.
     """
+
+    row_offset = 0
 
     def __init__(self, req_to_token_pool, allocator, *, disable_radix_cache: bool, eviction_policy: str):
         self.req_to_token_pool = req_to_token_pool
@@ -370,6 +375,7 @@ class SharedStudentKV(StudentKV):
 
     def __init__(self, rows: StudentRows, allocator, lora_id: str | None = None):
         self.lora_id = lora_id
+        self.row_offset = rows.offset
         super().__init__(rows, allocator, disable_radix_cache=False, eviction_policy="lru")
 
     def _make_tree(self, disable: bool, eviction_policy: str) -> None:

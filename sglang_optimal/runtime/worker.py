@@ -176,6 +176,11 @@ class MixedTpWorker(TpModelWorker):
         )
 
     @property
+    def student_runner(self):
+        """The student's model runner."""
+        return self.student.model_runner
+
+    @property
     def student_context_len(self) -> int:
         """The student's context length, in tokens."""
         return self.student.model_config.context_len
