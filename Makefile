@@ -13,8 +13,11 @@ export TOKENIZERS_PARALLELISM = false
 SOAK_SECONDS ?= 1800
 # Two files at once, a core each, in the order of collection: see tests/conftest.py.
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
-BENCH_TEACHER ?= Qwen/Qwen2.5-7B-Instruct
-BENCH_STUDENT ?= Qwen/Qwen2.5-1.5B-Instruct
+# Folders with a config and a tokenizer, or ids in the local cache, of which bench-gpu makes dummy weights. Empty: of
+# Qwen2.5's dimensions, 7B and 1.5B, which it writes itself.
+BENCH_TEACHER ?=
+BENCH_STUDENT ?=
+GPU_SECONDS ?= 600
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -71,18 +74,9 @@ bench-drafts: $(MODEL)/config.json  ## two students distilled for a few minutes,
 	$(BIN)/python -m bench.speculative --model-path $(MODEL) --student-model-path models/smollm2-small-4 --run-name 4-layers
 	$(BIN)/python -m bench.speculative --model-path $(MODEL) --student-model-path models/smollm2-small-3 --run-name 3-layers
 
-bench-gpu: $(READY)  ## the same questions on one GPU, with dummy weights (BENCH_TEACHER, BENCH_STUDENT: config folders or ids)
-	$(BIN)/python -m bench.alpha --dtype bfloat16
-	$(BIN)/python -m bench.throughput --model-path $(BENCH_TEACHER) --student-model-path $(BENCH_STUDENT) --load-format dummy \
-		--batch-size 1 8 32 128 256 --output-len 256 --mem-fraction-static 0.25 --rates t s m
-	$(BIN)/python -m bench.throughput --model-path $(BENCH_STUDENT) --load-format dummy --run-name shared \
-		--batch-size 1 8 32 128 256 --output-len 256 --mem-fraction-static 0.25
-	$(BIN)/python -m bench.profile --model-path $(BENCH_TEACHER) --student-model-path $(BENCH_STUDENT) \
-		--batch-size 1 32 256 --server-args --load-format dummy
-	$(BIN)/python -m bench.speculative --model-path $(BENCH_TEACHER) --student-model-path $(BENCH_STUDENT) \
-		--load-format dummy --batch-size 1 4 16
-	$(BIN)/python -m bench.speculative --model-path $(BENCH_TEACHER) --student-model-path $(BENCH_STUDENT) \
-		--load-format dummy --batch-size 64 --draft-tokens 0 1 2
+bench-gpu: $(MODEL)/config.json  ## all checks of a one-GPU machine, dummy weights, GPU_SECONDS (600) at most; see bench/gpu/README.md
+	$(BIN)/python -m bench.gpu.run_checks --stage all --budget $(GPU_SECONDS) \
+		$(if $(BENCH_TEACHER),--teacher $(BENCH_TEACHER)) $(if $(BENCH_STUDENT),--student $(BENCH_STUDENT))
 
 audit: $(READY)  ## known vulnerabilities of everything installed; fails if something cannot be looked up
 	$(BIN)/pip freeze --exclude-editable > $(VENV)/audit.txt

@@ -43,6 +43,7 @@ from bench.common import (
     positive_int,
     random_prompts,
     save_figure,
+    server_arguments,
     spread,
     with_spread,
 )
@@ -76,6 +77,9 @@ def parse_args() -> argparse.Namespace:
         help="What the measured costs give for these is printed as well. Default: %(default)s.",
     )
     add_output_arguments(parser, "speculative")
+    parser.add_argument(
+        "--server-args", nargs=argparse.REMAINDER, default=[], help="Everything after this is for every SGLang engine."
+    )
     return parser.parse_args()
 
 
@@ -101,6 +105,7 @@ class Bench:
         path = Path(tempfile.mkdtemp()) / "drafts"
         self.control = drafts_control.Control(path)
         wide = {**arguments, "max_total_tokens": 2 * largest * (most + 1) * longest}
+        wide, arguments = (server_arguments(args.server_args, defaults) for defaults in (wide, arguments))
         drafts = {**arguments, "draft_tokens": most}
         self.engines = {
             "lockstep": EngineProcess(*pair, student_weights="separate", **wide),
@@ -260,7 +265,8 @@ def main() -> None:
                 measured = {name: bench.rate(name, batch, work) for name in bench.rng.sample(names, len(names))}
                 rounds.append({name: measured[name] for name in names})
             records.append(summary(bench, batch, rounds))
-            about = {n: getattr(args, n) for n in ("model_path", "student_model_path", "temperature", "output_len")}
+            names_of = ("model_path", "student_model_path", "temperature", "output_len", "server_args")
+            about = {name: getattr(args, name) for name in names_of}
             append_record(args, {"bench": "speculative", **about, **records[-1], "rounds": rounds})
             show(console, args, records[-1:])
     finally:

@@ -1,6 +1,7 @@
 """Throughput of mixed sampling beside its limits, all rates taken in one run.
 
-    python -m bench.throughput --model-path T [--student-model-path S] [--batch-size 1 8 32] [--output-len 64]
+    python -m bench.throughput --model-path T [--student-model-path S] [--batch-size 1 8 32] [--output-len 64] \\
+        [--server-args --attention-backend triton]
 
 Rates, in generated tokens a second over whole calls (prefill included, nothing cached):
 
@@ -36,6 +37,7 @@ from bench.common import (
     new_figure,
     random_prompts,
     save_figure,
+    server_arguments,
     spread,
     with_spread,
 )
@@ -70,6 +72,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--mem-fraction-static", type=float, default=None, help="SGLang's flag, for each engine.")
     parser.add_argument("--load-format", default=None, help="SGLang's flag; 'dummy' needs no weights.")
     add_output_arguments(parser, "throughput")
+    parser.add_argument(
+        "--server-args", nargs=argparse.REMAINDER, default=[], help="Everything after this is for every SGLang engine."
+    )
     return parser.parse_args()
 
 
@@ -97,6 +102,7 @@ class Bench:
         for name in ("mem_fraction_static", "load_format"):
             if getattr(args, name) is not None:
                 arguments[name] = getattr(args, name)
+        arguments = server_arguments(args.server_args, arguments)
         student = args.student_model_path or args.model_path
         self.memory: dict[str, Memory] = {}
         self.engines: dict[str, Any] = {}
@@ -208,7 +214,7 @@ def main() -> None:
             for batch in args.batch_size:
                 rounds = [bench.round(batch, output_len) for _ in range(args.repeats)]
                 records.append(summary(batch, output_len, rounds))
-                about = {"input_len": args.input_len, "student_input_len": args.student_input_len}
+                about = {n: getattr(args, n) for n in ("input_len", "student_input_len", "server_args")}
                 append_record(args, {"bench": "throughput", **about, **records[-1], "rounds": rounds})
                 console.print(f"batch {batch}, {output_len} new tokens:", records[-1]["ratios"], highlight=False)
         memory = {name: m.gigabytes() for name, m in bench.memory.items()}

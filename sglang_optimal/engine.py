@@ -85,7 +85,8 @@ class OptimalSampler:
         **server_args: any argument of SGLang's ServerArgs (``mem_fraction_static``, ``context_length``, …).
 
     Raises:
-        ValueError: names the argument: unknown, out of range, models that are missing or do not fit together.
+        ValueError: names the argument: unknown, out of range, models that are missing or do not fit together. Or the
+            self-check found a fault, which is printed.
 
     Example:
         >>> with OptimalSampler("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct") as sampler:
@@ -423,7 +424,8 @@ def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any
         init_tokenizer_manager_func = staticmethod(tokenizer_manager_init(config))
         run_scheduler_process_func = staticmethod(scheduler_process(config))
 
-    engine = MixedEngine(server_args=parsed)
+    with launch.self_check_heeded():
+        engine = MixedEngine(server_args=parsed)
     _drafts[engine] = config.longest_draft
     engine.loop = LoopThread()  # from any thread, and inside a notebook's running loop
     return engine

@@ -232,7 +232,11 @@ def _run(argv: list[str]) -> int:
     from sglang.srt.utils import kill_process_tree
 
     try:
-        serve(server_args, config)
+        with launch.self_check_heeded():
+            serve(server_args, config)
+    except launch.SelfCheckFailed as error:
+        print(f"sglang_optimal.launch_server: error: {error}", file=sys.stderr)
+        return 2
     finally:
         import os
 

@@ -32,6 +32,14 @@ def tiny_pair(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def same_vocabulary_pair(tmp_path_factory):
+    """Two unrelated models of one vocabulary size, for which SGLang's graphs have one buffer of logits."""
+    root = tmp_path_factory.mktemp("same-vocabulary")
+    teacher = build_tiny_tokenizer_model(root / "teacher", seed=1)
+    return teacher, build_tiny_tokenizer_model(root / "student", seed=2, hidden_size=32, num_layers=1)
+
+
+@pytest.fixture(scope="session")
 def tiny_oracle(tiny_pair):
     return MixedOracle(*tiny_pair)
 

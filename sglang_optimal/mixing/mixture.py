@@ -98,9 +98,13 @@ def mix(
     return Mixture(logits, **{name: None if v[0] is None else torch.cat(v) for name, v in columns.items()})
 
 
-def compile_kernels(device: torch.device | str) -> None:
-    """Compile what `mix` runs on ``device`` now, so that no request waits for it (seconds)."""
-    logits = torch.zeros((1, 16), device=device)
+def compile_kernels(device: torch.device | str, width: int = 16) -> None:
+    """Compile what `mix` runs on ``device`` now, so that no request waits for it (seconds).
+
+    Args:
+        width: of the rows of logits; Triton compiles multiples of 16 and other widths apart.
+    """
+    logits = torch.zeros((1, width), device=device)
     for ess_ratio in (False, True):
         mix(logits, logits, logits[:, :1] + 1.0, AlphaParams.uniform(1, device=device), ess_ratio=ess_ratio)
 

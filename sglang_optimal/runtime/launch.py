@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,33 @@ def _pinned_sglang() -> str | None:
         return None
     pins = (re.match(r"sglang(?:\[.*\])?\s*\(?==\s*([\w.!]+)", requirement) for requirement in requirements)
     return next((pin.group(1) for pin in pins if pin is not None), None)
+
+
+class SelfCheckFailed(ValueError):
+    """An engine's self-check found a fault, and printed it."""
+
+
+@contextlib.contextmanager
+def self_check_heeded() -> Iterator[None]:
+    """Start an engine within. Where its self-check finds a fault, the scheduler prints it and leaves with status 2; then
+    whatever else was started ends too.
+
+    Raises:
+        SelfCheckFailed: so it was.
+    """
+    import psutil
+
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    try:
+        yield
+    except RuntimeError as error:
+        if "(exit code: 2)" not in str(error):
+            raise
+        for child in psutil.Process().children(recursive=True):
+            if child.pid not in before:
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+        raise SelfCheckFailed("the engine did not start: its self-check found a fault, which is printed above.") from error
 
 
 def server_defaults(config: MixingConfig) -> dict[str, Any]:

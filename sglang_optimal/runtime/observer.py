@@ -253,7 +253,7 @@ class MixingHostOutput:
 
 def _end(req: Req, length: int, problem: str) -> None:
     """End a request with an error (HTTP 500) and ``length`` tokens; what it decoded does not enter the radix caches."""
-    logger.error("request %s: %s", req.rid, problem)
+    logger.error("request %r: %s", req.rid, problem)
     reason = FINISH_ABORT(problem, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
     if req.finished():
         req.finished_reason = reason

@@ -57,7 +57,7 @@ def install(model_runner) -> None:
     """Make a model runner sample mixtures. SGLang replaces the backend's name on CPU and in deterministic mode."""
     if not isinstance(model_runner.sampler, MixtureSampler):
         model_runner.sampler = create_mixture_sampler()
-    compile_kernels(model_runner.device)
+    compile_kernels(model_runner.device, model_runner.model_config.vocab_size)
 
 
 _student_present = False

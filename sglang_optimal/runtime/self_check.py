@@ -45,12 +45,20 @@ class SelfCheckError(Exception):
 
 @dataclasses.dataclass
 class _Probe:
-    """A request of the check. alpha: its settings, as on the wire; None: plain. sides: logits that the mixing saw."""
+    """A request of the check.
+
+    Attributes:
+        teacher, student: what each side reads. tokens: how many to generate.
+        alpha: its settings, as on the wire; None: plain.
+        penalty: a frequency penalty, too small to change anything; it is not drafted for then.
+        sides: logits that the mixing saw.
+    """
 
     teacher: array
     student: array | None
     tokens: int
     alpha: dict | None
+    penalty: float = 0.0
     req: Req | None = None
     sides: list[tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=list)
 
@@ -103,15 +111,24 @@ class SelfCheck:
 
         middle = {"alpha_method": "kl_symmetry", "alpha_min": 0.0, "alpha_max": 1.0, "fixed_alpha": None}
         ends = [{**middle, "alpha_method": "fixed", "fixed_alpha": alpha} for alpha in (0.0, 1.0)]
-        alphas = [middle, None, ends[0], middle, None, ends[1]]
-        rng.shuffle(alphas)
-        return [_Probe(ids(), None if alpha is None else ids(), _STEPS - i, alpha) for i, alpha in enumerate(alphas)]
+        # Of every kind one that ends late, so that each is decoded beside the others.
+        alphas = [(middle, 0.0), (middle, 1e-6), (None, 0.0), (ends[0], 0.0), (ends[1], 0.0), (None, 0.0)]
+        return [
+            _Probe(ids(), None if alpha is None else ids(), _STEPS - i, alpha, penalty)
+            for i, (alpha, penalty) in enumerate(alphas)
+        ]
 
     def _message(self, rid: str, probe: _Probe) -> TokenizedGenerateReqInput:
         custom = None
         if probe.alpha is not None:
             custom = {"student_input_ids": list(probe.student), "return_mixing_info": True, **probe.alpha}
-        params = SamplingParams(temperature=0.0, max_new_tokens=probe.tokens, ignore_eos=True, custom_params=custom)
+        params = SamplingParams(
+            temperature=0.0,
+            max_new_tokens=probe.tokens,
+            ignore_eos=True,
+            frequency_penalty=probe.penalty,
+            custom_params=custom,
+        )
         params.normalize(None)
         return TokenizedGenerateReqInput(
             rid=rid, input_text="", input_ids=probe.teacher, input_embeds=None, mm_inputs=None, token_type_ids=None,

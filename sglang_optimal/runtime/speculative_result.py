@@ -79,7 +79,8 @@ class Accepted:
 
     def show(self, on_sides, teacher: torch.Tensor, student: torch.Tensor) -> None:
         """Tell ``MixingObserver.on_sides`` of both sides' logits [w, n, v] where a token came of them."""
-        for ahead in range(len(self.tokens)):
+        # Where mixed rows go on in lockstep beside them, it has been told of all first positions.
+        for ahead in range(0 if self.rows.inner is None else 1, len(self.tokens)):
             rows = (self.accepted >= ahead).nonzero().view(-1)
             reqs = [self.rows.drafted.reqs[i] for i in rows.tolist()]
             on_sides(reqs, teacher[ahead][rows], student[ahead][rows])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -37,6 +38,8 @@ from sglang_optimal.runtime.step_timer import StepTimer
 from sglang_optimal.runtime.student import decode_rows
 from sglang_optimal.runtime.student_kv import student_of
 from sglang_optimal.runtime.truncation import truncation_of
+
+logger = logging.getLogger(__name__)
 
 
 def can_draft(req: Req) -> bool:
@@ -70,6 +73,7 @@ class SpeculativeWorker(BaseSpecWorker):
         self.temperature = DraftTemperature(self.device)
         self._launched: collections.deque[tuple[int, list[int]]] = collections.deque()
         self._cached: tuple[list, DraftRows] | None = None
+        self._too_many = 1 << 60  # positions to verify in one step, for the memory there is
 
     @property
     def draft_worker(self) -> None:
@@ -92,10 +96,31 @@ class SpeculativeWorker(BaseSpecWorker):
         last = batch.spec_info.bonus_tokens.long()
         host = [] if rows.drafted is None else rows.drafted.host
         with self.lengths.step(len(host)) if host else contextlib.nullcontext(0) as length:
-            self._launched.append((length, host))
-            if length == 0:
-                return self._lockstep(batch, rows, last, on_publish)
-            return self._speculate(batch, rows, last, length, on_publish)
+            if length and len(host) * (length + 1) < self._too_many:
+                try:
+                    result = self._speculate(batch, rows, last, length, on_publish)
+                    self._launched.append((length, host))
+                    return result
+                except torch.OutOfMemoryError as error:
+                    self._without_memory(error, len(host) * (length + 1))
+            self._launched.append((0, host))
+            return self._lockstep(batch, rows, last, on_publish)
+
+    def _without_memory(self, error: torch.OutOfMemoryError, positions: int) -> None:
+        """A step's distributions did not fit beside the models; none so large is tried again.
+
+        Nothing has been published or committed yet, and lockstep writes the same KV once more.
+        """
+        if get_parallel().tp_size > 1:
+            raise error  # the other ranks go on with the step
+        self._too_many = positions
+        torch.get_device_module(self.device).empty_cache()
+        logger.warning(
+            "Not enough memory to verify %d positions in a step; larger steps go on in lockstep from now on. Lower "
+            "--mem-fraction-static or --draft-tokens to have them drafted for: %s",
+            positions,
+            error,
+        )
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         """The scheduler has the result of the oldest decode step that it has not had yet."""

@@ -188,9 +188,13 @@ class MixedTpWorker(TpModelWorker):
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def forward_batch_generation(self, batch: ScheduleBatch | None, *args, **kwargs):
-        if batch is not None and batch.sampling_info is not None:
-            batch.sampling_info.mixing = self._student_step(batch)
-        return super().forward_batch_generation(batch, *args, **kwargs)
+        if batch is None or batch.sampling_info is None:
+            return super().forward_batch_generation(batch, *args, **kwargs)
+        step = batch.sampling_info.mixing = self._student_step(batch)
+        result = super().forward_batch_generation(batch, *args, **kwargs)
+        if step is not None:  # its tensors are the scheduler's to drop, but the forward's to read
+            result.extra_keep_alive_refs = [*(result.extra_keep_alive_refs or ()), batch.student_plan]
+        return result
 
     def _student_step(self, batch: ScheduleBatch) -> MixingStep | None:
         plan = getattr(batch, "student_plan", None)

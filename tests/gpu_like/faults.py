@@ -15,12 +15,13 @@ from typing import Any
 
 FILE = "GPU_LIKE_FAULT"
 
-WRONG_TOKENS = {
+WRONG_LOGITS = {
     "student-view": "the student's logits are a view of the buffer that the teacher's forward writes",
-    "first-view": "so are those of the rows that are not drafted for",
+    "first-view": "so are those of rows that are not drafted for, beside drafted ones",
 }
-WRONG_TOKENS_SHARED = {"teacher-view": "the teacher's logits are a view of what the student's prefill writes"}
-FROM_THE_START = {"stale-table": "what refers to the table of rows refers to the one before the student's half"}
+WRONG_LOGITS_SHARED = {"teacher-view": "the teacher's logits are a view of what the student's prefill writes"}
+STALE_TABLE = "stale-table"
+"""What refers to the table of rows refers to the one before the student's half came; in force while an engine is built."""
 HOST_WAITS = {
     "indexed-by-number": "DraftTemperature picks a factor by a number on the device",
     "blocking-copy": "lengths for the verification are made on the host",
@@ -38,6 +39,21 @@ def put_back(name: str) -> Iterator[None]:
         yield
     finally:
         path.write_text("")
+
+
+@contextlib.contextmanager
+def self_check_asked() -> Iterator[None]:
+    """Within, engines answer a look at their state with what their self-check finds."""
+    path = Path(os.environ[FILE]).with_suffix(".check")
+    path.touch()
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def self_check_wanted() -> bool:
+    return Path(os.environ[FILE]).with_suffix(".check").exists()
 
 
 def in_force() -> str:
@@ -61,7 +77,7 @@ def install() -> None:
     _fault("blocking-copy", speculative_worker, "_ahead", _blocking_ahead)
     _fault("list-index", MixingStep, "apply_logit_transforms", _list_index)
     _fault("rows-by-list", MixedRows, "select_host", _rows_by_list)
-    _fault("stale-table", shared_worker.SharedTpWorker, "alloc_memory_pool", _stale_table)
+    _fault(STALE_TABLE, shared_worker.SharedTpWorker, "alloc_memory_pool", _stale_table)
     _view_of_first()
 
 

@@ -51,9 +51,15 @@ def install() -> None:
 
         output = state(self, recv_req)
         replays = {"replays": RecordedGraphs.replays, "padded_replays": RecordedGraphs.padded_replays}
-        output.internal_state["gpu_like"] = {**counts, **replays, "host_waits": dict(waits)}
+        output.internal_state["gpu_like"] = {
+            **counts,
+            **replays,
+            "host_waits": dict(waits),
+            "self_check": self.gpu_like_self_check(),
+        }
         return output
 
+    MixedScheduler.gpu_like_self_check = _self_check
     MixedScheduler.run_batch, MixedScheduler.get_internal_state = watched, with_counts
     for name in ("item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select"):
         _watch(torch.Tensor, name)
@@ -67,6 +73,21 @@ def install() -> None:
     _watch(torch.Tensor, "__getitem__", _looks)
     _watch(torch.Tensor, "__setitem__", _looks)
     _watch(torch.Tensor, "repeat_interleave", lambda tensor, repeats, *args, **kwargs: torch.is_tensor(repeats))
+
+
+def _self_check(self) -> str | None:
+    """What the start-up's check finds with the fault that is in force now; None where nobody asks, "" for nothing."""
+    from gpu_like import faults
+
+    from sglang_optimal.runtime.self_check import SelfCheck, SelfCheckError
+
+    if not faults.self_check_wanted():
+        return None
+    try:
+        SelfCheck(self).run()
+    except SelfCheckError as error:
+        return str(error)
+    return ""
 
 
 def _blocks(tensor, *args, non_blocking: bool = False, device=None, **kwargs) -> bool:

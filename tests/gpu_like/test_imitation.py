@@ -1,0 +1,194 @@
+"""The engine on imitated GPU mechanisms: right as it is, and seen to be wrong with each fault that reading once found."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+
+import pytest
+from gpu_like import faults
+from gpu_like.engines import gpu_state, self_check, start_gpu_like
+from harness import Case, check_all, check_greedy, check_pools, random_cases, random_ids, run
+from oracle import MixedOracle
+from tiny_models import build_tiny_tokenizer_model
+
+from sglang_optimal.runtime.launch import SelfCheckFailed
+
+
+@pytest.fixture(scope="module")
+def wide_pair(tmp_path_factory):
+    """A teacher with a wider vocabulary than the student's embedding."""
+    root = tmp_path_factory.mktemp("wide")
+    teacher = build_tiny_tokenizer_model(root / "teacher", seed=4, vocab_size=96)
+    student = build_tiny_tokenizer_model(root / "student", seed=2, hidden_size=32, num_layers=1)
+    return teacher, student
+
+
+# name: (pair of models, arguments, oracle)
+ENGINES = {
+    "drafts": ("same_vocabulary_pair", {"mixing_mode": "speculative", "draft_tokens": 2}),
+    "wide": ("wide_pair", {"disable_overlap_schedule": True}),
+    "triton": ("same_vocabulary_pair", {"triton": True}),
+    "triton-drafts": ("same_vocabulary_pair", {"triton": True, "mixing_mode": "auto", "draft_tokens": 2}),
+    "triton-shared": ("one_model", {"triton": True}),
+    "triton-lora": ("one_model", {"triton": True, "lora": True}),
+}
+SLOW = ("triton", "triton-lora")
+
+
+@pytest.fixture(scope="module")
+def one_model(tiny_pair):
+    return tiny_pair[0], tiny_pair[0]
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in ENGINES]
+)
+def engine(request, tmp_path_factory):
+    name, arguments = ENGINES[request.param]
+    pair, arguments = request.getfixturevalue(name), dict(arguments)
+    oracle = None
+    if arguments.pop("lora", False):
+        adapter, oracle = request.getfixturevalue("lora_adapter")
+        arguments["student_lora_path"] = str(adapter)
+    with start_gpu_like(pair, tmp_path_factory.mktemp("fault") / "fault", **arguments) as sampler:
+        sampler.name, sampler.oracle = request.param, oracle or MixedOracle(*pair)
+        yield sampler
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request):
+    yield
+    if "engine" in request.fixturenames:
+        sampler = request.getfixturevalue("engine")
+        check_pools(sampler)
+
+
+def few_cases(engine, seed: int) -> list[Case]:
+    """As many as Triton's interpreter can do in a moment."""
+    size = (3, 1) if "triton" in engine.name else (8, 3)
+    return random_cases(seed, *size, longest=24, tokens=(4, 8))
+
+
+def only(engine, *names: str) -> None:
+    if engine.name not in names:
+        pytest.skip(f"needs one of the engines {', '.join(names)}")
+
+
+def test_right_and_without_host_waits(engine):
+    cases = few_cases(engine, 71)
+    check_all(engine.oracle, cases, run(engine, cases))
+    sampled = {"temperature": 0.9, "top_k": 8, "top_p": 0.9, "frequency_penalty": 0.3}
+    more = [sampled if i % 2 else {} for i in range(len(cases))]
+    engine.engine.generate(
+        input_ids=[case.teacher for case in cases],
+        sampling_params=[case.params(**extra) for case, extra in zip(cases, more, strict=True)],
+    )
+    state = gpu_state(engine)
+    assert state["host_waits"] == {}
+    assert state["decode_steps"] > 5 and state["replays"] >= state["decode_steps"]
+    assert 0 < state["padded_replays"] < state["replays"]
+
+
+def test_the_self_check_finds_nothing(engine):
+    assert self_check(engine) == ""
+
+
+def test_a_context_that_both_sides_begin_with(engine):
+    """The teacher's forward computes it for the student, whose own prefill follows."""
+    only(engine, "triton-shared")
+    common = random_ids(random.Random(72), 40)
+    cases = [Case(common + [20, 21], common + [30], 4), Case([9, 8, 7], None, 4)]
+    check_all(engine.oracle, cases, run(engine, cases))
+    with faults.put_back("teacher-view"):
+        common = random_ids(random.Random(73), 40)
+        cases = [Case(common + [20, 21], common + [30], 4), Case([9, 8, 6], None, 4)]
+        assert noticed(engine, cases)
+
+
+def noticed(engine, cases: list[Case]) -> bool:
+    """Whether the answers are wrong, or end in an error."""
+    try:
+        outputs = run(engine, cases)
+        for case, output in zip(cases, outputs, strict=True):
+            check_greedy(engine.oracle, case, output)
+    except AssertionError:
+        return True
+    except Exception as error:  # fastapi's, for a request that ended with the status 500
+        assert "not finite" in str(getattr(error, "detail", error))
+        return True
+    return False
+
+
+def test_a_view_that_was_kept_is_noticed(engine):
+    only(engine, "drafts", "triton")
+    cases = few_cases(engine, 74)
+    with faults.put_back("student-view"):
+        assert noticed(engine, cases)
+    assert engine.engine.flush_cache().success
+    check_all(engine.oracle, cases, run(engine, cases))
+
+
+@pytest.mark.parametrize("fault", faults.WRONG_LOGITS)
+def test_the_self_check_notices_a_view(engine, fault):
+    only(engine, "drafts", *(("triton",) if fault == "student-view" else ()))
+    with faults.put_back(fault):
+        assert "logits are wrong" in self_check(engine)
+    assert self_check(engine) == ""
+
+
+@pytest.mark.parametrize("fault", faults.HOST_WAITS)
+def test_a_host_wait_is_noticed(engine, fault):
+    only(engine, "drafts")
+    before = gpu_state(engine)["host_waits"]
+    cases = few_cases(engine, 75)
+    with faults.put_back(fault):
+        engine.engine.generate(
+            input_ids=[case.teacher for case in cases],
+            sampling_params=[case.params(frequency_penalty=0.1 * (i % 2)) for i, case in enumerate(cases)],
+        )
+    after = gpu_state(engine)["host_waits"]
+    assert set(after) - set(before), "nothing waited"
+
+
+def test_beam_search_beside_mixed_requests(engine):
+    """Rows are not requests there."""
+    if engine.name == "drafts" or "auto" in str(ENGINES[engine.name]):
+        pytest.skip("SGLang has no beam search with speculative decoding")
+    rng = random.Random(76)
+    mixed = [Case(random_ids(rng, 12), random_ids(rng, 15), 10), Case(random_ids(rng, 9), None, 8)]
+    beam = {"beam_width": 3, "n": 2, "max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True}
+
+    async def everything(*requests):
+        return await asyncio.gather(
+            *[engine.engine.async_generate(input_ids=ids, sampling_params=params) for ids, params in requests]
+        )
+
+    ask = engine.engine.loop.run_until_complete
+    beam_request = (mixed[0].teacher, beam)
+    (alone,) = ask(everything(beam_request))
+    *outputs, beside = ask(everything(*[(case.teacher, case.params()) for case in mixed], beam_request))
+    check_all(engine.oracle, mixed, outputs)
+    sequences = [[found["output_ids"] for found in entry["meta_info"]["beam_results"]] for entry in (beside, alone)]
+    assert sequences[0] == sequences[1] and len(sequences[0]) == 2
+
+
+def test_a_stale_table_does_not_start(one_model, tmp_path):
+    """Shared weights with SGLang's triton attention, which reads the table through its translator of KV indices."""
+    from gpu_like.engines import GRAPHS, TRITON, gpu_like
+    from harness import start
+
+    with gpu_like(tmp_path / "fault", faults.STALE_TABLE, triton=True), pytest.raises(SelfCheckFailed):
+        with start(one_model, mixing_self_check="on", **GRAPHS, **TRITON):
+            pass
+
+
+def test_a_server_that_finds_a_fault_leaves_with_status_2(same_vocabulary_pair, tmp_path):
+    (tmp_path / "fault").write_text("student-view")
+    command = [sys.executable, "-m", "gpu_like.serve", str(tmp_path / "fault"), *map(str, same_vocabulary_pair)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 2, process.stderr[-2000:]
+    assert "self-check: the student's logits are wrong after a prefill step" in process.stderr
+    assert "--attention-backend" in process.stderr and "--mixing-self-check off" in process.stderr
