@@ -45,6 +45,11 @@ def tiny_oracle(tiny_pair):
 
 
 @pytest.fixture(scope="session")
+def same_vocabulary_oracle(same_vocabulary_pair):
+    return MixedOracle(*same_vocabulary_pair)
+
+
+@pytest.fixture(scope="session")
 def self_oracle(tiny_pair):
     """The oracle where the student is the teacher."""
     return MixedOracle(tiny_pair[0], tiny_pair[0])

@@ -203,8 +203,8 @@ class SelfCheckFailed(ValueError):
 
 @contextlib.contextmanager
 def self_check_heeded() -> Iterator[None]:
-    """Start an engine within. Where its self-check finds a fault, the scheduler prints it and leaves with status 2; then
-    whatever else was started ends too.
+    """Start an engine within. Where its self-check finds a fault, the scheduler prints it and leaves with status 2;
+    then whatever else was started ends too.
 
     Raises:
         SelfCheckFailed: so it was.
@@ -221,7 +221,7 @@ def self_check_heeded() -> Iterator[None]:
             if child.pid not in before:
                 with contextlib.suppress(psutil.Error):
                     child.kill()
-        raise SelfCheckFailed("the engine did not start: its self-check found a fault, which is printed above.") from error
+        raise SelfCheckFailed("the engine did not start: its self-check found a fault, printed above.") from error
 
 
 def server_defaults(config: MixingConfig) -> dict[str, Any]:

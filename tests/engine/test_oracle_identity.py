@@ -3,15 +3,17 @@
 Every scenario runs on three engines: roomy with overlap scheduling; overlap with tiny chunks and a pool so small that
 requests are retracted; and the same without overlap, and without radix caches. Each of them with two models, with two
 of which the student drafts, and with one whose weights both sides share; some where the student is a LoRA adapter on
-the shared weights.
+the shared weights. The second imitates a GPU (tests/gpu_like), with two models of one vocabulary size.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 
 import pytest
+from gpu_like.engines import gpu_state, start_gpu_like
 from harness import Case, check_all, check_greedy, check_pools, mixing_state, random_cases, random_ids, run, start
 
 SMALL = {"chunked_prefill_size": 16, "max_total_tokens": 400, "schedule_conservativeness": 0.05}
@@ -31,32 +33,43 @@ LORA = {"roomy": {}, "small": SHARED["small"]}
 DRAFTS = {name: {**arguments, "mixing_mode": "speculative", "draft_tokens": 3} for name, arguments in ENGINES.items()}
 MODES = {"": ENGINES, "shared-": SHARED, "lora-": LORA, "drafts-": DRAFTS}
 ONE_MODEL = ("shared-", "lora-")
+GPU_LIKE = "small"
 
 
-SLOW = ("shared-small-no-overlap", "drafts-small-no-overlap", "lora-small")
+SLOW = ("shared-small-no-overlap", "drafts-small-no-overlap", "lora-roomy")
 NAMES = [f"{mode}{name}" for mode, engines in MODES.items() for name in engines]
 
 
 @pytest.fixture(
     scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NAMES]
 )
-def sampler(request, tiny_pair):
+def sampler(request, tiny_pair, tmp_path_factory):
     mode = next(mode for mode in reversed(MODES) if request.param.startswith(mode))
     name = request.param.removeprefix(mode)
     arguments = dict(MODES[mode][name])
+    pair = (tiny_pair[0], tiny_pair[0]) if mode in ONE_MODEL else tiny_pair
     if mode == "lora-":
         arguments["student_lora_path"] = str(request.getfixturevalue("lora_adapter")[0])
-    with start((tiny_pair[0], tiny_pair[0]) if mode in ONE_MODEL else tiny_pair, **arguments) as engine:
+    begin = start
+    if name == GPU_LIKE:
+        begin = functools.partial(start_gpu_like, fault_file=tmp_path_factory.mktemp("gpu-like") / "fault")
+        pair = pair if mode in ONE_MODEL else request.getfixturevalue("same_vocabulary_pair")
+    with begin(pair, **arguments) as engine:
         assert mixing_state(engine)["shared_weights"] is (mode in ONE_MODEL)
         engine.name, engine.mode = name, mode
         yield engine
+        if name == GPU_LIKE:
+            state = gpu_state(engine)
+            assert state["host_waits"] == {} and state["replays"] > 0
 
 
 @pytest.fixture
 def oracle(sampler, request):
     if sampler.mode == "lora-":
         return request.getfixturevalue("lora_adapter")[1]
-    return request.getfixturevalue("self_oracle" if sampler.mode in ONE_MODEL else "tiny_oracle")
+    if sampler.mode in ONE_MODEL:
+        return request.getfixturevalue("self_oracle")
+    return request.getfixturevalue("same_vocabulary_oracle" if sampler.name == GPU_LIKE else "tiny_oracle")
 
 
 @pytest.fixture(autouse=True)

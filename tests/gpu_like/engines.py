@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu_like import faults, imitation
 from harness import start
 
+from gpu_like import faults, imitation
 from sglang_optimal import OptimalSampler
 from sglang_optimal.runtime import scheduler
 

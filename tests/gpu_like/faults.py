@@ -21,7 +21,7 @@ WRONG_LOGITS = {
 }
 WRONG_LOGITS_SHARED = {"teacher-view": "the teacher's logits are a view of what the student's prefill writes"}
 STALE_TABLE = "stale-table"
-"""What refers to the table of rows refers to the one before the student's half came; in force while an engine is built."""
+"""What refers to the table of rows refers to the one before the student's half came; acts while an engine is built."""
 HOST_WAITS = {
     "indexed-by-number": "DraftTemperature picks a factor by a number on the device",
     "blocking-copy": "lengths for the verification are made on the host",

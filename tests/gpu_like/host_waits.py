@@ -78,7 +78,6 @@ def install() -> None:
 def _self_check(self) -> str | None:
     """What the start-up's check finds with the fault that is in force now; None where nobody asks, "" for nothing."""
     from gpu_like import faults
-
     from sglang_optimal.runtime.self_check import SelfCheck, SelfCheckError
 
     if not faults.self_check_wanted():

@@ -1,4 +1,4 @@
-"""``python -m gpu_like.serve FAULT_FILE TEACHER STUDENT``: the server on imitated GPU mechanisms, with its self-check."""
+"""``python -m gpu_like.serve FAULT_FILE TEACHER STUDENT``: a server on imitated GPU mechanisms, with its self-check."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def main(fault_file: str, teacher: str, student: str) -> int:
-    from gpu_like.engines import GRAPHS, gpu_like
     from harness import SMALL
     from serving import as_argv
 
+    from gpu_like.engines import GRAPHS, gpu_like
     from sglang_optimal import launch_server
 
     path = Path(fault_file)

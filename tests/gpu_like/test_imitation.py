@@ -1,19 +1,20 @@
-"""The engine on imitated GPU mechanisms: right as it is, and seen to be wrong with each fault that reading once found."""
+"""The engine on imitated GPU mechanisms: right as it is, and seen to be wrong with each fault that reading found."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import subprocess
 import sys
 
 import pytest
-from gpu_like import faults
-from gpu_like.engines import gpu_state, self_check, start_gpu_like
 from harness import Case, check_all, check_greedy, check_pools, random_cases, random_ids, run
 from oracle import MixedOracle
 from tiny_models import build_tiny_tokenizer_model
 
+from gpu_like import faults
+from gpu_like.engines import gpu_state, self_check, start_gpu_like
 from sglang_optimal.runtime.launch import SelfCheckFailed
 
 
@@ -80,6 +81,8 @@ def only(engine, *names: str) -> None:
 def test_right_and_without_host_waits(engine):
     cases = few_cases(engine, 71)
     check_all(engine.oracle, cases, run(engine, cases))
+    alone = random_cases(70, 1, 0, longest=8, tokens=(3, 3))  # a batch of a captured size
+    check_all(engine.oracle, alone, run(engine, alone))
     sampled = {"temperature": 0.9, "top_k": 8, "top_p": 0.9, "frequency_penalty": 0.3}
     more = [sampled if i % 2 else {} for i in range(len(cases))]
     engine.engine.generate(
@@ -177,18 +180,20 @@ def test_beam_search_beside_mixed_requests(engine):
 
 def test_a_stale_table_does_not_start(one_model, tmp_path):
     """Shared weights with SGLang's triton attention, which reads the table through its translator of KV indices."""
-    from gpu_like.engines import GRAPHS, TRITON, gpu_like
     from harness import start
 
+    from gpu_like.engines import GRAPHS, TRITON, gpu_like
+
+    arguments = {"mixing_self_check": "on", **GRAPHS, **TRITON}
     with gpu_like(tmp_path / "fault", faults.STALE_TABLE, triton=True), pytest.raises(SelfCheckFailed):
-        with start(one_model, mixing_self_check="on", **GRAPHS, **TRITON):
-            pass
+        start(one_model, **arguments)
 
 
 def test_a_server_that_finds_a_fault_leaves_with_status_2(same_vocabulary_pair, tmp_path):
     (tmp_path / "fault").write_text("student-view")
     command = [sys.executable, "-m", "gpu_like.serve", str(tmp_path / "fault"), *map(str, same_vocabulary_pair)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert process.returncode == 2, process.stderr[-2000:]
     assert "self-check: the student's logits are wrong after a prefill step" in process.stderr
     assert "--attention-backend" in process.stderr and "--mixing-self-check off" in process.stderr

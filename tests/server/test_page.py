@@ -133,3 +133,21 @@ def test_markup_is_text(page):
     assert text_of(page.tokens("mixture")) == hostile
     assert page.driver.execute_script("return window.broken") is None
     assert page.driver.find_elements("css selector", "main img") == []
+
+
+def test_a_server_that_sends_pieces(page):
+    """--incremental-streaming-output; and an end before the first token."""
+    join = """let meta = {};
+        for (const [alpha, tokens] of arguments[0]) {
+          const event = {completion_tokens: tokens};
+          if (alpha) event.alpha = event.output_token_logprobs = alpha;
+          meta = joined(meta, event);
+        }
+        return [meta.alpha, meta.output_token_logprobs, meta.kl_to_student];"""
+    for events_ in (
+        [([0.1], 1), ([0.2, 0.3], 3), ([0.4], 4), (None, 4)],
+        [([0.1], 1), ([0.1, 0.2, 0.3], 3), ([0.1, 0.2, 0.3, 0.4], 4)],
+    ):
+        alphas = [0.1, 0.2, 0.3, 0.4]
+        assert page.driver.execute_script(join, events_) == [alphas, alphas, []]
+    assert page.driver.execute_script(join, [(None, 0)]) == [[], [], []]
