@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from prometheus_client import Counter, Gauge, Histogram
 
+from sglang_optimal.runtime.observer import EqualSides
 from sglang_optimal.runtime.student_kv import StudentKV
 from sglang_optimal.series import SERIES
 
@@ -27,11 +28,13 @@ class MixingMetrics:
     Args:
         labels: the labels of SGLang's own scheduler metrics.
         student_kv: the student's KV, for its pool and radix cache.
+        equal_sides: of the worker's observer.
     """
 
-    def __init__(self, labels: dict[str, Any], student_kv: StudentKV):
+    def __init__(self, labels: dict[str, Any], student_kv: StudentKV, equal_sides: EqualSides):
         names = list(labels)
         self._kv = student_kv
+        self._equal_sides = equal_sides
 
         def counter(name: str, text: str):
             return Counter(f"sglang_optimal:{name}", text, names).labels(**labels)
@@ -41,6 +44,9 @@ class MixingMetrics:
 
         self.requests = counter("mixed_requests", "Mixed requests received.")
         self._tokens = counter("mixed_tokens", "Tokens sampled from a mixture.")
+        self._equal_tokens = counter(
+            "equal_sides_tokens", "Those of them with the same distribution on both sides although the contexts differ."
+        )
         self._prompt_tokens = counter("student_prompt_tokens", "Tokens of the student contexts that were prefilled.")
         self._cached_tokens = counter("student_cached_tokens", "Those of them that the student's radix cache had.")
         self._mean_alpha = gauge("mean_alpha", "Mean alpha of the tokens sampled in about the last second.")
@@ -55,7 +61,7 @@ class MixingMetrics:
             _KL_STUDENT: _Tally(kl.labels(**labels, side="student"), KL_BUCKETS),
             _KL_TEACHER: _Tally(kl.labels(**labels, side="teacher"), KL_BUCKETS),
         }
-        self._seen = (0, 0)  # prompt and cached tokens published
+        self._seen = (0, 0, 0)  # prompt tokens, cached ones, and tokens of equal sides published
         self._published = time.monotonic()
 
     def observe(self, rows: list[list[float]]) -> None:
@@ -76,10 +82,11 @@ class MixingMetrics:
             self._mean_alpha.set(alpha.total / alpha.count)
         for tally in self._histograms.values():
             tally.publish()
-        prompt, cached = self._kv.prompt_tokens, self._kv.cached_tokens
-        self._prompt_tokens.inc(prompt - self._seen[0])
-        self._cached_tokens.inc(cached - self._seen[1])
-        self._seen = (prompt, cached)
+        prompt, cached, equal = self._kv.prompt_tokens, self._kv.cached_tokens, self._equal_sides.tokens
+        counters = (self._prompt_tokens, self._cached_tokens, self._equal_tokens)
+        for total, seen, published in zip((prompt, cached, equal), self._seen, counters, strict=True):
+            published.inc(total - seen)
+        self._seen = (prompt, cached, equal)
         if prompt:
             self._hit_rate.set(cached / prompt)
         self._pool_usage.set(1.0 - self._kv.available() / self._kv.size)

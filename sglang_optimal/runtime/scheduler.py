@@ -118,8 +118,11 @@ class MixedScheduler(Scheduler):
         if context.current_scheduler_metrics_enabled:
             from sglang_optimal.runtime.metrics import MixingMetrics
 
-            self.mixing_metrics = MixingMetrics(context.collector.labels, self.tp_worker.student_kv)
-            self.tp_worker.model_runner.sampling_observer.on_tokens = self.mixing_metrics.observe
+            observer = self.tp_worker.model_runner.sampling_observer
+            self.mixing_metrics = MixingMetrics(
+                context.collector.labels, self.tp_worker.student_kv, observer.equal_sides
+            )
+            observer.on_tokens = self.mixing_metrics.observe
 
     def init_request_dispatcher(self) -> None:
         super().init_request_dispatcher()

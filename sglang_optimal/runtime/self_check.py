@@ -25,7 +25,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_optimal.mixing import AlphaParams, mix
-from sglang_optimal.runtime.observer import make_samplable, series
+from sglang_optimal.runtime.observer import EqualSides, make_samplable, series
 from sglang_optimal.runtime.plan import PrefillChunk
 from sglang_optimal.runtime.student import prefill_part
 from sglang_optimal.series import SERIES
@@ -177,7 +177,8 @@ class SelfCheck:
 
         senders = (scheduler.ipc_channels.send_to_tokenizer, scheduler.ipc_channels.send_to_detokenizer)
         sockets = [sender.socket for sender in senders]
-        metrics, on_tokens = scheduler.mixing_metrics, observer.on_tokens
+        metrics, on_tokens, equal_sides = scheduler.mixing_metrics, observer.on_tokens, observer.equal_sides
+        observer.equal_sides = EqualSides()
         for sender in senders:
             sender.socket = None
         scheduler.mixing_metrics = observer.on_tokens = None
@@ -193,6 +194,7 @@ class SelfCheck:
                 sender.socket = socket
             kv = self._worker.student_kv
             kv.prompt_tokens = kv.cached_tokens = 0
+            observer.equal_sides = equal_sides
 
     @contextlib.contextmanager
     def _drafting(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -114,7 +115,7 @@ class SpeculativeWorker(BaseSpecWorker):
         if get_parallel().tp_size > 1:
             raise error  # the other ranks go on with the step
         self._too_many = positions
-        torch.get_device_module(self.device).empty_cache()
+        current_platform.empty_cache()
         logger.warning(
             "Not enough memory to verify %d positions in a step; larger steps go on in lockstep from now on. Lower "
             "--mem-fraction-static or --draft-tokens to have them drafted for: %s",

@@ -22,6 +22,10 @@ WRONG_LOGITS = {
 WRONG_LOGITS_SHARED = {"teacher-view": "the teacher's logits are a view of what the student's prefill writes"}
 STALE_TABLE = "stale-table"
 """What refers to the table of rows refers to the one before the student's half came; acts while an engine is built."""
+RAISED = {
+    "no-memory": "the distributions of a speculative step do not fit the memory",
+    "student-raises": "the forward of both sides' rows raises, with shared weights",
+}
 HOST_WAITS = {
     "indexed-by-number": "DraftTemperature picks a factor by a number on the device",
     "blocking-copy": "lengths for the verification are made on the host",
@@ -78,6 +82,8 @@ def install() -> None:
     _fault("list-index", MixingStep, "apply_logit_transforms", _list_index)
     _fault("rows-by-list", MixedRows, "select_host", _rows_by_list)
     _fault(STALE_TABLE, shared_worker.SharedTpWorker, "alloc_memory_pool", _stale_table)
+    _fault("no-memory", speculative_worker, "series", _no_memory)
+    _fault("student-raises", shared_worker.SharedTpWorker, "_forward_both", _raises)
     _view_of_first()
 
 
@@ -107,6 +113,16 @@ def _list_index(self, width: int, info) -> None:
     full[self.rows.host, : self.vocab_size] = self.student_logits.float()[:, : self.vocab_size]
     info.apply_logits_bias(full)
     self.student_logits = self.rows.select(full)
+
+
+def _no_memory(*args):
+    import torch
+
+    raise torch.OutOfMemoryError("injected: no memory")
+
+
+def _raises(*args):
+    raise RuntimeError("injected: out of luck")
 
 
 def _rows_by_list(self, tensor):

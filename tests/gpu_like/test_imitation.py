@@ -178,6 +178,43 @@ def test_beam_search_beside_mixed_requests(engine):
     assert sequences[0] == sequences[1] and len(sequences[0]) == 2
 
 
+def test_a_forward_of_both_sides_that_raises(engine):
+    """Mixed requests end, and the scheduled rows are forwarded alone."""
+    only(engine, "triton-shared")
+    cases = few_cases(engine, 77)
+
+    async def everything():
+        requests = [
+            engine.engine.async_generate(input_ids=case.teacher, sampling_params=case.params()) for case in cases
+        ]
+        return await asyncio.gather(*requests, return_exceptions=True)
+
+    with faults.put_back("student-raises"):
+        outputs = engine.engine.loop.run_until_complete(everything())
+    for case, output in zip(cases, outputs, strict=True):
+        if case.student is None:
+            check_greedy(engine.oracle, case, output)
+        else:
+            assert output.status_code == 500 and "injected: out of luck" in output.detail
+    assert engine.engine.flush_cache().success
+    check_all(engine.oracle, cases, run(engine, cases))
+
+
+def test_a_step_that_does_not_fit_the_memory_goes_on_in_lockstep(engine):
+    """The last test of its engine, which does not draft again for batches as large."""
+    only(engine, "drafts")
+    cases = few_cases(engine, 78)
+    with faults.put_back("no-memory"):
+        outputs = run(engine, cases)
+    check_all(engine.oracle, cases, outputs)
+    drafted = [case.student is not None and case.n > 1 for case in cases]
+    steps = [output["meta_info"].get("spec_verify_ct", 0) for output in outputs]
+    assert [n for n, mixed in zip(steps, drafted, strict=True) if mixed] == [
+        case.n - 1 for case in cases if case.student
+    ]
+    check_all(engine.oracle, cases, run(engine, cases))
+
+
 def test_a_stale_table_does_not_start(one_model, tmp_path):
     """Shared weights with SGLang's triton attention, which reads the table through its translator of KV indices."""
     from harness import start
