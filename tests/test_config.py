@@ -552,3 +552,35 @@ def test_lora_student_in_server_arguments(tiny_pair, lora_adapter):
         checked_server_args(teacher, MixingConfig.from_dict({"student_lora_path": teacher}), {}, "test")
     with pytest.raises(ValueError, match="--enable-lora: LoRA adapters is not supported beside a student"):
         checked_server_args(teacher, MixingConfig.from_dict({}), {"enable_lora": True}, "test")
+
+
+# -- self-check ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "written,wanted", [("on", "on"), ("off", "off"), ("'on'", "on"), ("true", "on"), ("false", "off")]
+)
+def test_self_check_in_yaml(tmp_path, written, wanted):
+    """YAML reads on and off as true and false."""
+    path = tmp_path / "c.yaml"
+    path.write_text(f"mixing:\n  mixing_self_check: {written}\n")
+    assert MixingConfig.from_dict(load_yaml(path)[0]).mixing_self_check == wanted
+
+
+def test_self_check_is_on_where_there_is_an_accelerator():
+    assert [MixingConfig().checks_itself(accelerator) for accelerator in (True, False)] == [True, False]
+    for value in ("on", "off"):
+        config = MixingConfig.from_dict({"mixing_self_check": value})
+        assert [config.checks_itself(accelerator) for accelerator in (True, False)] == [value == "on"] * 2
+    with pytest.raises(ValueError, match="mixing_self_check: 'yes' is not one of on, off"):
+        MixingConfig.from_dict({"mixing_self_check": "yes"})
+
+
+def test_only_a_scheduler_that_left_with_status_2_is_a_failed_self_check():
+    died = "Rank 0 scheduler died during initialization (exit code: {})."
+    with pytest.raises(launch.SelfCheckFailed), launch.self_check_heeded():
+        raise RuntimeError(died.format(2))
+    for error in (RuntimeError(died.format(-9)), ValueError("exit code: 2")):
+        with pytest.raises(type(error), match="exit code") as caught, launch.self_check_heeded():
+            raise error
+        assert caught.value is error

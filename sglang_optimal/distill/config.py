@@ -195,6 +195,13 @@ class Mixing(Section):
     """Whether the student drafts several tokens for each step of the server; what is sampled stays the same."""
     draft_tokens: int | None = None
     """How many it drafts, or at most."""
+    mixing_self_check: Literal["on", "off"] | None = None
+    """Whether the server compares both sides' logits with each model's alone before it serves; see docs/api.md."""
+
+    @field_validator("mixing_self_check", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: Any) -> Any:
+        return MixingConfig.SELF_CHECK[not value] if isinstance(value, bool) else value  # YAML's on and off
 
     @model_validator(mode="after")
     def _consistent(self) -> Mixing:

@@ -28,6 +28,7 @@ from sglang_optimal.mixing import AlphaParams, mix
 from sglang_optimal.runtime.observer import EqualSides, make_samplable, series
 from sglang_optimal.runtime.plan import PrefillChunk
 from sglang_optimal.runtime.student import prefill_part
+from sglang_optimal.runtime.student_kv import WORTH_BORROWING
 from sglang_optimal.series import SERIES
 
 EXACT, ROUNDED = 0.02, 0.3
@@ -35,7 +36,8 @@ EXACT, ROUNDED = 0.02, 0.3
 kernels of prefill and decode round differently. A wrong context or model is about 1 away."""
 SERIES_TOLERANCE = 2e-3
 """Largest error of what is computed from the logits in float32."""
-_STEPS = 8
+_STEPS = 6
+_LONGEST = 24  # tokens of a prompt
 _ITERATIONS = 2000
 
 
@@ -99,24 +101,30 @@ class SelfCheck:
     # -- requests --------------------------------------------------------------------------------------------------
 
     def _requests(self) -> list[_Probe]:
-        """Mixed and plain ones that end one after another, so that batches of every size from six down are decoded."""
+        """Mixed and plain ones that end one after another, so that batches of every size down to one are decoded."""
         rng = random.Random(0)
         pools = (self._worker.model_runner.token_to_kv_pool_allocator.size, self._worker.student_kv.size)
         # All of them must fit at once: one that is put back would be compared at the wrong positions.
-        longest = min(24, self._worker.model_config.context_len // 4, self._worker.student_context_len // 4)
+        longest = min(_LONGEST, self._worker.model_config.context_len // 4, self._worker.student_context_len // 4)
         longest = min(longest, min(pools) // 32)
 
-        def ids() -> array:
-            return array("q", [rng.randrange(self._worker.vocab_size) for _ in range(rng.randint(2, max(longest, 2)))])
+        def ids(length: int | None = None) -> array:
+            length = length or rng.randint(2, max(longest, 2))
+            return array("q", [rng.randrange(self._worker.vocab_size) for _ in range(length)])
 
         middle = {"alpha_method": "kl_symmetry", "alpha_min": 0.0, "alpha_max": 1.0, "fixed_alpha": None}
         ends = [{**middle, "alpha_method": "fixed", "fixed_alpha": alpha} for alpha in (0.0, 1.0)]
         # Of every kind one that ends late, so that each is decoded beside the others.
         alphas = [(middle, 0.0), (middle, 1e-6), (None, 0.0), (ends[0], 0.0), (ends[1], 0.0), (None, 0.0)]
-        return [
+        probes = [
             _Probe(ids(), None if alpha is None else ids(), _STEPS - i, alpha, penalty)
             for i, (alpha, penalty) in enumerate(alphas)
         ]
+        # What both contexts begin with is computed once where weights are shared, and the student's prefill comes last.
+        if longest >= _LONGEST:
+            common = ids(WORTH_BORROWING + 4)
+            probes.append(_Probe(common + ids(3), common + ids(5), 2, middle))
+        return probes
 
     def _message(self, rid: str, probe: _Probe) -> TokenizedGenerateReqInput:
         custom = None

@@ -138,6 +138,9 @@ class MixedTokenizerManager(TokenizerManager):
     def _prepare_mixing(self, obj: GenerateReqInput) -> None:
         params = obj.sampling_params or {}
         custom = params.get("custom_params")
+        if self.mixing_config.student_lora_path is not None and params.get("beam_width") not in (None, 1):
+            # SGLang counts an adapter for each request, where beam search has more rows, and ends the process.
+            raise ValueError("beam_width: beam search is not supported beside --student-lora-path; remove it.")
         if not mixing_fields(custom):
             self._check_plain(obj)
             return

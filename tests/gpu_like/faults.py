@@ -20,6 +20,10 @@ WRONG_LOGITS = {
     "first-view": "so are those of rows that are not drafted for, beside drafted ones",
 }
 WRONG_LOGITS_SHARED = {"teacher-view": "the teacher's logits are a view of what the student's prefill writes"}
+ROWS = {
+    "old-ids": "padded rows read what the other model left in the ids",
+    "requests-for-rows": "logits are split by requests where beam search has more rows",
+}
 STALE_TABLE = "stale-table"
 """What refers to the table of rows refers to the one before the student's half came; acts while an engine is built."""
 RAISED = {
@@ -67,6 +71,8 @@ def in_force() -> str:
 
 def install() -> None:
     """In a scheduler process: make every fault possible."""
+    from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+
     from sglang_optimal.runtime import shared_worker, speculative_worker, student
     from sglang_optimal.runtime.draft_temperature import DraftTemperature
     from sglang_optimal.runtime.observer import MixingStep
@@ -82,6 +88,8 @@ def install() -> None:
     _fault("list-index", MixingStep, "apply_logit_transforms", _list_index)
     _fault("rows-by-list", MixedRows, "select_host", _rows_by_list)
     _fault(STALE_TABLE, shared_worker.SharedTpWorker, "alloc_memory_pool", _stale_table)
+    _fault("requests-for-rows", shared_worker, "rows_of", lambda batch: len(batch.reqs))
+    _fault("old-ids", DecodeCudaGraphRunner, "load_batch", _with_old_ids(DecodeCudaGraphRunner.load_batch))
     _fault("no-memory", speculative_worker, "series", _no_memory)
     _fault("student-raises", shared_worker.SharedTpWorker, "_forward_both", _raises)
     _view_of_first()
@@ -113,6 +121,20 @@ def _list_index(self, width: int, info) -> None:
     full[self.rows.host, : self.vocab_size] = self.student_logits.float()[:, : self.vocab_size]
     info.apply_logits_bias(full)
     self.student_logits = self.rows.select(full)
+
+
+def _with_old_ids(load_batch):
+    from sglang.srt.model_executor.cuda_graph_buffer_registry import PaddingPolicy
+
+    def load(self, *args, **kwargs):
+        slot = self.buffer_registry.get_slot("input_ids")
+        policy, slot.padding_policy = slot.padding_policy, PaddingPolicy.FOREACH_COPY
+        try:
+            return load_batch(self, *args, **kwargs)
+        finally:
+            slot.padding_policy = policy
+
+    return load
 
 
 def _no_memory(*args):

@@ -47,6 +47,7 @@ def install() -> None:
             _active = False
 
     def with_counts(self, recv_req):
+        from gpu_like import flashinfer_indices
         from gpu_like.imitation import RecordedGraphs
 
         output = state(self, recv_req)
@@ -55,6 +56,7 @@ def install() -> None:
             **counts,
             **replays,
             "host_waits": dict(waits),
+            "flashinfer_plans": dict(flashinfer_indices.plans),
             "self_check": self.gpu_like_self_check(),
         }
         return output

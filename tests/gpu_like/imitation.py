@@ -10,9 +10,9 @@ Imitated, with SGLang's own code wherever it runs without a GPU:
 - Poison: before a replay everything that graphs gave out (logits, hidden states) becomes NaN, and after one every
   static input is overwritten, so that whoever kept a view of a static buffer is seen. Memory from ``torch.empty`` is
   NaN (or the largest integer).
-- Host waits are counted, see `host_waits`.
+- Host waits are counted, see `host_waits`. Beside the triton backend, FlashInfer's KV indices are built as well.
 
-Not imitated: streams, kernels, the memory of graphs, flashinfer and flash attention, prefill graphs' bodies.
+Not imitated: streams, kernels, the memory of graphs, FlashInfer's and flash attention, prefill graphs' bodies.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def gpu_like_scheduler_process(config):
 
 
 def _run(config, *args, **kwargs) -> None:
-    if os.environ.get(ATTENTION) == "triton":
-        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     imitate()
-    from gpu_like import faults, host_waits
+    from gpu_like import faults, flashinfer_indices, host_waits
 
     faults.install()
     host_waits.install()
+    if os.environ.get(ATTENTION) == "triton":
+        flashinfer_indices.install()
     from sglang_optimal.runtime.scheduler import run_mixed_scheduler_process
 
     run_mixed_scheduler_process(config, *args, **kwargs)

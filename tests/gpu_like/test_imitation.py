@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 
+import fastapi
 import pytest
 from harness import Case, check_all, check_greedy, check_pools, random_cases, random_ids, run
 from oracle import MixedOracle
@@ -30,13 +31,14 @@ def wide_pair(tmp_path_factory):
 # name: (pair of models, arguments, oracle)
 ENGINES = {
     "drafts": ("same_vocabulary_pair", {"mixing_mode": "speculative", "draft_tokens": 2}),
-    "wide": ("wide_pair", {"disable_overlap_schedule": True}),
+    "wide": ("wide_pair", {"disable_overlap_schedule": True, "mixing_mode": "auto", "draft_tokens": 2}),
+    "shared": ("one_model", {}),
+    "triton-shared": ("one_model", {"triton": True}),
     "triton": ("same_vocabulary_pair", {"triton": True}),
     "triton-drafts": ("same_vocabulary_pair", {"triton": True, "mixing_mode": "auto", "draft_tokens": 2}),
-    "triton-shared": ("one_model", {"triton": True}),
     "triton-lora": ("one_model", {"triton": True, "lora": True}),
 }
-SLOW = ("triton", "triton-lora")
+SLOW = ("triton", "triton-drafts", "triton-lora")
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +93,10 @@ def test_right_and_without_host_waits(engine):
     )
     state = gpu_state(engine)
     assert state["host_waits"] == {}
-    assert state["decode_steps"] > 5 and state["replays"] >= state["decode_steps"]
+    assert state["decode_steps"] > 5 and state["replays"] > 0
     assert 0 < state["padded_replays"] < state["replays"]
+    if "triton" in engine.name:
+        assert state["flashinfer_plans"]["wrong"] == 0 < state["flashinfer_plans"]["right"]
 
 
 def test_the_self_check_finds_nothing(engine):
@@ -101,14 +105,25 @@ def test_the_self_check_finds_nothing(engine):
 
 def test_a_context_that_both_sides_begin_with(engine):
     """The teacher's forward computes it for the student, whose own prefill follows."""
-    only(engine, "triton-shared")
+    only(engine, "shared", "triton-lora")
     common = random_ids(random.Random(72), 40)
     cases = [Case(common + [20, 21], common + [30], 4), Case([9, 8, 7], None, 4)]
     check_all(engine.oracle, cases, run(engine, cases))
+    if engine.name == "triton-lora":  # its student computes all of its own context
+        return
     with faults.put_back("teacher-view"):
+        assert "logits are wrong" in self_check(engine)
         common = random_ids(random.Random(73), 40)
         cases = [Case(common + [20, 21], common + [30], 4), Case([9, 8, 6], None, 4)]
         assert noticed(engine, cases)
+
+
+def test_ids_that_another_model_left_in_padded_rows_are_noticed(engine):
+    only(engine, "wide")
+    with faults.put_back("old-ids"):
+        assert noticed(engine, random_cases(79, 5, 2))  # five rows in a graph of eight
+        assert "index out of range" in self_check(engine)
+    assert self_check(engine) == ""
 
 
 def noticed(engine, cases: list[Case]) -> bool:
@@ -120,7 +135,7 @@ def noticed(engine, cases: list[Case]) -> bool:
     except AssertionError:
         return True
     except Exception as error:  # fastapi's, for a request that ended with the status 500
-        assert "not finite" in str(getattr(error, "detail", error))
+        assert "not finite" in error.detail or "forward failed" in error.detail
         return True
     return False
 
@@ -134,32 +149,30 @@ def test_a_view_that_was_kept_is_noticed(engine):
     check_all(engine.oracle, cases, run(engine, cases))
 
 
-@pytest.mark.parametrize("fault", faults.WRONG_LOGITS)
-def test_the_self_check_notices_a_view(engine, fault):
-    only(engine, "drafts", *(("triton",) if fault == "student-view" else ()))
-    with faults.put_back(fault):
-        assert "logits are wrong" in self_check(engine)
-    assert self_check(engine) == ""
-
-
-@pytest.mark.parametrize("fault", faults.HOST_WAITS)
-def test_a_host_wait_is_noticed(engine, fault):
+def test_the_self_check_notices_a_view(engine):
     only(engine, "drafts")
-    before = gpu_state(engine)["host_waits"]
+    for fault in faults.WRONG_LOGITS:
+        with faults.put_back(fault):
+            assert "logits are wrong" in self_check(engine), fault
+        assert self_check(engine) == ""
+
+
+def test_a_host_wait_is_noticed(engine):
+    only(engine, "drafts")
     cases = few_cases(engine, 75)
-    with faults.put_back(fault):
-        engine.engine.generate(
-            input_ids=[case.teacher for case in cases],
-            sampling_params=[case.params(frequency_penalty=0.1 * (i % 2)) for i, case in enumerate(cases)],
-        )
-    after = gpu_state(engine)["host_waits"]
-    assert set(after) - set(before), "nothing waited"
+    for fault in faults.HOST_WAITS:
+        before = gpu_state(engine)["host_waits"]
+        with faults.put_back(fault):
+            engine.engine.generate(
+                input_ids=[case.teacher for case in cases],
+                sampling_params=[case.params(frequency_penalty=0.1 * (i % 2)) for i, case in enumerate(cases)],
+            )
+        assert set(gpu_state(engine)["host_waits"]) - set(before), f"{fault}: nothing waited"
 
 
 def test_beam_search_beside_mixed_requests(engine):
-    """Rows are not requests there."""
-    if engine.name == "drafts" or "auto" in str(ENGINES[engine.name]):
-        pytest.skip("SGLang has no beam search with speculative decoding")
+    """Rows are not requests there. (SGLang has none with speculative decoding.)"""
+    only(engine, "shared", "triton", "triton-lora")
     rng = random.Random(76)
     mixed = [Case(random_ids(rng, 12), random_ids(rng, 15), 10), Case(random_ids(rng, 9), None, 8)]
     beam = {"beam_width": 3, "n": 2, "max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True}
@@ -171,16 +184,23 @@ def test_beam_search_beside_mixed_requests(engine):
 
     ask = engine.engine.loop.run_until_complete
     beam_request = (mixed[0].teacher, beam)
+    if engine.name == "triton-lora":
+        with pytest.raises(ValueError, match="beam_width: beam search is not supported beside --student-lora-path"):
+            ask(everything(beam_request))
+        return
     (alone,) = ask(everything(beam_request))
     *outputs, beside = ask(everything(*[(case.teacher, case.params()) for case in mixed], beam_request))
     check_all(engine.oracle, mixed, outputs)
     sequences = [[found["output_ids"] for found in entry["meta_info"]["beam_results"]] for entry in (beside, alone)]
     assert sequences[0] == sequences[1] and len(sequences[0]) == 2
+    if engine.name == "shared":
+        with faults.put_back("requests-for-rows"), pytest.raises(fastapi.HTTPException):
+            ask(everything(*[(case.teacher, case.params()) for case in mixed], beam_request))
 
 
 def test_a_forward_of_both_sides_that_raises(engine):
     """Mixed requests end, and the scheduled rows are forwarded alone."""
-    only(engine, "triton-shared")
+    only(engine, "shared")
     cases = few_cases(engine, 77)
 
     async def everything():
