@@ -26,7 +26,7 @@ from sglang_optimal.runtime.request import from_wire
 from sglang_optimal.runtime.self_check import SelfCheck, SelfCheckError
 from sglang_optimal.runtime.shared_worker import SharedTpWorker
 from sglang_optimal.runtime.student_kv import SharedStudentKV, StudentKV, student_of
-from sglang_optimal.runtime.student_weights import is_for_student
+from sglang_optimal.runtime.student_weights import HELD, is_for_student
 from sglang_optimal.runtime.worker import MixedTpWorker
 
 logger = logging.getLogger(__name__)
@@ -193,10 +193,7 @@ class MixedScheduler(Scheduler):
             return self.weight_updater.update_weights_from_disk(recv_req)
         kv = self.tp_worker.student_kv
         if recv_req.flush_cache and kv.held:
-            message = (
-                f"{kv.held} running requests hold student KV of the old weights. Let them finish, abort or retract "
-                "them, or update with flush_cache=false."
-            )
+            message = f"{kv.held} {HELD}. Let them finish, abort or retract them, or update with flush_cache=false."
             return UpdateWeightFromDiskReqOutput(success=False, message=message)
         success, message = self.tp_worker.student.update_weights_from_disk(recv_req)
         if success and recv_req.flush_cache:

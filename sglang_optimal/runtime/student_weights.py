@@ -18,6 +18,11 @@ logger = logging.getLogger(__name__)
 
 _TARGET = "sglang_optimal"
 
+HELD = "running requests hold student KV of the old weights"
+"""In the message of an update that came too early."""
+LEAVING_SECONDS = 1.0
+"""How long requests may take to end whose clients have left: the server has forgotten them, the scheduler not yet."""
+
 
 def mark_for_student(request: Any) -> None:
     """Address an ``UpdateWeightFromDiskReqInput`` to the student. A version it brings is the student's."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import time
 from collections.abc import Callable
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
@@ -21,7 +23,7 @@ from sglang_optimal.runtime.request import (
     take_teacher_messages,
     to_wire,
 )
-from sglang_optimal.runtime.student_weights import is_for_student, mark_for_student
+from sglang_optimal.runtime.student_weights import HELD, LEAVING_SECONDS, is_for_student, mark_for_student
 from sglang_optimal.runtime.tap import MIXING_TAP
 from sglang_optimal.series import SERIES
 
@@ -98,7 +100,12 @@ class MixedTokenizerManager(TokenizerManager):
         if not isinstance(obj.model_path, str) or not obj.model_path:
             return False, "model_path: must be a folder or a Hugging Face id.", 0
         mark_for_student(obj)
-        return await self.update_weights_from_disk(obj, request)
+        deadline = time.monotonic() + LEAVING_SECONDS
+        while True:
+            success, message, paused = await self.update_weights_from_disk(obj, request)
+            if success or HELD not in message or time.monotonic() > deadline:
+                return success, message, paused
+            await asyncio.sleep(0.05)
 
     async def _wait_for_model_update_from_disk(self, obj: UpdateWeightFromDiskReqInput):
         # What SGLang serves by name is the teacher.

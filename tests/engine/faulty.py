@@ -22,15 +22,18 @@ def _run(config, *args, **kwargs) -> None:
     from sglang_optimal.runtime.speculative_worker import SpeculativeWorker
     from sglang_optimal.runtime.student import StudentWorker
 
-    student_logits = StudentWorker._logits
+    student_forward = StudentWorker._forward
     sample = MixtureSampler.forward
     verify = SpeculativeWorker._verify_forward
 
-    def logits(self, part) -> torch.Tensor:
+    def forward_student(self, part):
         orders = [_order(req, "student") for req in part.reqs]
         if "raise" in orders:
             raise RuntimeError("injected: out of luck")
-        return _spoil(student_logits(self, part), orders)
+        output = student_forward(self, part)
+        student = output.logits_output
+        student.next_token_logits = _spoil(student.next_token_logits, orders)
+        return output
 
     def forward(self, logits_output, sampling_info, *more, **keywords):
         step = getattr(sampling_info, "mixing", None)
@@ -48,7 +51,7 @@ def _run(config, *args, **kwargs) -> None:
         teacher.next_token_logits = _spoil(teacher.next_token_logits, [_order(req, "teacher") for req in reqs])
         return output
 
-    StudentWorker._logits, MixtureSampler.forward = logits, forward
+    StudentWorker._forward, MixtureSampler.forward = forward_student, forward
     SpeculativeWorker._verify_forward = verify_forward
     run_mixed_scheduler_process(config, *args, **kwargs)
 

@@ -104,7 +104,7 @@ def sample(sampler, teacher, student, seeds, positions, alpha=None):
     if alpha is not None:
         settings = AlphaParams.from_lists(["fixed"] * n, [0.0] * n, [1.0] * n, [alpha] * n, "cpu")
         lengths = torch.zeros(n, dtype=torch.int64)
-        rows = MixedRows([], list(range(n)), None, lengths, lengths, settings, False)
+        rows = MixedRows([], list(range(n)), torch.arange(n), None, lengths, lengths, settings, False)
         info.mixing = MixingStep(rows, student.clone(), vocab_size)
     return sampler(LogitsProcessorOutput(next_token_logits=teacher.clone()), info, False, [], [], positions)
 
