@@ -294,8 +294,11 @@ class SelfCheck:
         ids = torch.tensor(list(probe.output_ids), device=teacher.device)
         expected = series(mixture, teacher, student, temperature, ids).cpu()
         seen = torch.tensor([probe.req.customized_info[name][:n] for name in SERIES]).T
-        error = ((seen - expected).abs() / expected.abs().clamp(min=1.0)).amax(0)
-        for name, value in zip(SERIES, error.tolist(), strict=True):
+        error = (seen - expected).abs() / expected.abs().clamp(min=1.0)
+        # Where the sides hardly differ any alpha will do, and the ratio of sample sizes may be too large for float32.
+        alike = expected[:, SERIES.index("kl_to_student")] + expected[:, SERIES.index("kl_to_teacher")] < 1e-4
+        error[alike, SERIES.index("alpha")] = 0.0
+        for name, value in zip(SERIES, error.amax(0).tolist(), strict=True):
             if not value <= SERIES_TOLERANCE and name != "ess_ratio":
                 raise SelfCheckError(
                     f"{name} is off by {value:.2g} for the logits that were mixed: the mixing kernel is wrong on this "

@@ -258,6 +258,8 @@ class SpeculativeWorker(BaseSpecWorker):
                 draft.logits[ahead] = logits[:, :v] if bias is None else logits[:, :v] + bias
                 if ahead < length:
                     draft.tokens[ahead] = self._agreed(draft.propose(ahead, truncation))
+        except torch.OutOfMemoryError:
+            raise  # the step may go on in lockstep
         except Exception as error:
             draft.failure = student_failure(error, rows.mixed)
             draft.spoil(len(rows.mixed.host))

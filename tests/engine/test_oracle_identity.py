@@ -36,7 +36,7 @@ ONE_MODEL = ("shared-", "lora-")
 GPU_LIKE = ("small", "small-no-overlap")
 
 
-SLOW = ("shared-small-no-overlap", "drafts-small-no-overlap", "lora-roomy")
+SLOW = ("shared-roomy", "shared-small-no-overlap", "drafts-roomy", "drafts-small-no-overlap", "lora-roomy")
 NAMES = [f"{mode}{name}" for mode, engines in MODES.items() for name in engines]
 
 

@@ -112,7 +112,7 @@ def test_a_context_that_both_sides_begin_with(engine):
     if engine.name == "triton-lora":  # its student computes all of its own context
         return
     with faults.put_back("teacher-view"):
-        assert "logits are wrong" in self_check(engine)
+        assert "the teacher's logits are" in self_check(engine)  # wrong, or not finite
         common = random_ids(random.Random(73), 40)
         cases = [Case(common + [20, 21], common + [30], 4), Case([9, 8, 6], None, 4)]
         assert noticed(engine, cases)

@@ -22,7 +22,7 @@ from serving import as_argv, serve
 from soak import soak
 from tiny_models import build_tiny_tokenizer_model
 
-SECONDS = float(os.environ.get("SOAK_SECONDS", "120"))
+SECONDS = float(os.environ.get("SOAK_SECONDS", "72"))
 REPORTS = os.environ.get("SOAK_REPORTS")
 STRICT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
