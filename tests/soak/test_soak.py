@@ -1,6 +1,6 @@
 """Minutes of everything at once on pools that are far too small: nothing may be lost, wrong, twice, or kept.
 
-``make soak`` runs it for half an hour, ``make test`` for two minutes; SOAK_SECONDS is the time of all modes together.
+``make soak`` runs it for half an hour, ``make test`` for more than one; SOAK_SECONDS is the time of all modes together.
 SGLang's own leak checkers run after every step.
 """
 
