@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -176,7 +177,8 @@ class Servers:
         endpoint = await self._pick()
         began = time.monotonic()
         try:
-            response = await self._http.post(f"{endpoint.url}/generate", json=body)
+            with _closed_at_once():
+                response = await self._http.post(f"{endpoint.url}/generate", json=body)
             sample = _sample(response, endpoint.url, time.monotonic() - began)
         except httpx.TransportError as error:
             self._rest(endpoint)
@@ -217,7 +219,8 @@ class Servers:
     async def _look(self, endpoint: _Endpoint) -> bool:
         """Whether it answers; notes its models."""
         try:
-            response = await self._http.get(f"{endpoint.url}/get_server_info", timeout=30)
+            with _closed_at_once():
+                response = await self._http.get(f"{endpoint.url}/get_server_info", timeout=30)
         except httpx.TransportError:
             return False
         if response.status_code in (401, 403):
@@ -243,6 +246,15 @@ class Servers:
             "sglang_optimal_version": __version__,
         }
         return True
+
+
+@contextlib.contextmanager
+def _closed_at_once() -> Iterator[None]:
+    """httpx looks at a new connection's socket, which uvloop no longer has where the server has closed it by then."""
+    try:
+        yield
+    except AttributeError as error:
+        raise httpx.ConnectError(f"closed by the server: {error}") from error
 
 
 def request_body(

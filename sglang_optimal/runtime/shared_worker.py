@@ -130,6 +130,8 @@ class SharedTpWorker(TpModelWorker):
         output = self._forward_one(self._forward_batch(_joined(batch, part)))
         logits = output.logits_output.next_token_logits
         scheduled = rows_of(batch)
+        if len(logits) != scheduled + rows_of(part):  # else somebody would get another's
+            raise RuntimeError(f"{len(logits)} rows of logits for {scheduled} and {rows_of(part)} of the batch")
         step.student_logits = logits[scheduled:]
         output.logits_output.next_token_logits = logits[:scheduled]
         return output

@@ -137,10 +137,13 @@ class MixedTokenizerManager(TokenizerManager):
         obj.text = None
         obj.input_ids, obj.sampling_params = (ids, params) if batch else (ids[0], params[0])
 
-    def _create_tokenized_object(self, obj, *args, **kwargs):
+    def _create_tokenized_object(self, obj, input_text, input_ids, *args, **kwargs):
         if isinstance(obj, GenerateReqInput):
+            if input_ids is not None and len(input_ids) == 0:
+                # Stock SGLang ends over it; beside other requests it would be answered from their logits.
+                raise ValueError("text: gives no tokens at all; send some text, or input_ids.")
             self._prepare_mixing(obj)
-        return super()._create_tokenized_object(obj, *args, **kwargs)
+        return super()._create_tokenized_object(obj, input_text, input_ids, *args, **kwargs)
 
     def _prepare_mixing(self, obj: GenerateReqInput) -> None:
         params = obj.sampling_params or {}

@@ -311,6 +311,19 @@ def test_the_only_server_dies_and_comes_back(folder):
     revived[0].stop()
 
 
+def test_a_connection_that_is_closed_at_once_is_no_server(folder, capsys, monkeypatch):
+    """httpx then looks at a socket that uvloop no longer has, which is no TransportError."""
+
+    async def post(self, *args, **kwargs):
+        raise AttributeError("'NoneType' object has no attribute 'family'")
+
+    folder.configure(client={"max_downtime": 0.5, "concurrency": 2})
+    monkeypatch.setattr(client.httpx.AsyncClient, "post", post)
+    with stub_server() as server:
+        assert folder.run(server.url) == 1
+    assert "stopped: no server has answered" in capsys.readouterr().err
+
+
 def test_no_server_any_more(folder, capsys):
     folder.configure(client={"max_downtime": 0.5, "concurrency": 8})
     first = StubServer()

@@ -285,3 +285,15 @@ def test_file_and_flags_reach_the_server(client, tiny_pair):
 
 def test_every_slot_is_free_at_the_end(client):
     wait_until_free(client)
+
+
+@pytest.mark.parametrize("custom", [None, {"student_text": "tell me a story."}])
+@pytest.mark.parametrize("text", ["", ["what is 12?", ""]], ids=["alone", "beside another"])
+def test_a_side_with_nothing_in_it(client, text, custom):
+    """It would be answered from another request's logits, or end the server."""
+    params = {"max_new_tokens": 4, "temperature": 0}
+    if custom:
+        params["custom_params"] = {**custom, "fixed_alpha": 1.0}
+    response = client.post("/generate", json={"text": text, "sampling_params": params})
+    assert response.status_code == 400 and "text: gives no tokens at all" in message_of(response)
+    assert client.post("/generate", json={"text": "hello", "sampling_params": {"max_new_tokens": 2}}).status_code == 200
