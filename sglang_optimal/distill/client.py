@@ -177,7 +177,7 @@ class Servers:
         endpoint = await self._pick()
         began = time.monotonic()
         try:
-            with _closed_at_once():
+            with closed_at_once():
                 response = await self._http.post(f"{endpoint.url}/generate", json=body)
             sample = _sample(response, endpoint.url, time.monotonic() - began)
         except httpx.TransportError as error:
@@ -219,7 +219,7 @@ class Servers:
     async def _look(self, endpoint: _Endpoint) -> bool:
         """Whether it answers; notes its models."""
         try:
-            with _closed_at_once():
+            with closed_at_once():
                 response = await self._http.get(f"{endpoint.url}/get_server_info", timeout=30)
         except httpx.TransportError:
             return False
@@ -249,8 +249,11 @@ class Servers:
 
 
 @contextlib.contextmanager
-def _closed_at_once() -> Iterator[None]:
-    """httpx looks at a new connection's socket, which uvloop no longer has where the server has closed it by then."""
+def closed_at_once() -> Iterator[None]:
+    """Ask within; a connection that the server closes at once is a ``httpx.ConnectError``.
+
+    httpx looks at a new connection's socket, which uvloop no longer has by then.
+    """
     try:
         yield
     except AttributeError as error:

@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import yaml
 
+from sglang_optimal.distill.client import closed_at_once
+
 START_DEADLINE = 1800.0
 """Seconds for a start: a large model is long on its way from a slow disk."""
 STARTS = 5
@@ -76,7 +78,7 @@ class OwnServer:
                 status = self._process.poll()
                 if status is not None:
                     raise ValueError(f"the server ended with status {status}: {self._said(before)}")
-                with contextlib.suppress(httpx.TransportError):
+                with contextlib.suppress(httpx.TransportError), closed_at_once():
                     if (await http.get(f"{self.url}/health")).status_code == 200:
                         return
                 if time.monotonic() > deadline:
