@@ -156,10 +156,8 @@ class MixingConfig:
         plain = values.get("plain_requests")
         if plain is not None and plain not in cls.PLAIN_REQUESTS:
             raise ValueError(f"plain_requests: {plain!r} is not one of {', '.join(cls.PLAIN_REQUESTS)}.")
-        check = values.get("mixing_self_check")
-        if isinstance(check, bool):  # what YAML makes of on and off
-            check = cls.SELF_CHECK[not check]
-            values = {**values, "mixing_self_check": check}
+        check = cls.on_or_off(values.get("mixing_self_check"))
+        values = {**values, "mixing_self_check": check}
         if check is not None and check not in cls.SELF_CHECK:
             raise ValueError(f"mixing_self_check: {check!r} is not one of {', '.join(cls.SELF_CHECK)}.")
         mode, drafts = values.get("mixing_mode"), values.get("draft_tokens")
@@ -187,6 +185,11 @@ class MixingConfig:
     def longest_draft(self) -> int:
         """The most tokens that the student drafts in one step; 0: lockstep."""
         return self.DRAFT_TOKENS[self.mixing_mode] if self.draft_tokens is None else self.draft_tokens
+
+    @classmethod
+    def on_or_off(cls, value: Any) -> Any:
+        """A value of ``mixing_self_check`` as it was written: YAML makes booleans of on and off."""
+        return cls.SELF_CHECK[not value] if isinstance(value, bool) else value
 
     def checks_itself(self, has_accelerator: bool) -> bool:
         """Whether the mixing is checked before a request is served."""

@@ -403,15 +403,14 @@ _drafts: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any]):
     from sglang_optimal.runtime import launch
 
-    launch.check_sglang_version()
+    parsed, config = launch.checked_server_args(
+        teacher, config, {"log_level": "error", **server_args}, "OptimalSampler"
+    )
+    # After the check of SGLang's version, which comes before anything of SGLang is imported.
     from sglang.srt.entrypoints.engine import Engine
 
     from sglang_optimal.runtime.scheduler import scheduler_process
     from sglang_optimal.runtime.tokenizer import tokenizer_manager_init
-
-    parsed, config = launch.checked_server_args(
-        teacher, config, {"log_level": "error", **server_args}, "OptimalSampler"
-    )
 
     for drafts in _drafts.values():
         if (drafts > 0) != (config.longest_draft > 0):

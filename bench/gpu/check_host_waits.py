@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import functools
 import json
-import os
 import random
 import sys
 import tempfile
@@ -160,19 +159,10 @@ def every(names: list[str], models: Path, logs: Path, at_once: int, limit: float
 
 
 def parse_args() -> argparse.Namespace:
-    scratch = Path(tempfile.gettempdir()) / "sglang-optimal-gpu"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="Default: all.")
-    parser.add_argument("--output", type=Path, default=scratch / "host_waits.json", help="Default: %(default)s.")
-    parser.add_argument(
-        "--models", type=Path, default=scratch / "tiny-host-waits", help="Made if absent. Default: %(default)s."
-    )
-    parser.add_argument("--logs", type=Path, default=scratch / "logs", help="Default: %(default)s.")
-    parser.add_argument("--at-once", type=int, default=max(1, (os.cpu_count() or 1) // 4), help="Engines at a time.")
-    parser.add_argument("--limit", type=float, default=600, help="Seconds for all. Default: %(default)s.")
-    parser.add_argument("--one", choices=ENGINES, help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, default=36000, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    description = __doc__.splitlines()[0]
+    return processes.engine_parser(
+        description, ENGINES, output="host_waits.json", models="tiny-host-waits", port=36000, limit=600, cores=4
+    ).parse_args()
 
 
 def main() -> int:

@@ -23,7 +23,6 @@ import json
 import os
 import random
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -374,17 +373,10 @@ def every(names: list[str], folder: Path, logs: Path, at_once: int, limit: float
 
 
 def parse_args() -> argparse.Namespace:
-    scratch = Path(tempfile.gettempdir()) / "sglang-optimal-gpu"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="Default: all.")
-    parser.add_argument("--output", type=Path, default=scratch / "identity.jsonl", help="Default: %(default)s.")
-    parser.add_argument("--models", type=Path, default=scratch / "tiny", help="Made if absent. Default: %(default)s.")
-    parser.add_argument("--logs", type=Path, default=scratch / "logs", help="Default: %(default)s.")
-    parser.add_argument("--at-once", type=int, default=max(1, (os.cpu_count() or 1) // 3), help="Engines at a time.")
-    parser.add_argument("--limit", type=float, default=1800, help="Seconds for all. Default: %(default)s.")
-    parser.add_argument("--one", choices=ENGINES, help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, default=31000, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    description = __doc__.splitlines()[0]
+    return processes.engine_parser(
+        description, ENGINES, output="identity.jsonl", models="tiny", port=31000, limit=1800, cores=3
+    ).parse_args()
 
 
 def main() -> int:

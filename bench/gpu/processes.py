@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -9,6 +10,7 @@ import math
 import os
 import signal
 import subprocess
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +42,32 @@ class Ended:
     status: int
     seconds: float
     text: str
+
+
+def engine_parser(
+    description: str, engines: Iterable[str], *, output: str, models: str, port: int, limit: float, cores: int
+) -> argparse.ArgumentParser:
+    """The parser of a check that starts engines, each in a process of its own.
+
+    Args:
+        engines: their names.
+        output, models: names in the scratch folder: where records go, and where tiny models are made.
+        port: of the first engine. limit: seconds for all. cores: of each engine at a time.
+    """
+    scratch = Path(tempfile.gettempdir()) / "sglang-optimal-gpu"
+    names, shown = list(engines), "Default: %(default)s."
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--engines", nargs="+", choices=names, default=names, help="Default: all.")
+    parser.add_argument("--output", type=Path, default=scratch / output, help=shown)
+    parser.add_argument("--models", type=Path, default=scratch / models, help=f"Made if absent. {shown}")
+    parser.add_argument("--logs", type=Path, default=scratch / "logs", help=shown)
+    parser.add_argument(
+        "--at-once", type=int, default=max(1, (os.cpu_count() or 1) // cores), help="Engines at a time."
+    )
+    parser.add_argument("--limit", type=float, default=limit, help=f"Seconds for all. {shown}")
+    parser.add_argument("--one", choices=names, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=port, help=argparse.SUPPRESS)
+    return parser
 
 
 def run_all(jobs: Iterable[Job], at_once: int, folder: Path, end: float = math.inf) -> Iterator[Ended]:

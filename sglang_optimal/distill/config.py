@@ -201,7 +201,7 @@ class Mixing(Section):
     @field_validator("mixing_self_check", mode="before")
     @classmethod
     def _on_or_off(cls, value: Any) -> Any:
-        return MixingConfig.SELF_CHECK[not value] if isinstance(value, bool) else value  # YAML's on and off
+        return MixingConfig.on_or_off(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> Mixing:
