@@ -38,6 +38,10 @@ def override(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {**values, **over}
 
 
+LARGEST_FIXED_ALPHA = 1e6
+"""Beyond it a weighted sum of two float32 log-probabilities may be infinite."""
+
+
 @dataclasses.dataclass(frozen=True)
 class AlphaSettings:
     """How alpha is chosen for every token of one request.
@@ -67,6 +71,11 @@ class AlphaSettings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{name}: must be a finite number, got {value!r}.")
+        if self.fixed_alpha is not None and abs(self.fixed_alpha) > LARGEST_FIXED_ALPHA:
+            raise ValueError(
+                f"fixed_alpha: must lie in [-{LARGEST_FIXED_ALPHA:.0f}, {LARGEST_FIXED_ALPHA:.0f}], "
+                f"got {self.fixed_alpha!r}."
+            )
         if not 0.0 <= self.alpha_min <= 1.0 or not 0.0 <= self.alpha_max <= 1.0:
             raise ValueError(
                 f"alpha_min, alpha_max: must lie in [0, 1], got {self.alpha_min} and {self.alpha_max}; "

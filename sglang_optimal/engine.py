@@ -319,8 +319,10 @@ class OptimalSampler:
             raise ValueError("prompts: the engine runs with skip_tokenizer_init; give token ids.")
         if kind == "text":
             return tokenizer.encode(value)
-        text = tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
-        return tokenizer.encode(text, add_special_tokens=False)
+        from sglang_optimal.runtime.messages import checked_messages
+
+        manager = self._running().tokenizer_manager
+        return manager.chat_sides.teacher.ids(checked_messages(value, "prompts"), "prompts")
 
     def _student_fields(self, prompt: Prompt) -> dict[str, Any]:
         kind, value = self._rendered(prompt, self._system_prompts[1])

@@ -161,9 +161,9 @@ def _as_text(value: Any) -> str:
 
 def serve(server_args, config: MixingConfig) -> None:
     """Run the server until it is stopped."""
-    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.entrypoints.http_server import app, launch_server
 
-    from sglang_optimal.runtime import launch
+    from sglang_optimal.runtime import body_guard, launch
     from sglang_optimal.runtime.tokenizer import tokenizer_manager_init
 
     kwargs: dict[str, Any] = {}
@@ -179,6 +179,7 @@ def serve(server_args, config: MixingConfig) -> None:
         openai_api.install()
         routes.install()
         kwargs["run_scheduler_process_func"] = scheduler_process(config)
+    body_guard.install(app, config)
     launch_server(server_args, init_tokenizer_manager_func=tokenizer_manager_init(config), **kwargs)
 
 

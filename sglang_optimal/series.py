@@ -15,3 +15,6 @@ SERIES = (
 CARRIER = "mixing"
 """Key of a request's ``session_params`` under which its mixing fields may come instead of in ``custom_params``:
 sglang-router passes those on, and drops the latter."""
+
+PROMPTS = ("teacher_prompt_ids", "student_prompt_ids", "teacher_prompt_text", "student_prompt_text")
+"""With ``return_prompts``, what each model really read: token ids, and their text with special tokens."""

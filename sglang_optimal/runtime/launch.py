@@ -130,9 +130,6 @@ _REFUSED = (
     _Refusal("enable_deterministic_inference", "seeded sampling", _DRAFTING),
     _Refusal("kv_canary", "checking the KV cache with canaries", asks=_other_than("none")),
     # SGLang gives them to the model that it knows, and to no other.
-    _Refusal("default_chat_template_kwargs", "a default that only the teacher's chat template gets"),
-    _Refusal("chat_template", "a chat template for the teacher alone", _SHARED_WEIGHTS),
-    _Refusal("hf_chat_template_name", "a chat template for the teacher alone", _SHARED_WEIGHTS),
     _Refusal("startup_weight_load_mode", "overlapped loading", _OWN_WEIGHTS, _other_than("serial")),
     _Refusal("enable_memory_saver", "releasing the models' memory", _OWN_WEIGHTS),
     _Refusal("checkpoint_engine_wait_weights_before_ready", "waiting for the teacher's weights alone", _OWN_WEIGHTS),

@@ -1,9 +1,7 @@
-"""Chat messages: checked, combined per side, and rendered with a model's own chat template."""
+"""Chat messages of the mixing fields: checked, and combined per side. `chat_side` renders them."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 from typing import Any
 
 # Arguments of apply_chat_template that decide what it returns or run a client's template; never a client's to set.
@@ -24,7 +22,7 @@ _RESERVED = (
 
 
 def checked_messages(value: Any, name: str) -> list[dict[str, Any]]:
-    """Copies of the messages, text parts joined into one string.
+    """Copies of the messages; a content is a string, a list of text parts, or None beside tool calls.
 
     Raises:
         ValueError: names the field and the first message that is wrong.
@@ -39,27 +37,39 @@ def checked_messages(value: Any, name: str) -> list[dict[str, Any]]:
         content = message.get("content")
         if content is None and not message.get("tool_calls"):
             raise ValueError(f"{where}: must be a mapping with 'role' and 'content'.")
-        checked.append({**message, "content": _as_text(content, f"{where}.content")})
+        _check_content(content, f"{where}.content")
+        checked.append(dict(message))
     return checked
 
 
-def _as_text(content: Any, where: str) -> str:
-    if content is None:  # an assistant message that only calls tools
-        return ""
-    if isinstance(content, str):
-        return content
+def _check_content(content: Any, where: str) -> None:
+    if content is None or isinstance(content, str):
+        return
     if not isinstance(content, list | tuple):
         raise ValueError(f"{where}: must be a string or a list of text parts, got {type(content).__name__}.")
-    texts = []
     for position, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise ValueError(f"{where}[{position}]: only text parts are supported in a mixed request.")
-        texts.append(part["text"])
-    return "\n".join(texts)
 
 
-def checked_template_kwargs(value: Any, name: str) -> dict[str, Any]:
+def characters(messages: list[dict[str, Any]]) -> int:
+    """How long the messages are, separators among them: no fewer than one a message."""
+    return sum(len(text) + 1 for message in messages for text in _texts(message.get("content")))
+
+
+def _texts(content: Any) -> list[str]:
+    if isinstance(content, list | tuple):
+        return [part["text"] for part in content]
+    return [content or ""]
+
+
+def checked_template_kwargs(value: Any, name: str, allowed: tuple[str, ...] = ()) -> dict[str, Any]:
     """Extra variables for a chat template, such as ``enable_thinking``.
+
+    Args:
+        value: as the client sent it.
+        name: the field.
+        allowed: names that this server lets requests set although they are not a template's variables.
 
     Raises:
         ValueError: not a mapping, or a key that is not a template's variable.
@@ -67,7 +77,7 @@ def checked_template_kwargs(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{name}: must be a mapping from names to values.")
     for key in value:
-        if key in _RESERVED:
+        if key in _RESERVED and key not in allowed:
             raise ValueError(f"{name}: {key!r} may not be set by a request.")
     return dict(value)
 
@@ -103,47 +113,18 @@ def joined(first: list[dict[str, Any]], then: list[dict[str, Any]]) -> list[dict
 
 
 def _merged(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    return {**a, **b, "content": f"{a['content']}\n\n{b['content']}"}
+    """One message of two. A content in parts keeps them, so that a template reads them as on the other side."""
+    first, then = a.get("content") or "", b.get("content") or ""
+    if isinstance(first, str) and isinstance(then, str):
+        return {**a, **b, "content": f"{first}\n\n{then}"}
+    *before, last = _parts(first)
+    following, *after = _parts(then)
+    return {**a, **b, "content": [*before, _text_part(f"{last['text']}\n\n{following['text']}"), *after]}
 
 
-def render(tokenizer, messages: list[dict[str, Any]], name: str, kwargs: dict[str, Any] | None = None) -> list[int]:
-    """Token ids of the conversation, ready for the assistant to go on; a last message of the assistant is continued.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer; its own chat template is used.
-        messages: as `checked_messages` returns them.
-        name: the field they came from, for the message of an error.
-        kwargs: extra variables for the template.
-
-    Raises:
-        ValueError: the model has no chat template, or its template refuses the messages.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"{name}: the model has no chat template; send text or token ids.")
-    messages = [_with_parsed_arguments(message) for message in messages]
-    begun = ""
-    if messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
-        begun = messages.pop()["content"]
-        if not messages:
-            raise ValueError(f"{name}: needs a message before the assistant's.")
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **(kwargs or {}))
-    except Exception as error:  # jinja raises whatever the template raises
-        raise ValueError(f"{name}: the model's chat template refused them: {error}") from None
-    # Encoded apart, as SGLang does for continue_final_message.
-    return [token for part in (text, begun) if part for token in tokenizer.encode(part, add_special_tokens=False)]
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list(content) if content and not isinstance(content, str) else [_text_part(content or "")]
 
 
-def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """Templates want the arguments of a tool call as a mapping; the OpenAI API sends them as JSON text."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    parsed = []
-    for call in calls:
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            with contextlib.suppress(json.JSONDecodeError):  # the template decides about what is no JSON
-                call = {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-        parsed.append(call)
-    return {**message, "tool_calls": parsed}
+def _text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_optimal.config import AlphaSettings, MixingConfig, check_known
-from sglang_optimal.runtime.messages import checked_messages, checked_template_kwargs, with_system_prompt
+from sglang_optimal.runtime.messages import (
+    characters,
+    checked_messages,
+    checked_template_kwargs,
+    with_system_prompt,
+)
 from sglang_optimal.series import CARRIER
 
 STUDENT_FIELDS = ("student_text", "student_input_ids", "student_messages")
@@ -17,11 +23,14 @@ TEACHER_FIELDS = ("teacher_messages", "teacher_only_messages", "teacher_system_p
 MIXING_FIELDS = (
     STUDENT_FIELDS
     + TEACHER_FIELDS
-    + ("student_system_prompt", "student_chat_template_kwargs", "return_mixing_info")
+    + ("student_system_prompt", "student_chat_template_kwargs", "return_mixing_info", "return_prompts")
     + MixingConfig.ALPHA_KEYS
 )
-# Keys with these beginnings can only be meant for us: a typo must not quietly give plain teacher samples.
-_OUR_PREFIXES = ("student", "alpha", "fixed_alpha", "return_mixing", "teacher")
+# Keys with these beginnings are meant for us: a typo must not quietly give plain teacher samples.
+_OUR_PREFIXES = ("student", "alpha", "fixed_alpha", "return_mixing", "return_prompts", "teacher")
+_TYPO, _SURE_TYPO = 0.8, 0.93
+"""From which likeness (`difflib`) on a key is one of ours misspelt: where nobody else reads custom_params, and where a
+custom logit processor of the client's own does."""
 
 _TEACHER_ONLY_WITH = {
     "teacher_messages": "only /generate reads it, in place of text and input_ids.",
@@ -48,17 +57,44 @@ class StudentContext:
     kv: Any = None
 
 
-def mixing_fields(custom_params: Any) -> dict[str, Any]:
+class RenderedPrompt(list):
+    """Token ids of the student's prompt that came of something else than ``student_input_ids``.
+
+    source: the field they came from, for the messages of errors.
+    """
+
+    def __init__(self, ids: Sequence[int], source: str):
+        super().__init__(ids)
+        self.source = source
+
+
+def mixing_fields(custom_params: Any, *, others_read: bool = False) -> dict[str, Any]:
     """The fields of ``custom_params`` that belong to mixing; empty for a plain request.
 
+    Args:
+        custom_params: as the client sent them.
+        others_read: whether the request has a custom logit processor, whose parameters they may be.
+
     Raises:
-        ValueError: a key that looks like ours is not known.
+        ValueError: not a mapping, or a key that looks like ours is not known.
     """
-    if not isinstance(custom_params, dict):
+    if custom_params is None:
         return {}
-    ours = {k: v for k, v in custom_params.items() if isinstance(k, str) and k.startswith(_OUR_PREFIXES)}
-    check_known(ours, MIXING_FIELDS, "custom_params")
-    return ours
+    if not isinstance(custom_params, dict):
+        raise ValueError(f"custom_params: must be a mapping with the fields, got {type(custom_params).__name__}.")
+    names = [name for name in custom_params if isinstance(name, str)]
+    ours = [name for name in names if name in MIXING_FIELDS]
+    if others_read:
+        looks_ours = [name for name in names if is_typo(name, _SURE_TYPO)]
+    else:
+        looks_ours = [name for name in names if name.startswith(_OUR_PREFIXES) or is_typo(name, _TYPO)]
+    check_known(dict.fromkeys([*ours, *looks_ours]), MIXING_FIELDS, "custom_params")
+    return {name: custom_params[name] for name in ours}
+
+
+def is_typo(name: str, likeness: float = _SURE_TYPO) -> bool:
+    """Whether ``name`` is nearly, and not quite, one of ours."""
+    return name not in MIXING_FIELDS and bool(difflib.get_close_matches(name.lower(), MIXING_FIELDS, 1, likeness))
 
 
 def take_carried(custom_params: Any, session_params: Any) -> tuple[Any, Any]:
@@ -102,6 +138,12 @@ def check_size(chars: int, max_chars: int, name: str) -> None:
         raise ValueError(f"{name}: {chars} characters are too long; at most {max_chars} can fit the context length.")
 
 
+def check_size_of(messages: Sequence[Any], max_chars: int, name: str) -> None:
+    """`check_size` of SGLang's own message objects."""
+    contents = ({"content": message.content} for message in messages if isinstance(message.content, str))
+    check_size(characters(list(contents)), max_chars, name)
+
+
 def take_teacher_messages(
     custom_params: dict[str, Any], config: MixingConfig, max_chars: int
 ) -> tuple[list[dict], dict[str, Any], dict[str, Any]] | None:
@@ -114,20 +156,20 @@ def take_teacher_messages(
     Raises:
         ValueError: names the field and the fix.
     """
-    fields = mixing_fields(custom_params)
-    if fields.get("teacher_messages") is None:
+    if not isinstance(custom_params, dict) or custom_params.get("teacher_messages") is None:
         return None
+    fields = mixing_fields(custom_params)
     check_has_student(fields, config)
-    messages, kwargs = _messages_of(fields, "teacher", max_chars)
+    messages, kwargs = messages_of(fields, "teacher", max_chars)
     used = ("teacher_messages", "teacher_system_prompt", "teacher_chat_template_kwargs")
     return messages, kwargs, {k: v for k, v in custom_params.items() if k not in used}
 
 
-def _messages_of(fields: dict[str, Any], side: str, max_chars: int) -> tuple[list[dict], dict[str, Any]]:
+def messages_of(fields: dict[str, Any], side: str, max_chars: int) -> tuple[list[dict], dict[str, Any]]:
     """The messages of ``side`` with its own system prompt, and the extra variables for its chat template."""
     messages = checked_messages(fields[f"{side}_messages"], f"{side}_messages")
     messages = with_system_prompt(messages, fields, f"{side}_system_prompt")
-    check_size(sum(len(message["content"]) + 1 for message in messages), max_chars, f"{side}_messages")
+    check_size(characters(messages), max_chars, f"{side}_messages")
     name = f"{side}_chat_template_kwargs"
     return messages, checked_template_kwargs(fields.get(name) or {}, name)
 
@@ -136,6 +178,7 @@ def to_wire(
     custom_params: dict[str, Any],
     config: MixingConfig,
     *,
+    others_read: bool = False,
     encode_text: Callable[[str], Sequence[int]],
     encode_messages: Callable[[list[dict], dict], Sequence[int]],
     vocab_size: int,
@@ -147,6 +190,7 @@ def to_wire(
 
     Args:
         custom_params: as the client sent them.
+        others_read: see `mixing_fields`.
         encode_text, encode_messages: the student's tokenizer; and its chat template, with extra variables for it.
         vocab_size: number of ids both models know; ids must lie in [0, vocab_size).
         context_length: the student's context length, in tokens.
@@ -159,7 +203,7 @@ def to_wire(
     Raises:
         ValueError: names the field and the fix.
     """
-    fields = mixing_fields(custom_params)
+    fields = mixing_fields(custom_params, others_read=others_read)
     if not fields:
         return None
     check_has_student(fields, config)
@@ -178,10 +222,12 @@ def to_wire(
         check_size(len(value), max_chars, name)
         ids = list(encode_text(value))
     elif name == "student_messages":
-        ids = list(encode_messages(*_messages_of(fields, "student", max_chars)))
+        ids = list(encode_messages(*messages_of(fields, "student", max_chars)))
+    elif isinstance(value, RenderedPrompt):
+        name, ids = value.source, list(value)
     else:
         ids = _checked_ids(value, vocab_size, context_length)
-    if name != "student_messages":
+    if given[0] != "student_messages":
         for extra in ("student_system_prompt", "student_chat_template_kwargs"):
             if fields.get(extra) is not None:
                 raise ValueError(f"{extra}: only read with student_messages, not with {name}.")
@@ -193,15 +239,15 @@ def to_wire(
             f"{name}: the student context is too long: {len(ids)} tokens and {max_new_tokens or 1} new ones exceed the "
             f"student's context length of {context_length}. Shorten it or lower max_new_tokens."
         )
-    return_info = fields.get("return_mixing_info")
-    if return_info is not None and not isinstance(return_info, bool):
-        raise ValueError(f"return_mixing_info: must be true or false, got {return_info!r}.")
+    for name in ("return_mixing_info", "return_prompts"):
+        if fields.get(name) is not None and not isinstance(fields[name], bool):
+            raise ValueError(f"{name}: must be true or false, got {fields[name]!r}.")
     alpha = config.alpha.updated({k: fields[k] for k in MixingConfig.ALPHA_KEYS if k in fields})
     others = {k: v for k, v in custom_params.items() if k not in fields}
     return {
         **others,
         "student_input_ids": ids,
-        "return_mixing_info": bool(return_info),
+        "return_mixing_info": bool(fields.get("return_mixing_info")),
         **dataclasses.asdict(alpha),
     }
 

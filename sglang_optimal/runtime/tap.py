@@ -7,7 +7,7 @@ import contextvars
 from collections.abc import AsyncIterator
 from typing import Any
 
-from sglang_optimal.series import SERIES
+from sglang_optimal.series import PROMPTS, SERIES
 
 MIXING_TAP: contextvars.ContextVar[MixingTap | None] = contextvars.ContextVar("mixing_tap", default=None)
 """Set while a handler starts a request that it wants to follow."""
@@ -16,6 +16,11 @@ MIXING_TAP: contextvars.ContextVar[MixingTap | None] = contextvars.ContextVar("m
 def series_of(meta_info: dict[str, Any], start: int = 0) -> dict[str, list[float]]:
     """The per-token series in ``meta_info``, from token ``start`` on; empty for a plain request."""
     return {name: meta_info[name][start:] for name in SERIES if meta_info.get(name) is not None}
+
+
+def prompts_of(meta_info: dict[str, Any]) -> dict[str, Any]:
+    """What both models read, where it was asked for."""
+    return {name: meta_info[name] for name in PROMPTS if name in meta_info}
 
 
 class MixingTap:
@@ -29,7 +34,7 @@ class MixingTap:
     def __init__(self, incremental: bool | None = None) -> None:
         self._incremental = incremental
         self._seen: dict[int, int] = {}
-        self._waiting: dict[int, dict[str, list[float]]] = {}
+        self._waiting: dict[int, dict[str, Any]] = {}
 
     async def follow(self, outputs: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
         """Yield what ``outputs`` yields."""
@@ -46,11 +51,12 @@ class MixingTap:
         waiting = self._waiting.setdefault(index, {})
         for name, values in new.items():
             waiting.setdefault(name, []).extend(values)
+        waiting.update(prompts_of(meta_info))
 
-    def take(self, index: int) -> dict[str, list[float]]:
-        """Series of the tokens of choice ``index`` that were not taken before."""
+    def take(self, index: int) -> dict[str, Any]:
+        """Series of the tokens of choice ``index`` that were not taken before; prompts with the last of them."""
         series = self._waiting.pop(index, {})
-        return series if series.get("alpha") else {}
+        return series if series.get("alpha") or prompts_of(series) else {}
 
 
 def _sglang_is_incremental() -> bool:

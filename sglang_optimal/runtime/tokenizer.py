@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -11,11 +12,12 @@ from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.entrypoints.engine import init_tokenizer_manager
 from sglang.srt.managers.io_struct import GenerateReqInput, UpdateWeightFromDiskReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
+from sglang.srt.runtime_context import get_model, get_serving
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.architectures import student_model_config
-from sglang_optimal.runtime.messages import render
+from sglang_optimal.runtime.chat_side import ChatSide
 from sglang_optimal.runtime.request import (
     STUDENT_FIELDS,
     mixing_fields,
@@ -23,6 +25,7 @@ from sglang_optimal.runtime.request import (
     take_teacher_messages,
     to_wire,
 )
+from sglang_optimal.runtime.request_checks import check_batch, check_ids, check_request, check_sampling, client_errors
 from sglang_optimal.runtime.student_weights import HELD, LEAVING_SECONDS, is_for_student, mark_for_student
 from sglang_optimal.runtime.tap import MIXING_TAP
 from sglang_optimal.series import SERIES
@@ -42,10 +45,23 @@ _UNSUPPORTED = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class ChatSides:
+    """How each model reads chats; one object where both are one model."""
+
+    teacher: ChatSide
+    student: ChatSide
+
+
 class MixedTokenizerManager(TokenizerManager):
-    """SGLang's tokenizer manager; ``mixing_config`` is set by ``tokenizer_manager_init`` before construction."""
+    """SGLang's tokenizer manager; ``mixing_config`` is set by ``tokenizer_manager_init`` before construction.
+
+    Attributes:
+        chat_sides: set after construction, when SGLang has read its templates; None without a student or a tokenizer.
+    """
 
     mixing_config: MixingConfig
+    chat_sides: ChatSides | None = None
 
     def init_tokenizer_and_processor(self) -> None:
         super().init_tokenizer_and_processor()
@@ -55,17 +71,39 @@ class MixedTokenizerManager(TokenizerManager):
         if config.student_model_path is None:
             return
         model_config = student_model_config(self.server_args, config.student_model_path, config.student_revision)
+        self.student_model_config = model_config
         self.student_context_length = model_config.context_len
         self.common_vocab_size = min(self.model_config.vocab_size, model_config.vocab_size)
         if self.tokenizer is not None:
-            self.student_tokenizer = get_tokenizer(
-                config.student_model_path,
-                tokenizer_mode=self.server_args.tokenizer_mode,
-                trust_remote_code=self.server_args.trust_remote_code,
-                revision=config.student_revision,
-            )
+            self.student_tokenizer = self.tokenizer if self._one_tokenizer() else self._student_s_own_tokenizer()
         self.teacher_max_chars = _max_chars(self.tokenizer, self.model_config.context_len)
         self.student_max_chars = _max_chars(self.student_tokenizer, self.student_context_length)
+
+    def _one_tokenizer(self) -> bool:
+        config, model = self.mixing_config, get_model()
+        one_model = (config.student_model_path, config.student_revision) == (model.model_path, model.revision)
+        return config.shared_weights or one_model
+
+    def _student_s_own_tokenizer(self):
+        return get_tokenizer(
+            self.mixing_config.student_model_path,
+            tokenizer_mode=get_serving().tokenizer_mode,
+            trust_remote_code=get_model().trust_remote_code,
+            revision=self.mixing_config.student_revision,
+            tokenizer_backend=get_serving().tokenizer_backend,
+        )
+
+    def init_chat_sides(self, templates) -> None:
+        """``templates``: SGLang's, which it makes after this manager."""
+        config = self.mixing_config
+        if config.student_model_path is None or self.tokenizer is None:
+            return
+        teacher = student = ChatSide.of_teacher(self, templates)
+        if self.student_tokenizer is not self.tokenizer:
+            student = ChatSide.of_student(
+                self, self.student_tokenizer, self.student_model_config, config.student_model_path
+            )
+        self.chat_sides = ChatSides(teacher, student)
 
     @property
     def serving_chat_class(self):
@@ -83,6 +121,7 @@ class MixedTokenizerManager(TokenizerManager):
                 obj.is_single = True
             _unpack_carried(obj)
             self._render_teacher_messages(obj)
+            check_batch(obj)
         outputs = super().generate_request(obj, request)
         tap = MIXING_TAP.get()
         return outputs if tap is None else tap.follow(outputs)
@@ -132,32 +171,60 @@ class MixedTokenizerManager(TokenizerManager):
             raise ValueError("teacher_messages: takes the place of text and input_ids; send one of them.")
         if self.tokenizer is None:
             raise ValueError("teacher_messages: the server runs with --skip-tokenizer-init; send input_ids.")
-        ids = [render(self.tokenizer, messages, "teacher_messages", kwargs) for messages, kwargs, _ in parts]
+        side = self.chat_sides.teacher
+        ids = [side.ids(messages, "teacher_messages", kwargs) for messages, kwargs, _ in parts]
         params = [{**p, "custom_params": rest} for p, (_, _, rest) in zip(params, parts, strict=True)]
         obj.text = None
         obj.input_ids, obj.sampling_params = (ids, params) if batch else (ids[0], params[0])
 
-    def _create_tokenized_object(self, obj, input_text, input_ids, *args, **kwargs):
-        if isinstance(obj, GenerateReqInput):
-            if input_ids is not None and len(input_ids) == 0:
-                # Stock SGLang ends over it; beside other requests it would be answered from their logits.
-                raise ValueError("text: gives no tokens at all; send some text, or input_ids.")
-            self._prepare_mixing(obj)
-        return super()._create_tokenized_object(obj, input_text, input_ids, *args, **kwargs)
+    def _create_tokenized_object(self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, *args, **kwargs):
+        vocab_size = self.model_config.vocab_size
+        with client_errors():
+            if input_embeds is None and mm_inputs is None:  # a processor's placeholders may lie outside
+                check_ids(input_ids, vocab_size)
+            check_request(obj, vocab_size)
+            if isinstance(obj, GenerateReqInput):
+                if input_ids is not None and len(input_ids) == 0:
+                    # Stock SGLang ends over it; beside other requests it would be answered from their logits.
+                    raise ValueError("text: gives no tokens at all; send some text, or input_ids.")
+                self._prepare_mixing(obj, input_ids)
+            tokenized = super()._create_tokenized_object(
+                obj, input_text, input_ids, input_embeds, mm_inputs, *args, **kwargs
+            )
+            check_sampling(tokenized.sampling_params, vocab_size)
+        return tokenized
 
-    def _prepare_mixing(self, obj: GenerateReqInput) -> None:
+    async def release_memory_occupation(self, obj, request=None):
+        self._check_memory_saver("release_memory_occupation")
+        return await super().release_memory_occupation(obj, request)
+
+    async def resume_memory_occupation(self, obj, request=None):
+        self._check_memory_saver("resume_memory_occupation")
+        return await super().resume_memory_occupation(obj, request)
+
+    def _check_memory_saver(self, route: str) -> None:
+        """Refuse what would end the scheduler, or take the buffers of one of two models."""
+        if self.server_args.device == "cpu":
+            raise ValueError(f"{route}: the models are on the CPU, where there is nothing to release.")
+        config = self.mixing_config
+        if config.student_model_path is not None and not config.shared_weights:
+            raise ValueError(f"{route}: not supported beside a student with weights of its own.")
+
+    def _prepare_mixing(self, obj: GenerateReqInput, input_ids: list[int]) -> None:
         params = obj.sampling_params or {}
         custom = params.get("custom_params")
         if self.mixing_config.student_lora_path is not None and params.get("beam_width") not in (None, 1):
             # SGLang counts an adapter for each request, where beam search has more rows, and ends the process.
             raise ValueError("beam_width: beam search is not supported beside --student-lora-path; remove it.")
-        if not mixing_fields(custom):
+        others_read = bool(obj.custom_logit_processor)
+        if not mixing_fields(custom, others_read=others_read):
             self._check_plain(obj)
             return
         has_student = self.mixing_config.student_model_path is not None
         wire = to_wire(
             custom,
             self.mixing_config,
+            others_read=others_read,
             encode_text=self._encode_student_text,
             encode_messages=self._encode_student_messages,
             vocab_size=self.common_vocab_size if has_student else 0,
@@ -166,12 +233,21 @@ class MixedTokenizerManager(TokenizerManager):
             max_new_tokens=params.get("max_new_tokens"),
         )
         for name in _UNSUPPORTED:
-            if getattr(obj, name, None) is not None:
+            if _is_given(getattr(obj, name, None)):
                 raise ValueError(f"{name}: not supported in a mixed request; remove it or the student context.")
         if params.get("beam_width") not in (None, 1):
             raise ValueError("beam_width: beam search is not supported in a mixed request; remove one of the two.")
         # A new dict: the requests of one batch may share theirs.
         obj.sampling_params = {**params, "custom_params": wire}
+        if custom.get("return_prompts"):
+            obj.mixing_prompts = self._prompts(list(input_ids), wire["student_input_ids"])
+
+    def _prompts(self, teacher: list[int], student: list[int]) -> dict[str, list[int] | str]:
+        prompts: dict[str, list[int] | str] = {"teacher_prompt_ids": teacher, "student_prompt_ids": student}
+        if self.tokenizer is not None:
+            for side, tokenizer in (("teacher", self.tokenizer), ("student", self.student_tokenizer)):
+                prompts[f"{side}_prompt_text"] = tokenizer.decode(prompts[f"{side}_prompt_ids"])
+        return prompts
 
     def _check_plain(self, obj: GenerateReqInput) -> None:
         if self.mixing_config.plain_requests == "allow" or self.server_status == ServerStatus.Starting:
@@ -187,7 +263,8 @@ class MixedTokenizerManager(TokenizerManager):
         return self._student_tokenizer("student_text").encode(text)
 
     def _encode_student_messages(self, messages: list[dict], kwargs: dict) -> list[int]:
-        return render(self._student_tokenizer("student_messages"), messages, "student_messages", kwargs)
+        self._student_tokenizer("student_messages")
+        return self.chat_sides.student.ids(messages, "student_messages", kwargs)
 
     def _student_tokenizer(self, field: str):
         if self.student_tokenizer is None:
@@ -204,6 +281,8 @@ class MixedTokenizerManager(TokenizerManager):
             or (values[index] and values[index][0] is not None)
         }
         super().update_request_meta_info(meta_info, state, own, index, finish_reason)
+        if finish_reason is not None:
+            meta_info.update(getattr(state.obj, "mixing_prompts", {}))
 
 
 def _unpack_carried(obj: GenerateReqInput) -> None:
@@ -232,6 +311,15 @@ def _unpack_carried(obj: GenerateReqInput) -> None:
     obj.session_params = rest if any(rest) else None
 
 
+def _is_given(value) -> bool:
+    """Whether a field says anything: empty lists and mappings, and those of nothing but None, are absent ones."""
+    if isinstance(value, dict):
+        return any(map(_is_given, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_is_given, value))
+    return value is not None
+
+
 def _max_chars(tokenizer, context_length: int) -> int:
     """No text with more characters fits ``context_length`` tokens; generous, as some tokenizers drop characters."""
     longest = 0 if tokenizer is None else max(map(len, tokenizer.get_vocab()), default=0)
@@ -240,7 +328,9 @@ def _max_chars(tokenizer, context_length: int) -> int:
 
 def _init(config: MixingConfig, server_args, port_args):
     MixedTokenizerManager.mixing_config = config
-    return init_tokenizer_manager(server_args, port_args, MixedTokenizerManager)
+    manager, templates = init_tokenizer_manager(server_args, port_args, MixedTokenizerManager)
+    manager.init_chat_sides(templates)
+    return manager, templates
 
 
 def tokenizer_manager_init(config: MixingConfig) -> Callable:

@@ -236,7 +236,10 @@ def test_openai_s_client_gets_a_bad_request_error(ai):
         ({"input_ids": [9], "custom": {"teacher_messages": [USER]}}, "teacher_messages: takes the place of text"),
         ({"custom": {"teacher_messages": {}}}, "teacher_messages: must be a non-empty list"),
         ({"custom": {"teacher_messages": [{"role": "assistant", "content": "x"}]}}, "needs a message before the assis"),
-        ({"custom": {"teacher_messages": [{"role": "wizard", "content": "x"}]}}, "chat template refused"),
+        (
+            {"custom": {"teacher_messages": [{"role": "wizard", "content": "x"}]}},
+            "teacher_messages[0].role: 'role' must",
+        ),
         ({"text": "hi", "custom": {"teacher_system_prompt": "x"}}, "teacher_system_prompt: needs messages"),
         ({"text": "hi", "custom": {"teacher_only_messages": [USER]}}, "only /v1/chat/completions reads it"),
     ],
