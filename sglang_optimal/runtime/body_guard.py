@@ -52,7 +52,10 @@ _INTERNAL = (
 )
 # A body without any of these is not looked at: names as they are, or with letters escaped.
 _SUSPICIOUS = re.compile(
-    "|".join(("student|teacher|alpha|return_mixing|return_prompts|\\\\u00", *_INTERNAL)).encode(), re.IGNORECASE
+    "|".join(
+        ("student", "teacher", "alpha", "return_mixing", "return_prompts", "response_format", "\\\\u00", *_INTERNAL)
+    ).encode(),
+    re.IGNORECASE,
 )
 _LARGEST_DEPTH = 32
 
@@ -87,6 +90,8 @@ class MisplacedFields:
                 return f"{name}: is in the URL, where nothing reads it; {_places(path)}"
         if path in _OLLAMA and self._config.student_model_path and self._config.plain_requests == "refuse":
             return f"{path}: cannot mix, and this server takes no plain requests (--plain-requests refuse)."
+        if path in _OPENAI and body.lstrip()[:1] not in (b"{", b""):
+            return "the body must be a mapping."
         if not _SUSPICIOUS.search(body):
             return None
         try:
@@ -95,7 +100,7 @@ class MisplacedFields:
             return _of_form(path, body)  # what is meant as JSON, SGLang refuses
         found = next(misplaced(path, value), None)
         if found is None:
-            return _internal(path, value)
+            return _internal(path, value) or _badly_formed(value)
         where, name = found
         return f"{name}: {where}, where nothing reads it; {_places(path)}"
 
@@ -121,6 +126,20 @@ def _internal(path: str, body: Any) -> str | None:
     request = body if path in _GENERATE else _get(body, "parameters") if path in _VERTEX else None
     given = [name for name in _INTERNAL if _get(request, name) is not None]
     return f"{given[0]}: is SGLang's own to set; remove it." if given else None
+
+
+def _badly_formed(body: Any) -> str | None:
+    """What SGLang's own models of a request look into before they know that it is a mapping."""
+    form = _get(body, "response_format")
+    if form is not None and not isinstance(form, dict):
+        return f"response_format: must be a mapping, got {type(form).__name__}."
+    schema = _get(form, "schema")
+    if schema is not None and not isinstance(schema, dict):
+        return f"response_format.schema: must be a mapping, got {type(schema).__name__}."
+    properties = _get(schema, "properties")
+    if properties is not None and not isinstance(properties, dict):
+        return f"response_format.schema.properties: must be a mapping, got {type(properties).__name__}."
+    return None
 
 
 def _get(value: Any, key: str) -> Any:

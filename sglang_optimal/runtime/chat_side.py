@@ -15,7 +15,6 @@ from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.parser.template_manager import TemplateManager
 from sglang.srt.runtime_context import get_serving
 
-
 # What a template raises, or an expression within, over messages that it was not made for.
 _REFUSALS = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, jinja2.TemplateError)
 

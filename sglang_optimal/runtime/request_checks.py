@@ -17,7 +17,12 @@ from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 MAX_SAMPLES = 16384
 """Most samples, ``n`` times the prompts, of one request: SGLang makes an object for each before anything else."""
 _INT64 = 2**63
+_INT32 = 2**31
 _FLOAT32 = 3.4e38
+_INTEGERS = ("max_new_tokens", "min_new_tokens", "top_k", "n", "beam_width", "stream_interval")
+_NUMBERS = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+SMALLEST_REPETITION_PENALTY = 1e-6
+"""Logits are divided by it; below it they may become infinite."""
 
 _PER_PROMPT = (
     "sampling_params",
@@ -46,7 +51,9 @@ def check_batch(obj: GenerateReqInput) -> None:
     if obj.text is None and obj.input_ids is None and obj.input_embeds is None:
         return  # SGLang refuses it
     size = _batch_size(obj)
-    for name in _PER_PROMPT:
+    if size == 0:
+        raise ValueError("text: is an empty list; send at least one prompt.")
+    for name in (*_PER_PROMPT, "rid"):
         value = getattr(obj, name, None)
         if not isinstance(value, list):
             continue
@@ -54,6 +61,9 @@ def check_batch(obj: GenerateReqInput) -> None:
             raise ValueError(f"{name}: is a list for one prompt; give it without the list, or a list of prompts.")
         if len(value) != size:
             raise ValueError(f"{name}: has {len(value)} entries for {size} prompts; give one for each.")
+    rids = obj.rid if isinstance(obj.rid, list) else [obj.rid]
+    if any(rid is not None and not isinstance(rid, str) for rid in rids):
+        raise ValueError(f"rid: must be text, got {obj.rid!r}.")
     _check_samples(obj, size or 1)
 
 
@@ -70,18 +80,26 @@ def _batch_size(obj: GenerateReqInput) -> int | None:
 
 
 def _check_samples(obj: GenerateReqInput, prompts: int) -> None:
+    obj.sampling_params = _without_null_n(obj.sampling_params)
     params = obj.sampling_params if isinstance(obj.sampling_params, list) else [obj.sampling_params]
     for i, each in enumerate(params):
         where = f"sampling_params[{i}]" if isinstance(obj.sampling_params, list) else "sampling_params"
         if each is not None and not isinstance(each, dict):
             raise ValueError(f"{where}: must be a mapping, got {type(each).__name__}.")
-        n = (each or {}).get("n")
-        if n is None:
-            continue
-        if isinstance(n, bool) or not isinstance(n, int):
-            raise ValueError(f"n: must be an integer, got {n!r}.")
+        n = (each or {}).get("n", 1)
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n: must be an integer of at least 1, got {n!r}.")
         if n * prompts > MAX_SAMPLES:
             raise ValueError(f"n: {n} samples of {prompts} prompts are more than {MAX_SAMPLES} in one request.")
+
+
+def _without_null_n(params: Any) -> Any:
+    """SGLang compares the ``n`` of a batch with numbers, and takes none for one prompt as absent."""
+    if isinstance(params, list):
+        return [_without_null_n(each) for each in params]
+    if isinstance(params, dict) and params.get("n", 1) is None:
+        return {name: value for name, value in params.items() if name != "n"}
+    return params
 
 
 @contextlib.contextmanager
@@ -131,6 +149,24 @@ def check_request(obj: GenerateReqInput | EmbeddingReqInput, vocab_size: int) ->
         value = getattr(obj, name, None)
         if isinstance(value, int) and not -_INT64 <= value < _INT64:
             raise ValueError(f"{name}: {value} is too large.")
+    check_stop_regex((obj.sampling_params or {}).get("stop_regex"))
+
+
+def check_stop_regex(patterns: Any) -> None:
+    """Refuse a ``stop_regex`` that Python cannot compile, which SGLang does in its scheduler.
+
+    Raises:
+        ValueError: names it.
+    """
+    for pattern in patterns if isinstance(patterns, list) else [patterns]:
+        if pattern is None:
+            continue
+        if not isinstance(pattern, str):
+            raise ValueError(f"stop_regex: must be text, got {pattern!r}.")
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"stop_regex: {pattern!r} is no regular expression: {error}.") from None
 
 
 def check_sampling(params: Any, vocab_size: int) -> None:
@@ -143,8 +179,20 @@ def check_sampling(params: Any, vocab_size: int) -> None:
         value = getattr(params, name)
         if isinstance(value, int) and not -_INT64 <= value < _INT64:
             raise ValueError(f"{name}: {value} is too large.")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name}: must be finite, got {value}.")
+    for name in _INTEGERS:
+        value = _integer(getattr(params, name), name)
+        if value is not None and not -_INT32 <= value < _INT32:
+            raise ValueError(f"{name}: {value} is too large.")
+    for name in _NUMBERS:
+        value = getattr(params, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name}: must be a number, got {value!r}.")
+        if not abs(value) <= _FLOAT32:
+            raise ValueError(f"{name}: must be finite in float32, got {value}.")
+    if params.repetition_penalty < SMALLEST_REPETITION_PENALTY:
+        raise ValueError(
+            f"repetition_penalty: must be at least {SMALLEST_REPETITION_PENALTY}, got {params.repetition_penalty}."
+        )
     # A step would be divided by it, or wait for ever.
     if params.stream_interval is not None and params.stream_interval < 1:
         raise ValueError(f"stream_interval: must be at least 1, got {params.stream_interval}.")
@@ -165,11 +213,6 @@ def check_sampling(params: Any, vocab_size: int) -> None:
     for stop in (*params.stop_strs, *params.stop_regex_strs):
         if not isinstance(stop, str):
             raise ValueError(f"stop: must be text, got {stop!r}.")
-    for pattern in params.stop_regex_strs:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"stop_regex: {pattern!r} is no regular expression: {error}.") from None
 
 
 def _integer(value: Any, name: str) -> int | None:

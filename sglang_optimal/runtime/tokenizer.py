@@ -12,7 +12,7 @@ from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.entrypoints.engine import init_tokenizer_manager
 from sglang.srt.managers.io_struct import GenerateReqInput, UpdateWeightFromDiskReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
-from sglang.srt.runtime_context import get_model, get_serving
+from sglang.srt.runtime_context import get_device, get_model, get_serving
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_optimal.config import MixingConfig
@@ -204,7 +204,7 @@ class MixedTokenizerManager(TokenizerManager):
 
     def _check_memory_saver(self, route: str) -> None:
         """Refuse what would end the scheduler, or take the buffers of one of two models."""
-        if self.server_args.device == "cpu":
+        if get_device().device == "cpu":
             raise ValueError(f"{route}: the models are on the CPU, where there is nothing to release.")
         config = self.mixing_config
         if config.student_model_path is not None and not config.shared_weights:

@@ -46,6 +46,7 @@ plausible = {
     "alpha_max": st.floats(-0.1, 1.1),
     "fixed_alpha": st.one_of(st.floats(-2, 3), any_number),
     "return_mixing_info": st.booleans(),
+    "return_prompts": st.booleans(),
 }
 
 

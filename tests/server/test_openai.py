@@ -238,7 +238,7 @@ def test_openai_s_client_gets_a_bad_request_error(ai):
         ({"custom": {"teacher_messages": [{"role": "assistant", "content": "x"}]}}, "needs a message before the assis"),
         (
             {"custom": {"teacher_messages": [{"role": "wizard", "content": "x"}]}},
-            "teacher_messages[0].role: 'role' must",
+            "teacher_messages[0].role: 'role'",
         ),
         ({"text": "hi", "custom": {"teacher_system_prompt": "x"}}, "teacher_system_prompt: needs messages"),
         ({"text": "hi", "custom": {"teacher_only_messages": [USER]}}, "only /v1/chat/completions reads it"),
