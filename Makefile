@@ -9,8 +9,9 @@ MODEL := models/smollm2-135m-instruct
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup model demo distill-demo example-loop test test-slow soak audit lint format bench bench-drafts bench-gpu serve-demo clean
+.PHONY: help setup model demo distill-demo example-loop test test-slow fuzz soak audit lint format bench bench-drafts bench-gpu serve-demo clean
 SOAK_SECONDS ?= 1800
+FUZZ_SECONDS ?= 3600
 # Two files at once, a core each, in the order of collection: see tests/conftest.py.
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 # Folders with a config and a tokenizer, or ids in the local cache, of which bench-gpu makes dummy weights. Empty: of
@@ -57,6 +58,9 @@ test: $(READY)  ## the whole suite but the slow tests, two at a time; under 15 m
 test-slow: $(READY)  ## minutes of random traffic, and new random examples for the property tests
 	$(BIN)/python -m pytest -m slow
 	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest tests/mixing tests/test_config.py
+
+fuzz: $(READY)  ## random requests, all fields of them, for FUZZ_SECONDS (an hour)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s -m slow tests/server/test_fuzz_requests.py
 
 soak: $(READY)  ## half an hour of everything at once on pools that are far too small; reports under soak/
 	SOAK_SECONDS=$(SOAK_SECONDS) SOAK_REPORTS=soak $(BIN)/python -m pytest -s tests/soak

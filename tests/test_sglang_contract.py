@@ -96,6 +96,12 @@ IMPORTED = (
     "entrypoints.openai.protocol.ChatCompletionResponse",
     "entrypoints.openai.protocol.CompletionResponse",
     "entrypoints.openai.serving_chat.OpenAIServingChat",
+    "entrypoints.http_server.app.user_middleware",
+    "entrypoints.openai.serving_chat.OpenAIServingChat.__init__",
+    "managers.io_struct.EmbeddingReqInput",
+    "parser.template_manager.TemplateManager.chat_template_name",
+    "parser.template_manager.TemplateManager.python_chat_template",
+    "runtime_context.get_model",
     "environ.envs.SGLANG_RUST_SERVER.get",
     "layers.sampler.Sampler",
     "lora.backend.torch_backend.TorchNativeLoRABackend",
@@ -249,7 +255,14 @@ SIGNATURES = {
     "managers.scheduler.Scheduler.is_fully_idle": ("self",),
     "managers.scheduler.Scheduler.on_idle": ("self",),
     "managers.scheduler.Scheduler.run_batch": ("self", "batch"),
-    "managers.tokenizer_manager.TokenizerManager._create_tokenized_object": ("self", "obj"),
+    "managers.tokenizer_manager.TokenizerManager._create_tokenized_object": (
+        "self", "obj", "input_text", "input_ids", "input_embeds", "mm_inputs",
+    ),
+    "managers.tokenizer_manager.TokenizerManager.release_memory_occupation": ("self", "obj", "request"),
+    "managers.tokenizer_manager.TokenizerManager.resume_memory_occupation": ("self", "obj", "request"),
+    "parser.template_manager.TemplateManager.load_chat_template": (
+        "self", "tokenizer_manager", "chat_template_arg", "model_path",
+    ),
     "managers.tokenizer_manager.TokenizerManager.init_tokenizer_and_processor": ("self",),
     "managers.tokenizer_manager.TokenizerManager.update_request_meta_info": (
         "self", "meta_info", "state", "customized_info", "index", "finish_reason",
@@ -319,7 +332,7 @@ SIGNATURES = {
     ),
     "speculative.spec_info.SpeculativeAlgorithm.register": ("name", "supports_overlap", "spec_class"),
     "utils.hf_transformers_utils.get_tokenizer": (
-        "tokenizer_name", "tokenizer_mode", "trust_remote_code", "revision",
+        "tokenizer_name", "tokenizer_mode", "trust_remote_code", "revision", "tokenizer_backend",
     ),
 }  # fmt: skip
 

@@ -45,7 +45,6 @@ class _Beside:
 _ANY = _Beside(lambda config: True)
 # A second model runner, of which SGLang knows nothing.
 _OWN_WEIGHTS = _Beside(lambda config: not config.shared_weights, "beside a student with weights of its own")
-_SHARED_WEIGHTS = _Beside(lambda config: config.shared_weights, "beside a student that shares the teacher's weights")
 _DRAFTING = _Beside(lambda config: config.longest_draft > 0, "where the student drafts", "use lockstep mixing")
 _LOCKSTEP = _Beside(lambda config: config.longest_draft == 0)
 _ADAPTER = _Beside(lambda config: config.student_lora_path is not None, "beside --student-lora-path", "remove the flag")

@@ -66,7 +66,6 @@ FLAGS = {
     "--enable-return-indexer-topk": [],
     "--enable-return-aux-hidden-states": [],
     "--kv-canary": ["log"],
-    "--default-chat-template-kwargs": ['{"enable_thinking": false}'],
 }
 # Beside a student that is another model, or has weights of its own; with shared weights there is one model.
 FLAGS_OF_TWO_MODELS = {
@@ -97,7 +96,6 @@ FLAGS_OF_DRAFTING = {
     "--enable-return-hidden-states": [],
     "--return-hidden-states-mode": ["last"],
 }
-FLAGS_OF_SHARED_WEIGHTS = {"--chat-template": ["a.jinja"], "--hf-chat-template-name": ["a"]}
 FLAGS_OF_AN_ADAPTER = {"--enable-lora-overlap-loading": [], "--max-loras-per-batch": ["1"]}
 ENVIRONMENT = ["SGLANG_RUST_SERVER", "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "SGLANG_KV_CANARY_ENABLE_TOKEN_ORACLE"]
 # The same flags with values that ask for nothing, or for something that goes with any student.
@@ -118,6 +116,10 @@ FINE = [
     ["--dwdp-size", "1"],
     ["--speculative-accept-threshold-acc", "1.0"],
     ["--incremental-streaming-output"],
+    # Both sides get what they say about chat templates.
+    ["--default-chat-template-kwargs", '{"enable_thinking": false}'],
+    ["--chat-template", "a.jinja"],
+    ["--hf-chat-template-name", "a"],
 ]
 
 
@@ -147,13 +149,6 @@ def test_a_gguf_file(models):
     with pytest.raises(ValueError, match="^--load-format: loading a GGUF file .*beside a student with weights"):
         launch_server.parse([*models, "--load-format", "gguf"])
     launch_server.parse([*models[:2], "--load-format", "gguf"])
-
-
-@pytest.mark.parametrize("flag", FLAGS_OF_SHARED_WEIGHTS)
-def test_flags_of_shared_weights(models, flag):
-    with pytest.raises(ValueError, match=f"^{flag}: .*beside a student that shares the teacher's weights"):
-        launch_server.parse([*models[:2], flag, *FLAGS_OF_SHARED_WEIGHTS[flag]])
-    launch_server.parse([*models, flag, *FLAGS_OF_SHARED_WEIGHTS[flag]])
 
 
 @pytest.mark.parametrize("flag", FLAGS_OF_AN_ADAPTER)
@@ -187,7 +182,7 @@ def test_what_is_refused_is_tested_and_documented():
     fields = {refusal.field for refusal in launch._REFUSED} | {*launch._ONLY_ONE, *launch._SPECULATIVE}
     assert fields <= set(ServerArgs.__struct_fields__)
     assert {name for name, _ in launch._REFUSED_ENVIRONMENT} == set(ENVIRONMENT) <= set(vars(Envs))
-    tested = FLAGS | FLAGS_OF_TWO_MODELS | FLAGS_OF_DRAFTING | FLAGS_OF_SHARED_WEIGHTS | FLAGS_OF_AN_ADAPTER
+    tested = FLAGS | FLAGS_OF_TWO_MODELS | FLAGS_OF_DRAFTING | FLAGS_OF_AN_ADAPTER
     assert {launch._flag(name) for name in fields} <= tested.keys()
     text = DOC.read_text()
     # One row may be of several flags.

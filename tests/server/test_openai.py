@@ -205,7 +205,7 @@ def test_logprobs_are_the_mixture_s(ai):
         ({"teacher_only_messages": []}, "teacher_only_messages: must be a non-empty list"),
         ({"teacher_only_messages": "hi"}, "teacher_only_messages: must be a non-empty list"),
         ({"teacher_only_messages": [{"role": "system"}]}, "teacher_only_messages[0]: must be a mapping with 'role'"),
-        ({"teacher_only_messages": [{"role": "wizard", "content": "x"}]}, "teacher_only_messages: "),
+        ({"teacher_only_messages": [{"role": "wizard", "content": "x"}]}, "teacher_only_messages[0].role: 'role' must"),
         ({"teacher_system_prompt": ""}, "teacher_system_prompt: must be a non-empty string"),
         ({"student_system_prompt": 7}, "student_system_prompt: must be a non-empty string"),
         ({"student_system_prompt": "x", "student_text": "y"}, "student_system_prompt: only read with student_messages"),
