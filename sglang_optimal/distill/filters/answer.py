@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 from typing import Annotated, Literal
@@ -10,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sglang_optimal.distill.filters.base import Check, Filter
-from sglang_optimal.distill.numbers import last_number
+from sglang_optimal.distill.quantity import equal, last_quantity
 from sglang_optimal.distill.records import Record
 
 
@@ -20,7 +19,8 @@ class Answer(Filter):
     type: Literal["answer"]
     match: Literal["exact", "contains", "numeric", "math"] = "exact"
     """``exact``: the same text. ``contains``: the sample has the expected text in it. ``numeric``: the last number
-    of both is the same within ``tolerance``. ``math``: math-verify finds both equal as LaTeX or expressions."""
+    of both is the same: see `sglang_optimal.distill.quantity`. ``math``: math-verify finds both equal as LaTeX or
+    expressions."""
     field: str = "answer"
     """The field with the expected answer."""
     extract: Literal["all", "last_line", "boxed", "pattern"] = "all"
@@ -30,8 +30,8 @@ class Answer(Filter):
     """Regular expression for ``extract: pattern``; its first group, or the whole match without one."""
     expected_pattern: str | None = None
     """The same for the expected answer, such as ``####\\s*(.+)`` for GSM8K; by default all of it."""
-    tolerance: Annotated[float, Field(ge=0)] = 1e-6
-    """Relative difference that ``numeric`` allows."""
+    tolerance: Annotated[float, Field(ge=0)] | None = None
+    """Relative difference that ``numeric`` allows; by default none between integers, 1e-6 otherwise."""
     ignore_case: bool = False
     """For ``exact`` and ``contains``."""
 
@@ -58,22 +58,26 @@ class Answer(Filter):
 
     def check(self, record: Record) -> str | None:
         expected = record.fields.get(self.field)
-        if expected is None:
+        if expected is None or not str(expected).strip():
             return f"the problem has no {self.field}"
         expected_text = _found(self.expected_pattern, str(expected)) if self.expected_pattern else str(expected)
         said = self._extracted(record.text)
         if said is None or expected_text is None:
             return "no answer found"
+        if not expected_text.strip():
+            return f"the problem has no {self.field}"
         return self._compare(said, expected_text)
 
     def _compare(self, said: str, expected: str) -> str | None:
         if self.match == "numeric":
-            ours, theirs = last_number(said), last_number(expected)
+            ours, theirs = last_quantity(said), last_quantity(expected)
             if theirs is None:
                 return "the expected answer has no number"
             if ours is None:
                 return "no answer found"
-            return None if math.isclose(ours, theirs, rel_tol=self.tolerance, abs_tol=1e-12) else "wrong answer"
+            if theirs.value is None and theirs.text is None:
+                return "the expected answer is no plain number; use match: math"
+            return None if equal(ours, theirs, self.tolerance) else "wrong answer"
         if self.match == "math":
             return None if mathematically_equal(said, expected) else "wrong answer"
         said, expected = said.strip(), expected.strip()
@@ -103,25 +107,51 @@ def _found(pattern: str, text: str) -> str | None:
     return last.group(1) if last.re.groups else last.group()
 
 
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(?P<brace>\{)|(?P<one>[^\s{}\\]))")
+
+
 def last_boxed(text: str) -> str | None:
-    """What is in the last complete ``\\boxed{…}`` of ``text``, with braces balanced; None without one."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth = 0
-        for i in range(start + len("\\boxed"), len(text)):
+    """What is in the last complete ``\\boxed{…}`` or ``\\fbox{…}`` of ``text``, with braces balanced, or the one
+    character that follows without braces; None without one."""
+    for box in reversed(list(_BOX.finditer(text))):
+        if box["one"] is not None:
+            return box["one"]
+        depth = 1
+        for i in range(box.end(), len(text)):
             depth += {"{": 1, "}": -1}.get(text[i], 0)
             if depth == 0:
-                return text[start + len("\\boxed{") : i]
-        start = text.rfind("\\boxed{", 0, start)
+                return text[box.end() : i]
     return None
 
 
-def mathematically_equal(said: str, expected: str) -> bool:
-    """Whether math-verify finds the last answer in ``said`` equal to ``expected``: LaTeX, expressions, sets."""
-    from math_verify import parse, verify
+_DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\fbox|\\begin")
+_LATEX = re.compile(r"[\\^_]")
 
-    # math-verify keeps its time limit with a signal, which only the main thread has.
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
-    gold = parse(expected, parsing_timeout=seconds) or parse(f"${expected}$", parsing_timeout=seconds)
-    answer = parse(said, parsing_timeout=seconds) or parse(f"${said}$", parsing_timeout=seconds)
+
+def mathematically_equal(said: str, expected: str) -> bool:
+    """Whether math-verify finds the last answer in ``said`` equal to ``expected``: LaTeX, expressions, sets.
+
+    Bare LaTeX, as MATH has it, is taken whole; math-verify by itself would find the first number within.
+    """
+    from math_verify import verify
+
+    seconds = _seconds()
+    gold, answer = _parsed(expected, seconds), _parsed(said, seconds)
     return bool(gold and answer) and verify(gold, answer, timeout_seconds=seconds)
+
+
+def _seconds() -> int | None:
+    # math-verify keeps its time limit with a signal, which only the main thread has.
+    return 5 if threading.current_thread() is threading.main_thread() else None
+
+
+def _parsed(text: str, seconds: int | None) -> list:
+    from math_verify import parse
+
+    forms = [text, f"${text}$"]
+    if _LATEX.search(text) and not _DELIMITED.search(text):
+        forms.reverse()
+    for form in forms:
+        if parsed := parse(form, parsing_timeout=seconds):
+            return parsed
+    return []

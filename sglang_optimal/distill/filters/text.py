@@ -147,4 +147,4 @@ class _Seen:
         if self._config.normalize:
             text = " ".join(text.lower().split())
         scope = problem_id if self._config.scope == "problem" else ""
-        return hashlib.blake2b(f"{scope}\0{text}".encode(), digest_size=16).digest()
+        return hashlib.blake2b(f"{scope}\0{text}".encode(errors="surrogatepass"), digest_size=16).digest()
