@@ -10,7 +10,15 @@ from typing import Any
 import yaml
 
 from sglang_optimal.distill.records import COLUMNS, MODEL_COLUMNS, sha256
-from sglang_optimal.distill.store import TALLIED, Tally, find_shards, read_rows, replace_file
+from sglang_optimal.distill.store import (
+    EMPTY_SHARD,
+    TALLIED,
+    Tally,
+    find_shards,
+    read_rows,
+    replace_file,
+    write_empty_shard,
+)
 
 
 def write_card(folder: Path) -> Path:
@@ -20,8 +28,14 @@ def write_card(folder: Path) -> Path:
         ValueError: no run in it.
     """
     # No journals: another machine may be writing them, and writes the card again when it is done.
-    found = {kind: find_shards(folder, kind) for kind in ("accepted", "rejected")}
-    shards = {kind: [path for path in paths if path.parent.name != "journal"] for kind, paths in found.items()}
+    shards = _finished(folder)
+    if not shards["accepted"]:
+        # Without a default configuration `load_dataset` would give the rejected records for it, where it says so now.
+        write_empty_shard(folder)
+        shards = _finished(folder)
+    elif len(shards["accepted"]) > 1:
+        (folder / "data" / EMPTY_SHARD).unlink(missing_ok=True)  # of a time when there were none
+        shards = _finished(folder)
     tally, models = Tally(), Counter()
     for row in read_rows(shards["accepted"] + shards["rejected"], [*TALLIED, *MODEL_COLUMNS]):
         tally.add(row)
@@ -31,6 +45,11 @@ def write_card(folder: Path) -> Path:
     state = _state(shards, manifests)
     replace_file(path, f"---\n{_front_matter(folder, shards, state)}---\n\n{_body(folder, tally, models, manifests)}")
     return path
+
+
+def _finished(folder: Path) -> dict[str, list[Path]]:
+    found = {kind: find_shards(folder, kind) for kind in ("accepted", "rejected")}
+    return {kind: [path for path in paths if path.parent.name != "journal"] for kind, paths in found.items()}
 
 
 def _state(shards: dict[str, list[Path]], manifests: list[dict[str, Any]]) -> str:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -66,19 +71,46 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 stopped on the way (run it again), 2 wrong input, 130 interrupted."""
+    """Returns the exit status: 0 done, 1 stopped on the way (run it again), 2 wrong input, 128 and the signal's number
+    when interrupted (Ctrl-C 130, SIGTERM 143, SIGHUP 129)."""
     args = build_parser().parse_args(argv)
+    with _stops() as stops:
+        return _status(args, stops)
+
+
+def _status(args: argparse.Namespace, stops: list[int]) -> int:
     commands = {"run": _run, "preview": _preview, "report": _report, "export": _export, "schema": _schema}
     try:
         return commands[args.command](args)
     except ValueError as error:
         return _say(f"error: {error}", 2)
     except ModuleNotFoundError as error:
-        return _say(f"error: {error}; pip install 'sglang-optimal[distill]'", 2)
+        return _say(f"error: {error}; run pip install '.[distill]' in sglang_optimal's folder", 2)
     except OSError as error:
         return _say(f"error: {error}; what was sampled is kept.", 1)
     except KeyboardInterrupt:
-        return _say("interrupted; the same command goes on from here.", 130)
+        return _say("interrupted; the same command goes on from here.", 128 + (stops or [signal.SIGINT])[0])
+
+
+@contextlib.contextmanager
+def _stops() -> Iterator[list[int]]:
+    """Within, SIGTERM and SIGHUP stop a run as Ctrl-C does: what was sampled is kept. Gives those that came."""
+    came: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        came.append(number)
+        if len(came) == 1:  # one stop is enough, and another would break into it
+            os.kill(os.getpid(), signal.SIGINT)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -124,6 +156,8 @@ def _preview(args: argparse.Namespace) -> int:
             console.print(f"[bold cyan]{escape(task.id)}[/]")
             show("student", student)
             show("teacher", teacher)
+    for remark in plan.remarks():
+        console.print(escape(remark), style="yellow")
     console.print(f"{len(plan.problems)} problems, {plan.total} samples; the file is valid.")
     return 0
 

@@ -55,6 +55,8 @@ class Sample:
         latency: seconds.
         endpoint: who answered.
         weight_version: of the teacher, as SGLang has it.
+        teacher_prompt_ids, student_prompt_ids: what each model really read; empty where the server does not say.
+        student_prompt_text: the latter decoded, special tokens too; None likewise.
     """
 
     text: str
@@ -65,6 +67,9 @@ class Sample:
     latency: float
     endpoint: str
     weight_version: str | None
+    teacher_prompt_ids: list[int] = dataclasses.field(default_factory=list)
+    student_prompt_ids: list[int] = dataclasses.field(default_factory=list)
+    student_prompt_text: str | None = None
 
 
 @dataclasses.dataclass
@@ -264,7 +269,7 @@ def request_body(
     teacher: Context, student: Context, sampling: dict[str, Any], fields: dict[str, Any]
 ) -> dict[str, Any]:
     """The body of ``POST /generate``; the mixing fields travel where sglang-router lets them through."""
-    custom = {**fields, "return_mixing_info": True}
+    custom = {**fields, "return_mixing_info": True, "return_prompts": True}
     custom["student_text" if isinstance(student, str) else "student_messages"] = student
     body: dict[str, Any] = {"sampling_params": dict(sampling), "session_params": {CARRIER: custom}}
     if isinstance(teacher, str):
@@ -304,6 +309,9 @@ def _sample(response: httpx.Response, endpoint: str, latency: float) -> Sample:
         latency=latency,
         endpoint=endpoint,
         weight_version=meta.get("weight_version"),
+        teacher_prompt_ids=meta.get("teacher_prompt_ids", []),
+        student_prompt_ids=meta.get("student_prompt_ids", []),
+        student_prompt_text=meta.get("student_prompt_text"),
     )
 
 

@@ -25,7 +25,13 @@ class Data(Section):
     """Where the problems come from."""
 
     path: str | None = None
-    """A .jsonl, .json, .csv or .parquet file, a folder of them, or a Hugging Face dataset id. ``--data`` wins."""
+    """A .jsonl, .json, .csv, .tsv (.gz too) or .parquet file, a folder of them, or a Hugging Face dataset id.
+    ``--data`` wins."""
+    encoding: str = "utf-8"
+    """Of a text file; a byte order mark wins over it."""
+    missing: Literal["error", "skip"] = "error"
+    """A problem without a value that a template shows (null, an empty CSV cell): ``error`` ends the run before it
+    starts, ``skip`` leaves the problem out, and says how many were."""
     name: str | None = None
     """Configuration of a Hugging Face dataset, such as ``main``."""
     split: str = "train"

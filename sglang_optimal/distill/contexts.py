@@ -14,18 +14,18 @@ import jinja2
 import jinja2.sandbox
 from jinja2 import meta
 
+from sglang_optimal.distill.leaks import MissingValue, leaked, mentioned, shown
 from sglang_optimal.distill.problems import Problem
-from sglang_optimal.distill.records import Context, context_text
+from sglang_optimal.distill.records import Context
 
 if TYPE_CHECKING:
     from sglang_optimal.distill.config import Contexts, Strategy, Template
 
-LEAK_CHARACTERS = 16
-"""Only privileged texts of this length or more are looked for in what the student reads: a short one, such as a number,
-may well occur in a problem by chance."""
-
 # {name} that is no part of {{ name }} or {% name %}; after a LaTeX command (\boxed{answer}) the braces belong to it.
 _SHORT = re.compile(r"(?P<command>\\[A-Za-z]+)?(?<![{%#])\{(?P<name>[A-Za-z_]\w*)\}(?!\})")
+
+
+_JINJA_S_OWN = {"self", "super", "loop", "caller", "true", "false", "none", "True", "False", "None"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,9 @@ class ContextBuilder:
         self._seed = seed
         # Sandboxed: a configuration may come from someone else.
         self._environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
+            undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=_shown
         )
+        self._environment.globals.clear()  # a column may have the name of one
         self._sides: dict[str, tuple[_Side, _Side]] = {}
         default = self._side(contexts.student, "contexts.student")
         for i, strategy in enumerate(contexts.strategies):
@@ -98,8 +99,35 @@ class ContextBuilder:
         """
         teacher, student = (side.render(task.problem.fields, task.problem.id) for side in self._sides[task.strategy])
         if self._contexts.guard:
-            self._check_unseen(task.problem, context_text(student))
+            self.check_read(task.problem, _plain_text(student))
         return teacher, student
+
+    def check_read(self, problem: Problem, text: str) -> None:
+        """Refuse a text that gives the student a privileged value.
+
+        Args:
+            text: what the student reads: of its messages, or decoded from its token ids.
+
+        Raises:
+            ValueError: names the problem and the field.
+        """
+        if not self._contexts.guard:
+            return
+        for name in self._privileged:
+            found = leaked(problem.fields.get(name), text)
+            if found is not None:
+                raise ValueError(
+                    f"problem {problem.id}: what the student reads gives away {name!r} ({_short(found)!r}). Clean the "
+                    "data, or set contexts.guard: false."
+                )
+
+    def mentions(self, problem: Problem) -> list[str]:
+        """Privileged fields of which a short value, such as a number, is a word of what the student reads: by chance,
+        or not."""
+        students = (self.render(Task("", problem, name, 0))[1] for name in self._sides)
+        texts = [_plain_text(student) for student in students]
+        values = {name: problem.fields.get(name) for name in self._privileged}
+        return [name for name, value in values.items() if any(mentioned(value, text) for text in texts)]
 
     def _drawn(self, problem: Problem, k: int) -> Strategy:
         strategies = self._contexts.strategies
@@ -116,6 +144,9 @@ class ContextBuilder:
             parts = [(role, content) for role, content in turns if content is not None]
         compiled = [(role, self._compiled(content, where)) for role, content in parts]
         used = set().union(*(self._used(content) for _, content in parts))
+        for name in _JINJA_S_OWN & set(self._fields):
+            if any(re.search(rf"\{{[^{{}}]*\b{name}\b", content) for _, content in parts):
+                raise ValueError(f"{where}: the name {name!r} is Jinja's own; give the column another in data.fields.")
         near_misses = {name for _, content in parts for name in self._near_misses(content)}
         for name in sorted(used | near_misses):
             if name not in self._fields:
@@ -158,14 +189,18 @@ class ContextBuilder:
                 "of the template, or set contexts.guard: false if the student is meant to see it."
             )
 
-    def _check_unseen(self, problem: Problem, text: str) -> None:
-        for name in self._privileged:
-            value = problem.fields.get(name)
-            if isinstance(value, str) and len(value.strip()) >= LEAK_CHARACTERS and value.strip() in text:
-                raise ValueError(
-                    f"problem {problem.id}: what the student reads has the whole text of {name!r} in it. Clean the "
-                    "data, or set contexts.guard: false."
-                )
+
+def _shown(value: Any) -> Any:
+    """Jinja's ``finalize``: an undefined value raises by itself."""
+    return value if isinstance(value, str | jinja2.Undefined) else shown(value)
+
+
+def _plain_text(context: Context) -> str:
+    return context if isinstance(context, str) else "\n".join(message["content"] for message in context)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +215,8 @@ class _Side:
     def render(self, fields: dict[str, Any], problem_id: str) -> Context:
         try:
             texts = [(role, template.render(fields)) for role, template in self.parts]
+        except MissingValue as error:
+            raise MissingValue(f"{self.where}: problem {problem_id}: {error}") from None
         except Exception as error:  # whatever an expression in a template may raise
             raise ValueError(f"{self.where}: fails on problem {problem_id}: {error}") from None
         if not any(text.strip() for _, text in texts):

@@ -12,10 +12,14 @@ from sglang_optimal.config import check_known
 from sglang_optimal.distill.records import COLUMNS
 from sglang_optimal.distill.store import find_shards, read_rows
 
+IGNORED = -100
+"""Label of a token that no loss is taken of, as PyTorch's cross entropy has it."""
+
 FORMATS = {
     "sft": "chat: {messages: what the student read, and the sample as the assistant's answer}",
     "trl-sft": "TRL's prompt-completion: {prompt, completion}; messages for chats, text for plain contexts",
-    "trl-gkd": "TRL's GKD: {messages}, and {teacher_messages} with what the teacher read before the same answer",
+    "trl-tokens": "{input_ids, labels}: the very tokens that were read and sampled; labels of the sample alone",
+    "trl-gkd": "TRL's GKD: {messages} as in sft; its teacher reads what the student reads, and no more",
     "text": "{text}: prompt and sample as one text, for language modelling; chats need --tokenizer",
     "records": "every column",
 }
@@ -79,22 +83,36 @@ def _shape(format: str, tokenizer: str | None) -> Callable[[dict[str, Any]], dic
         except (OSError, ValueError) as error:
             raise ValueError(f"--tokenizer: cannot load {tokenizer}: {error}") from None
         return lambda row: {"text": _rendered(row, template)}
-    return {"sft": _sft, "trl-sft": trl_sft, "trl-gkd": _trl_gkd, "text": _text, "records": dict}[format]
+    shapes = {"sft": _sft, "trl-sft": trl_sft, "trl-tokens": _tokens, "trl-gkd": _sft, "text": _text, "records": dict}
+    return shapes[format]
 
 
 def _sft(row: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": _conversation(row, "student")}
+    return {"messages": _conversation(row), **_template_variables(row)}
 
 
 def trl_sft(row: dict[str, Any]) -> dict[str, Any]:
-    """TRL's prompt and completion of a stored row."""
+    """TRL's prompt and completion of a stored row. A prefix of the assistant's belongs to the completion: TRL would
+    render it as a turn of its own."""
     if row["student_messages"] is None:
         return {"prompt": row["student_text"], "completion": row["text"]}
-    return {"prompt": row["student_messages"], "completion": [{"role": "assistant", "content": row["text"]}]}
+    *prompt, answer = _conversation(row)
+    return {"prompt": prompt, "completion": [answer], **_template_variables(row)}
 
 
-def _trl_gkd(row: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": _conversation(row, "student"), "teacher_messages": _conversation(row, "teacher")}
+def _tokens(row: dict[str, Any]) -> dict[str, Any]:
+    prompt, sample = row.get("student_prompt_ids"), row["token_ids"]
+    if not prompt:
+        raise ValueError(
+            "--format: trl-tokens needs the records' student_prompt_ids, which those of older versions have not got."
+        )
+    return {"input_ids": [*prompt, *sample], "labels": [*[IGNORED] * len(prompt), *sample]}
+
+
+def _template_variables(row: dict[str, Any]) -> dict[str, Any]:
+    """What the student's chat template was given beside the messages, in the column that TRL reads."""
+    variables = json.loads(row["sampling"] or "{}").get("student_chat_template_kwargs")
+    return {"chat_template_kwargs": variables} if variables else {}
 
 
 def _text(row: dict[str, Any]) -> dict[str, Any]:
@@ -106,12 +124,13 @@ def _text(row: dict[str, Any]) -> dict[str, Any]:
 def _rendered(row: dict[str, Any], tokenizer: Any) -> str:
     if row["student_text"] is not None:
         return row["student_text"] + row["text"]
-    return tokenizer.apply_chat_template(_conversation(row, "student"), tokenize=False)
+    variables = _template_variables(row).get("chat_template_kwargs", {})
+    return tokenizer.apply_chat_template(_conversation(row), tokenize=False, **variables)
 
 
-def _conversation(row: dict[str, Any], side: str) -> list[dict[str, str]]:
-    """The messages of one side, answered by the sample; an assistant's prefix is a part of the answer."""
-    messages = row[f"{side}_messages"]
+def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
+    """What the student read, answered by the sample; an assistant's prefix is a part of the answer."""
+    messages = row["student_messages"]
     if messages is None:
         raise ValueError("--format: the run has plain-text contexts; use trl-sft or text.")
     prefix = ""

@@ -11,6 +11,7 @@ import json
 import time
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from sglang_optimal.distill.client import GaveUp, NoServer, Refused, Sample, Ser
 from sglang_optimal.distill.config import DistillConfig
 from sglang_optimal.distill.contexts import ContextBuilder, Task
 from sglang_optimal.distill.filters import FilterChain
-from sglang_optimal.distill.problems import load_problems
+from sglang_optimal.distill.leaks import MissingValue
+from sglang_optimal.distill.problems import Problem, load_problems
 from sglang_optimal.distill.progress import RunProgress
 from sglang_optimal.distill.records import Context, Record
 from sglang_optimal.distill.server import OwnServer
@@ -73,8 +75,33 @@ class Plan:
         self.builder = ContextBuilder(
             config.contexts, list(everything[0].fields), config.data.privileged, config.sampling.seed
         )
-        for problem in self.problems:
+        self.left_out: list[str] = []
+        self.problems = [problem for problem in self.problems if self._is_whole(problem)]
+        if not self.problems and self.left_out:
+            raise ValueError(f"data.missing: no problem has every value that the templates show: {self.left_out[0]}")
+
+    def _is_whole(self, problem: Problem) -> bool:
+        try:
             self.builder.check(problem)
+        except MissingValue as error:
+            if self.config.data.missing == "error":
+                raise ValueError(f"{error} Mend the data, or set data.missing: skip.") from None
+            self.left_out.append(str(error))
+            return False
+        return True
+
+    def remarks(self) -> list[str]:
+        """What a user should know of the problems before they are sampled."""
+        remarks = []
+        if self.left_out:
+            remarks.append(f"{len(self.left_out)} problems left out (data.missing: skip): {self.left_out[0]}")
+        mentions = Counter(name for problem in self.problems for name in self.builder.mentions(problem))
+        for name, count in mentions.items():
+            remarks.append(
+                f"the student's prompt of {count} of {len(self.problems)} problems has a short value of {name!r} as a "
+                "word in it; look at them with preview whether it gives the answer away."
+            )
+        return remarks
 
     @property
     def total(self) -> int:
@@ -192,6 +219,8 @@ class _Run:
         self._save("running")
         if store.done:
             self._say(f"resuming {store.folder}: {len(store.done)} samples are there.")
+        for remark in plan.remarks() if missing else ():
+            self._say(remark)
         failed = 0
         if missing:
             try:
@@ -199,7 +228,10 @@ class _Run:
                     failed = await self._sample_all(servers, missing)
             finally:
                 with contextlib.suppress(OSError):  # the error that ended the run says more
+                    # What is there can be read by load_dataset, however the run ended.
+                    store.finalize()
                     self._save("stopped")
+                    write_card(store.folder)
         self._store.finalize()
         self._save("complete" if not failed else "stopped", failed)
         write_card(store.folder)
@@ -272,6 +304,8 @@ class _Run:
                 raise ValueError(f"the server refuses every request: {error}") from None
             return _refusal(task, teacher, student, {**sampling, **fields}, str(error))
         self._sampled += 1
+        if sample.student_prompt_text is not None:
+            self._plan.builder.check_read(task.problem, sample.student_prompt_text)
         models = {**servers.models(sample.endpoint), "teacher_weight_version": sample.weight_version}
         record = _record(task, teacher, student, {**sampling, **fields}, sample, models)
         rejection = self._plan.filters(record)
@@ -327,6 +361,8 @@ def _record(
         sampling=asked,
         seed=asked["sampling_seed"],
         teacher_prompt_tokens=sample.prompt_tokens,
+        teacher_prompt_ids=sample.teacher_prompt_ids,
+        student_prompt_ids=sample.student_prompt_ids,
         latency=sample.latency,
         models=models,
     )

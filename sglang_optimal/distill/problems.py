@@ -1,21 +1,23 @@
-"""The problems of a run, read with the ``datasets`` library."""
+"""The problems of a run: local files value by value as they are, everything else with the ``datasets`` library."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_optimal.config import check_known
 from sglang_optimal.distill.records import sha256
+from sglang_optimal.distill.tables import Row, kind_of, read_table
 
 if TYPE_CHECKING:
     from sglang_optimal.distill.config import Data
 
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_SPLITS = ("test", "valid", "dev", "eval")
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,23 +37,72 @@ def load_problems(data: Data) -> list[Problem]:
     Raises:
         ValueError: no data, a missing file, split or column, an id that occurs twice.
     """
-    dataset = _open(data)
+    if data.path is None:
+        raise ValueError("data.path: is required (or give --data).")
+    names, rows = _rows(data)
     columns = dict(data.fields)
     for name, column in columns.items():
         try:
-            check_known([column], dataset.column_names, f"data.fields.{name}: {data.path}")
+            check_known([column], names, f"data.fields.{name}: {data.path}")
         except ValueError as error:
             raise ValueError(str(error).replace("unknown key", "no column")) from None
     taken = set(columns.values())
-    columns |= {name: name for name in dataset.column_names if name not in taken and name not in columns}
+    columns |= {name: name for name in names if name not in taken and name not in columns}
+    problems = list(_numbered(rows, columns, own_ids="id" in data.fields))
+    if not problems:
+        raise ValueError(f"data.path: {data.path} has no problems.")
+    return problems
+
+
+def _rows(data: Data) -> tuple[list[str], Any]:
+    """(columns, rows)"""
+    path = Path(data.path)
+    if path.is_file() and kind_of(path) is not None:
+        rows = read_table(path, data.encoding)
+        names = list(rows[0]) if rows else []
+        return names, rows[_part(data, len(rows))][: data.limit]
+    if files := _text_files(path, _split_of(data)):
+        tables = [read_table(file, data.encoding) for file in files]
+        names = list(dict.fromkeys(name for table in tables for row in table[:1] for name in row))
+        rows = [{name: row.get(name) for name in names} for table in tables for row in table]
+        return names, rows[_part(data, len(rows), _split_of(data))][: data.limit]
+    dataset = _open(data)
     if data.limit is not None:
         dataset = dataset.select(range(min(data.limit, len(dataset))))
-    if len(dataset) == 0:
-        raise ValueError(f"data.path: {data.path} has no problems.")
-    return list(_numbered(dataset, columns, own_ids="id" in data.fields))
+    return dataset.column_names, dataset
 
 
-def _numbered(dataset: Any, columns: dict[str, str], *, own_ids: bool) -> Iterator[Problem]:
+def _text_files(folder: Path, split: str) -> list[Path]:
+    """The folder's files of ``split`` that `read_table` reads; none where it has others, which ``datasets`` reads."""
+    if not folder.is_dir() or any(folder.rglob("*.parquet")):
+        return []
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and kind_of(file) is not None)
+    named = {word: [file for file in files if word in file.stem.lower()] for word in (split, *_SPLITS)}
+    if named[split]:
+        return named[split]
+    other = next((found[0].name for found in named.values() if found), None)
+    if other is not None and len(files) > 1:
+        raise ValueError(f"data.path: {folder} has files of other splits ({other}); name the one file.")
+    return files
+
+
+def _split_of(data: Data) -> str:
+    """Without a slice."""
+    return data.split.partition("[")[0]
+
+
+def _part(data: Data, length: int, split: str = "train") -> slice:
+    """The rows that ``data.split`` means, in the words of ``datasets``; a file is one split, ``split``."""
+    import datasets
+
+    try:
+        (part,) = datasets.ReadInstruction.from_spec(data.split).to_absolute({split: length})
+    except (ValueError, AssertionError, KeyError) as error:
+        raise ValueError(f"data.path: cannot read {data.path}: data.split {data.split!r}: {error}") from None
+    return slice(part.from_, part.to)
+
+
+def _numbered(dataset: Iterable[Row], columns: dict[str, str], *, own_ids: bool) -> Iterator[Problem]:
     seen: Counter[str] = Counter()
     for row in dataset:
         fields = {name: row[column] for name, column in columns.items()}
@@ -72,8 +123,6 @@ def _numbered(dataset: Any, columns: dict[str, str], *, own_ids: bool) -> Iterat
 def _open(data: Data):
     import datasets
 
-    if data.path is None:
-        raise ValueError("data.path: is required (or give --data).")
     arguments = _arguments(data)
     quiet = datasets.utils.logging.get_verbosity()
     datasets.utils.logging.set_verbosity_error()
@@ -89,11 +138,10 @@ def _open(data: Data):
 def _arguments(data: Data) -> dict[str, Any]:
     path = Path(data.path)
     if path.is_file():
-        suffixes = [s for s in path.suffixes if s in _LOADERS]
-        if not suffixes:
-            raise ValueError(f"data.path: {path} is none of {', '.join(_LOADERS)}.")
-        return {"path": _LOADERS[suffixes[-1]], "data_files": {"train": str(path)}}
-    looks_like_a_file = path.suffix in _LOADERS or path.is_absolute() or str(data.path).startswith(".")
+        if path.suffix.lower() != ".parquet":
+            raise ValueError(f"data.path: {path} is none of {', '.join(ENDINGS)}.")
+        return {"path": "parquet", "data_files": {"train": str(path)}}
+    looks_like_a_file = path.suffix.lower() in ENDINGS or path.is_absolute() or str(data.path).startswith(".")
     if not path.exists() and looks_like_a_file:
         raise ValueError(f"data.path: no such file: {data.path}")
     return {"path": str(data.path), "name": data.name, "revision": data.revision}

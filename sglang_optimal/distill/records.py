@@ -34,6 +34,7 @@ class Record:
         sampling: what the request asked for, alpha settings among it.
         seed: the request's ``sampling_seed``.
         teacher_prompt_tokens: tokens of the teacher's prompt.
+        teacher_prompt_ids, student_prompt_ids: token ids that each model really read, chat template and all.
         latency: seconds from the request to its answer.
         models: ids, revision and versions of models and software, as the server named them.
         accepted: whether it passed all filters.
@@ -60,6 +61,8 @@ class Record:
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
     teacher_prompt_tokens: int = 0
+    teacher_prompt_ids: list[int] = dataclasses.field(default_factory=list)
+    student_prompt_ids: list[int] = dataclasses.field(default_factory=list)
     latency: float = 0.0
     models: dict[str, str | None] = dataclasses.field(default_factory=dict)
     accepted: bool = True
@@ -98,6 +101,8 @@ class Record:
             "sampling": _json(self.sampling),
             "seed": self.seed,
             "teacher_prompt_tokens": self.teacher_prompt_tokens,
+            "teacher_prompt_ids": self.teacher_prompt_ids,
+            "student_prompt_ids": self.student_prompt_ids,
             "latency": round(self.latency, 4),
             **{name: self.models.get(name) for name in MODEL_COLUMNS},
             "accepted": self.accepted,
@@ -154,6 +159,8 @@ COLUMNS = {
     "sampling": "what the request asked for, as JSON",
     "seed": "the request's sampling_seed",
     "teacher_prompt_tokens": "length of the teacher's prompt",
+    "teacher_prompt_ids": "the token ids that the teacher really read, chat template and all",
+    "student_prompt_ids": "the same for the student: what comes before token_ids in training",
     "latency": "seconds from request to answer",
     **{name: "as the server named it" for name in MODEL_COLUMNS},
     "accepted": "passed all filters",
@@ -177,6 +184,8 @@ def schema() -> pyarrow.Schema:
         **{name: pa.list_(pa.float32()) for name in SERIES},
         "seed": pa.int64(),
         "teacher_prompt_tokens": pa.int32(),
+        "teacher_prompt_ids": pa.list_(pa.int32()),
+        "student_prompt_ids": pa.list_(pa.int32()),
         "latency": pa.float64(),
         "accepted": pa.bool_(),
     }

@@ -327,6 +327,21 @@ def find_shards(folder: Path, kind: str) -> list[Path]:
     return shards + journals
 
 
+EMPTY_SHARD = "accepted-none.parquet"
+"""A shard of no records that has every column; its name is none that a run gives."""
+
+
+def write_empty_shard(folder: Path) -> None:
+    """Write `EMPTY_SHARD`."""
+    import pyarrow.parquet as parquet
+
+    target = folder / KINDS["accepted"] / EMPTY_SHARD
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(".part")
+    parquet.ParquetWriter(part, schema()).close()  # no row group: `datasets` cannot read one without rows
+    os.replace(part, target)
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a file so that it is there whole, or as it was."""
     part = path.with_name(path.name + ".part")

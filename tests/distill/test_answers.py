@@ -1,3 +1,4 @@
+# ruff: noqa: E501  # a row a line is easier to read
 """A table of expected answers, as GSM8K, MATH, AIME and data of other countries write them, with samples that are right
 and samples that are wrong. What is judged wrongly still is marked, and named in the guide."""
 

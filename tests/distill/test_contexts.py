@@ -107,7 +107,7 @@ def test_nor_in_the_student_of_a_strategy():
 def test_nor_the_text_of_it_in_the_data():
     answer = "The answer is seven, because 3 + 4 = 7."
     leaky = Problem("p2", {"problem": f"What is 3 + 4? {answer}", "answer": answer, "topic": ""})
-    with pytest.raises(ValueError, match="problem p2: what the student reads has the whole text of 'answer'"):
+    with pytest.raises(ValueError, match="problem p2: what the student reads gives away 'answer'"):
         rendered(builder(), leaky)
     rendered(builder(guard=False), leaky)
     by_chance = Problem("p3", {"problem": "Is 7 a prime?", "answer": "7", "topic": ""})

@@ -6,7 +6,7 @@ import json
 
 import datasets
 import pytest
-from tiny_models import build_tiny_tokenizer_model
+from tiny_models import build_tiny_tokenizer_model, smollm2_tokenizer_dir
 
 from sglang_optimal.distill.cli import main
 from sglang_optimal.distill.export import FORMATS, export
@@ -19,7 +19,7 @@ TEACHER = [{"role": "user", "content": "what is 3 + 4? it is 7"}]
 PREFIX = {"role": "assistant", "content": "well, "}
 
 
-def make_run(folder, *, student=STUDENT, teacher=TEACHER, count=4):
+def make_run(folder, *, student=STUDENT, teacher=TEACHER, count=4, prompt_ids=True, sampling=None):
     store = RecordStore(folder)
     for i in range(count):
         accepted = i != 1
@@ -28,6 +28,7 @@ def make_run(folder, *, student=STUDENT, teacher=TEACHER, count=4):
                 id=f"p{i}/default/0", problem_id=f"p{i}", strategy="default", sample_index=0,
                 fields={"problem": "what is 3 + 4?", "answer": "7"}, student_context=student, teacher_context=teacher,
                 text=f"it is {i}", token_ids=[20, 21, 22], finish_reason="stop", accepted=accepted,
+                student_prompt_ids=[1, 4, 5] if prompt_ids else [], sampling=sampling or {},
                 rejected_by=None if accepted else "answer", reject_reason=None if accepted else "wrong",
                 **{name: [0.5, 0.25, -1.0] for name in SERIES},
             )
@@ -48,13 +49,8 @@ def read(path):
     [
         ("sft", {"messages": [*STUDENT, {"role": "assistant", "content": "it is 0"}]}),
         ("trl-sft", {"prompt": STUDENT, "completion": [{"role": "assistant", "content": "it is 0"}]}),
-        (
-            "trl-gkd",
-            {
-                "messages": [*STUDENT, {"role": "assistant", "content": "it is 0"}],
-                "teacher_messages": [*TEACHER, {"role": "assistant", "content": "it is 0"}],
-            },
-        ),
+        ("trl-gkd", {"messages": [*STUDENT, {"role": "assistant", "content": "it is 0"}]}),
+        ("trl-tokens", {"input_ids": [1, 4, 5, 20, 21, 22], "labels": [-100, -100, -100, 20, 21, 22]}),
     ],
 )
 def test_chats(tmp_path, format, first, suffix):
@@ -71,7 +67,45 @@ def test_a_prefix_is_part_of_the_answer(tmp_path):
         *STUDENT, {"role": "assistant", "content": "well, it is 0"},
     ]  # fmt: skip
     export(run, tmp_path / "prompts.jsonl", "trl-sft")
-    assert read(tmp_path / "prompts.jsonl")[0]["prompt"] == [*STUDENT, PREFIX]
+    row = read(tmp_path / "prompts.jsonl")[0]
+    assert row["prompt"] == STUDENT
+    assert row["completion"] == [{"role": "assistant", "content": "well, it is 0"}]
+
+
+@pytest.mark.parametrize("format", ["sft", "trl-sft", "trl-gkd"])
+def test_trl_renders_what_the_student_read(tmp_path, format):
+    """With the template's variables, and a prefix within the assistant's turn."""
+    from transformers import AutoTokenizer
+    from trl.data_utils import apply_chat_template
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_tokenizer_dir())
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}{% if not thinking %}!{% endif %}"
+    )
+    run = make_run(
+        tmp_path / "run", student=[*STUDENT, PREFIX], sampling={"student_chat_template_kwargs": {"thinking": True}}
+    )
+    export(run, tmp_path / "out.jsonl", format)
+    (first, *_) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert first["chat_template_kwargs"] == {"thinking": True}
+    rendered = apply_chat_template(first, tokenizer)
+    whole = rendered.get("text") or rendered["prompt"] + rendered["completion"]
+    assert whole == "<|system|>be kind<|user|>what is 3 + 4?<|assistant|>well, it is 0<end>"
+    export(run, tmp_path / "text.jsonl", "text", tokenizer=str(saved(tokenizer, tmp_path / "tokenizer")))
+    assert read(tmp_path / "text.jsonl")[0]["text"] == whole
+
+
+def saved(tokenizer, folder):
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_records_of_an_older_version_have_no_prompt_ids(tmp_path):
+    run = make_run(tmp_path / "run", prompt_ids=False)
+    with pytest.raises(ValueError, match="trl-tokens needs the records' student_prompt_ids"):
+        export(run, tmp_path / "out.jsonl", "trl-tokens")
 
 
 def test_plain_text(tmp_path):
@@ -143,7 +177,7 @@ def test_command(tmp_path, capsys):
     assert all(name in help_text for name in FORMATS)
 
 
-@pytest.mark.parametrize("format", ["sft", "trl-sft"])
+@pytest.mark.parametrize("format", ["sft", "trl-sft", "trl-tokens"])
 def test_trl_takes_a_step(tmp_path, format):
     """Only the sample is trained on; its loss is what the model's own log-probabilities say."""
     import torch
@@ -170,3 +204,7 @@ def test_trl_takes_a_step(tmp_path, format):
         batch = next(iter(trainer.get_train_dataloader()))
         kept = [tokenizer.decode(row[row >= 0]) for row in batch["labels"]]
         assert all(text.startswith("it is ") for text in kept), kept
+    if format == "trl-tokens":
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert batch["input_ids"].tolist() == [[1, 4, 5, 20, 21, 22]] * 3
+        assert batch["labels"].tolist() == [[-100, -100, -100, 20, 21, 22]] * 3

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet as parquet
 import pytest
 import yaml
 from stub_server import StubServer, stub_answer, stub_server
@@ -21,6 +22,7 @@ from stub_server import StubServer, stub_answer, stub_server
 from sglang_optimal.distill import client, pipeline
 from sglang_optimal.distill.cli import main
 from sglang_optimal.distill.pipeline import seed_of
+from sglang_optimal.distill.records import COLUMNS
 from sglang_optimal.distill.store import find_shards, read_rows
 
 PROBLEMS = 40
@@ -63,8 +65,10 @@ class Folder:
         (root / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.configure()
 
-    def configure(self, **sections) -> None:
+    def configure(self, *, filters: list[dict] | None = None, **sections) -> None:
         settings = {**SETTINGS, **{name: {**SETTINGS.get(name, {}), **s} for name, s in sections.items()}}
+        if filters is not None:
+            settings["filters"] = filters
         (self.root / "run.yaml").write_text(yaml.safe_dump(settings))
 
     def command(self, *urls: str) -> list[str]:
@@ -148,6 +152,16 @@ def test_read_by_load_dataset(folder, stub):
     assert set(rejected["id"]) == {name for name, row in rows.items() if not row["accepted"]}
     card = (folder.out / "README.md").read_text()
     assert "wrong answer" in card and "| `log_weight_student` |" in card
+
+
+def test_load_dataset_gives_no_rejected_records_where_none_was_accepted(folder, stub):
+    folder.configure(filters=[{"type": "length", "min_tokens": 10**6}])
+    assert folder.run(stub.url) == 0
+    with pytest.raises(ValueError, match="corresponds to no data"):  # as datasets says it of a split without rows
+        datasets.load_dataset(str(folder.out), split="train")
+    (empty,) = (folder.out / "data").glob("*.parquet")
+    assert parquet.read_schema(empty).names == list(COLUMNS)
+    assert len(datasets.load_dataset(str(folder.out), "rejected", split="train")) == 3 * PROBLEMS
 
 
 def test_load_dataset_does_not_mistake_one_run_for_another(folder, stub, tmp_path):
@@ -267,7 +281,7 @@ def test_killed_again_and_again(folder, stub):
     assert repeated <= 8 * kills  # at most what was in flight
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted(folder, stub, number):
     stub.delay = 0.1
     process = folder.process(stub.url)
@@ -276,9 +290,11 @@ def test_interrupted(folder, stub, number):
     time.sleep(0.3)
     process.send_signal(number)
     _, error = process.communicate(timeout=20)
-    if number == signal.SIGINT:
-        assert process.returncode == 130 and "goes on from here" in error
-        assert json.loads((folder.out / "run.json").read_text())["state"] == "stopped"
+    assert process.returncode == 128 + number and "goes on from here" in error
+    assert json.loads((folder.out / "run.json").read_text())["state"] == "stopped"
+    # What is there can be read already.
+    accepted = datasets.load_dataset(str(folder.out), split="train")
+    assert set(accepted["id"]) == {name for name, row in folder.rows().items() if row["accepted"]}
     stub.delay = 0
     assert folder.run(stub.url) == 0
     folder.check_complete()
