@@ -112,10 +112,8 @@ def save_figure(figure, path: Path) -> None:
 
 
 def new_figure(columns: int, height: float = 3.4):
-    """(figure, axes): ``columns`` plots side by side, without a display."""
-    import matplotlib
+    """(figure, axes): ``columns`` plots side by side, without a display or pyplot, which looks for one."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(1, columns, figsize=(4.6 * columns, height), squeeze=False)
+    figure = Figure(figsize=(4.6 * columns, height))
+    return figure, figure.subplots(1, columns, squeeze=False)

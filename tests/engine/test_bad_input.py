@@ -59,7 +59,10 @@ BAD = {
     "text not a string": ({"student_text": 5}, "student_text: must be a non-empty string"),
     "messages not a list": ({"student_messages": "hi"}, "student_messages: must be a non-empty list"),
     "message without a role": ({"student_messages": [{"content": "hi"}]}, r"student_messages\[0\]: must be a mapping"),
-    "role the template refuses": ({"student_messages": [{"role": "judge", "content": "hi"}]}, "chat template refused"),
+    "unknown role": (
+        {"student_messages": [{"role": "judge", "content": "hi"}]},
+        r"student_messages\[0\].role: 'role' must be one of 'system'",
+    ),
     "text of megabytes": (
         {"student_text": "a" * 100_000},
         r"student_text: 100000 characters are too long; at most \d+ can fit the context length",
