@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from sglang_optimal.distill.manifests import read_manifests
 from sglang_optimal.distill.records import COLUMNS, MODEL_COLUMNS, sha256
 from sglang_optimal.distill.store import (
     EMPTY_SHARD,
@@ -40,7 +41,7 @@ def write_card(folder: Path) -> Path:
     for row in read_rows(shards["accepted"] + shards["rejected"], [*TALLIED, *MODEL_COLUMNS]):
         tally.add(row)
         models[tuple(row[name] for name in MODEL_COLUMNS)] += 1
-    manifests = [json.loads(path.read_text()) for path in sorted(folder.glob("run*.json"))]
+    manifests = read_manifests(folder)
     path = folder / "README.md"
     state = _state(shards, manifests)
     replace_file(path, f"---\n{_front_matter(folder, shards, state)}---\n\n{_body(folder, tally, models, manifests)}")
@@ -97,7 +98,8 @@ def _body(folder: Path, tally: Tally, models: Counter, manifests: list[dict[str,
     for names in models:
         named = dict(zip(MODEL_COLUMNS, names, strict=True))
         if named["teacher_model"]:
-            lines.append(f"| teacher, student | {_cell(named['teacher_model'])}, {_cell(named['student_model'])} |")
+            teacher, student = (_cell(public_name(str(named[f"{side}_model"]))) for side in ("teacher", "student"))
+            lines.append(f"| teacher, student | {teacher}, {student} |")
     states = {manifest.get("state") for manifest in manifests}
     if states != {"complete"}:
         lines.append("| state | not complete: run the same command again |")
@@ -112,9 +114,27 @@ def _body(folder: Path, tally: Tally, models: Counter, manifests: list[dict[str,
     lines += ["```", "", "## Columns", "", "| column | meaning |", "|---|---|"]
     lines += [f"| `{name}` | {_cell(meaning)} |" for name, meaning in COLUMNS.items()]
     if config:
-        text = yaml.safe_dump({k: v for k, v in config.items() if v}, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(_public(config), sort_keys=False, allow_unicode=True)
         lines += ["", "## Settings", "", "```yaml", text.replace("```", "` ` `").rstrip(), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _public(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings without this machine's: no addresses, and of paths the last name."""
+    shown = {section: values for section, values in config.items() if values and section != "client"}
+    for section in ("data", "server", "mixing"):
+        if values := shown.get(section):
+            shown[section] = {k: public_name(v) if isinstance(v, str) else v for k, v in values.items()}
+    if output := shown.get("output"):
+        shown["output"] = {key: value for key, value in output.items() if key != "dir"}
+    return shown
+
+
+def public_name(name: str) -> str:
+    """A dataset's or model's id as it is; of a local path the last part, since a card is for everyone."""
+    path = Path(name)
+    local = path.is_absolute() or name.startswith((".", "~")) or ("/" in name and path.exists())
+    return path.resolve().name if local and name.startswith(".") else path.name if local else name
 
 
 def _cell(text: str) -> str:

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-import jinja2.sandbox
 from jinja2 import meta
 
-from sglang_optimal.distill.leaks import MissingValue, leaked, mentioned, shown
+from sglang_optimal.distill.leaks import leaked, mentioned
 from sglang_optimal.distill.problems import Problem
 from sglang_optimal.distill.records import Context
+from sglang_optimal.distill.shown import Environment, MissingValue, or_missing
 
 if TYPE_CHECKING:
     from sglang_optimal.distill.config import Contexts, Strategy, Template
@@ -56,11 +56,7 @@ class ContextBuilder:
         self._fields = list(fields)
         self._privileged = [name for name in privileged if name in self._fields]
         self._seed = seed
-        # Sandboxed: a configuration may come from someone else.
-        self._environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=_shown
-        )
-        self._environment.globals.clear()  # a column may have the name of one
+        self._environment = Environment()
         self._sides: dict[str, tuple[_Side, _Side]] = {}
         default = self._side(contexts.student, "contexts.student")
         for i, strategy in enumerate(contexts.strategies):
@@ -190,11 +186,6 @@ class ContextBuilder:
             )
 
 
-def _shown(value: Any) -> Any:
-    """Jinja's ``finalize``: an undefined value raises by itself."""
-    return value if isinstance(value, str | jinja2.Undefined) else shown(value)
-
-
 def _plain_text(context: Context) -> str:
     return context if isinstance(context, str) else "\n".join(message["content"] for message in context)
 
@@ -213,8 +204,9 @@ class _Side:
     plain: bool
 
     def render(self, fields: dict[str, Any], problem_id: str) -> Context:
+        values = {name: or_missing(value) for name, value in fields.items()}
         try:
-            texts = [(role, template.render(fields)) for role, template in self.parts]
+            texts = [(role, template.render(values)) for role, template in self.parts]
         except MissingValue as error:
             raise MissingValue(f"{self.where}: problem {problem_id}: {error}") from None
         except Exception as error:  # whatever an expression in a template may raise

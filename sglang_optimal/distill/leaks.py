@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -85,16 +84,3 @@ def _readings(text: str) -> list[str]:
 def _plain(text: str) -> str:
     """One white space, one form of each character, one case."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def shown(value: Any) -> str:
-    """A value as a template shows it: as its file has it."""
-    if value is None:
-        raise MissingValue("a value that the template shows is missing (null, or an empty cell).")
-    if isinstance(value, bool | dict | list | tuple):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return str(value)
-
-
-class MissingValue(ValueError):
-    """A template shows a value that the problem has not got."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -24,11 +25,11 @@ from sglang_optimal.distill.client import GaveUp, NoServer, Refused, Sample, Ser
 from sglang_optimal.distill.config import DistillConfig
 from sglang_optimal.distill.contexts import ContextBuilder, Task
 from sglang_optimal.distill.filters import FilterChain
-from sglang_optimal.distill.leaks import MissingValue
 from sglang_optimal.distill.problems import Problem, load_problems
 from sglang_optimal.distill.progress import RunProgress
-from sglang_optimal.distill.records import Context, Record
+from sglang_optimal.distill.records import Context, Record, stored_fields
 from sglang_optimal.distill.server import OwnServer
+from sglang_optimal.distill.shown import MissingValue
 from sglang_optimal.distill.store import RecordStore, Tally
 
 REFUSALS = 8
@@ -190,6 +191,8 @@ class _Run:
         self._plan, self._store, self._console = plan, store, console
         self._config = plan.config
         self._manifest = self._resumed_manifest()
+        # Beside the event loop, which other requests wait for; one thread, since filters may have a memory.
+        self._judge = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="filters")
         self._sampled = 0
         self._refused: dict[str, set[str]] = {}  # message: problems
         self._sampling_since: float | None = None
@@ -218,6 +221,7 @@ class _Run:
         missing = [task for task in plan.tasks() if task.id not in store.done]
         self._save("running")
         if store.done:
+            self._check_same_problems()
             self._say(f"resuming {store.folder}: {len(store.done)} samples are there.")
         for remark in plan.remarks() if missing else ():
             self._say(remark)
@@ -236,6 +240,21 @@ class _Run:
         self._save("complete" if not failed else "stopped", failed)
         write_card(store.folder)
         return RunResult(store.folder, plan.total, store.tally, failed)
+
+    def _check_same_problems(self) -> None:
+        """Raises ValueError: a problem has other fields than when it was sampled, under the same id."""
+        now = {problem.id: stored_fields(problem.fields) for problem in self._plan.problems}
+        gone = 0
+        for problem_id, fields in self._store.sampled_fields():
+            if problem_id not in now:
+                gone += 1
+            elif now[problem_id] != fields:
+                raise ValueError(
+                    f"data.path: problem {problem_id!r} is not what it was when it was sampled; give another --out, or "
+                    "the data as they were."
+                )
+        if gone:
+            self._say(f"{gone} samples are of problems that are not among these any more; they stay in the run.")
 
     @contextlib.asynccontextmanager
     async def _servers(self) -> AsyncIterator[Servers]:
@@ -289,6 +308,7 @@ class _Run:
             except BaseExceptionGroup as errors:
                 raise _first(errors) from None
             finally:
+                self._judge.shutdown(wait=False, cancel_futures=True)
                 await asyncio.to_thread(self._store.sync)
         return progress.failed
 
@@ -308,7 +328,7 @@ class _Run:
             self._plan.builder.check_read(task.problem, sample.student_prompt_text)
         models = {**servers.models(sample.endpoint), "teacher_weight_version": sample.weight_version}
         record = _record(task, teacher, student, {**sampling, **fields}, sample, models)
-        rejection = self._plan.filters(record)
+        rejection = await asyncio.get_running_loop().run_in_executor(self._judge, self._plan.filters, record)
         if rejection is not None:
             record.accepted, record.rejected_by, record.reject_reason = False, rejection.filter, rejection.reason
         return record

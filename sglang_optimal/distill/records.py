@@ -236,5 +236,10 @@ def _text(value: Any) -> str | None:
     return None if value is None else value if isinstance(value, str) else _json(value)
 
 
+def stored_fields(fields: dict[str, Any]) -> str:
+    """The column ``fields`` as it comes back from the disk."""
+    return _json(fields).encode(errors="replace").decode()
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sglang_optimal.distill.manifests import lock_name, manifest_name
 from sglang_optimal.distill.records import Record, schema
 
 KINDS = {"accepted": "data", "rejected": "rejected"}
@@ -77,7 +78,7 @@ class RecordStore:
 
     @property
     def manifest_path(self) -> Path:
-        return self.folder / (f"run-{self._tag.rstrip('-')}.json" if self._tag else "run.json")
+        return self.folder / manifest_name(self._tag)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -138,6 +139,12 @@ class RecordStore:
         for row in read_rows(self._files("accepted"), ["problem_id", "text"]):
             yield row["problem_id"], row["text"]
 
+    def sampled_fields(self) -> Iterator[tuple[str, str]]:
+        """(problem id, its fields as JSON) of every record."""
+        for kind in KINDS:
+            for row in read_rows(self._files(kind), ["problem_id", "fields"]):
+                yield row["problem_id"], row["fields"]
+
     def _files(self, kind: str) -> list[Path]:
         """Finished shards, then journals, each in the order of their numbers."""
         pattern = f"{kind}-{self._tag}[0-9]*"
@@ -147,7 +154,7 @@ class RecordStore:
     # -- journals and shards ---------------------------------------------------------------------------------------
 
     def _locked(self):
-        lock = (self.folder / f".{self._tag}lock").open("w")
+        lock = (self.folder / lock_name(self._tag)).open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

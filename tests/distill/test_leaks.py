@@ -6,9 +6,9 @@ import pytest
 
 from sglang_optimal.distill.config import parse_config
 from sglang_optimal.distill.contexts import ContextBuilder
-from sglang_optimal.distill.leaks import MissingValue
 from sglang_optimal.distill.pipeline import Plan
 from sglang_optimal.distill.problems import Problem
+from sglang_optimal.distill.shown import MissingValue
 
 GSM8K = "Natalia sold 48/2 = 24 clips in May.\nShe sold 48+24 = 72 altogether.\n#### 72"
 
@@ -112,6 +112,33 @@ def test_a_missing_value_is_no_text(tmp_path):
     plan = Plan(parse_config(run))
     assert [problem.fields["problem"] for problem in plan.problems] == ["a", "c"]
     assert plan.remarks()[0].startswith("1 problems left out (data.missing: skip)")
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        "{{ problem ~ answer }}", "{{ answer | upper }}", "{{ answer | string }}", "{{ answer | trim }}",
+        "{{ [problem, answer] | join }}", "{{ 'x%s' | format(answer) }}", "{{ 'x{}'.format(answer) }}",
+        "{{ answer | replace('e', 'a') }}", "{{ more.note }}", "{{ more['note'] ~ '!' }}", "{{ answer | tojson }}",
+    ],
+)  # fmt: skip
+def test_a_missing_value_is_no_word_in_any_expression(teacher):
+    made, task = builder(None, teacher=teacher, more={"note": None})
+    with pytest.raises(ValueError, match="problem p1: .*(is missing|not JSON serializable)"):
+        made.check(task)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "text"),
+    [
+        ("{{ answer or '-' }}", "-"), ("{{ answer | default('-', true) }}", "-"),
+        ("{{ '-' if answer is none else answer }}", "-"), ("{{ '-' if answer == none else answer }}", "-"),
+        ("{{ '-' if more.note is none else 'x' }}", "-"), ("{{ 'x' if answer is not none else '-' }}", "-"),
+    ],
+)  # fmt: skip
+def test_templates_may_ask_whether_a_value_is_missing(teacher, text):
+    made, task = builder(None, teacher=teacher, more={"note": None})
+    assert made.render(next(made.tasks(task, 1)))[0][0]["content"] == text
 
 
 def test_names_of_jinja_s_own():

@@ -20,7 +20,9 @@ import yaml
 from stub_server import StubServer, stub_answer, stub_server
 
 from sglang_optimal.distill import client, pipeline
+from sglang_optimal.distill.card import public_name
 from sglang_optimal.distill.cli import main
+from sglang_optimal.distill.manifests import read_manifests
 from sglang_optimal.distill.pipeline import seed_of
 from sglang_optimal.distill.records import COLUMNS
 from sglang_optimal.distill.store import find_shards, read_rows
@@ -560,3 +562,67 @@ def test_shipped_configs(tmp_path, name, capsys):
     assert "What is 1 + 1?" in output and "the file is valid" in output
     if name == "math_qa":
         assert "final answer within \\boxed{}" in " ".join(output.split()) and "is \\boxed{2}." in output
+
+
+def test_the_event_loop_goes_on_while_a_filter_thinks(folder, stub, monkeypatch):
+    (folder.root / "slow_filter.py").write_text("import time\n\ndef slow(record):\n    time.sleep(1)\n")
+    monkeypatch.syspath_prepend(folder.root)
+    folder.configure(filters=[{"type": "function", "function": "slow_filter:slow"}])
+    monkeypatch.setattr(pipeline, "SYNC_EVERY", 0.05)
+    syncs = []
+    monkeypatch.setattr(pipeline.RecordStore, "sync", lambda store: syncs.append(time.monotonic()))
+    assert folder.run(stub.url, more=("--limit", "1", "--n", "1")) == 0
+    assert len(folder.rows()) == 1 and len(syncs) >= 8
+
+
+def test_other_data_under_the_same_ids(folder, stub, capsys):
+    assert folder.run(stub.url, more=("--limit", "3")) == 0
+    lines = (folder.root / "problems.jsonl").read_text().splitlines()
+    lines[1] = json.dumps({"key": "p1", "problem": "1 + 2?", "answer": "1"})
+    (folder.root / "problems.jsonl").write_text("\n".join(lines) + "\n")
+    assert folder.run(stub.url) == 2
+    assert "problem 'p1' is not what it was when it was sampled" in capsys.readouterr().err
+    assert len(folder.rows()) == 9
+
+
+def test_problems_that_are_gone_stay_and_are_counted(folder, stub, capsys):
+    assert folder.run(stub.url, more=("--limit", "3")) == 0
+    lines = (folder.root / "problems.jsonl").read_text().splitlines()
+    (folder.root / "problems.jsonl").write_text("\n".join(lines[2:5]) + "\n")
+    assert folder.run(stub.url) == 0
+    assert "6 samples are of problems that are not among these any more" in capsys.readouterr().err
+    assert {row["problem_id"] for row in folder.rows().values()} == {"p0", "p1", "p2", "p3", "p4"}
+
+
+def test_a_killed_run_is_not_said_to_be_running(folder):
+    with stub_server(delay=0.2) as stub:
+        process = folder.process(stub.url)
+        while sum(stub.seen.values()) < 20:
+            time.sleep(0.05)
+        assert [manifest["state"] for manifest in read_manifests(folder.out)] == ["running"]
+        process.kill()
+        process.wait()
+    process.stderr.close()
+    assert [manifest["state"] for manifest in read_manifests(folder.out)] == ["stopped"]
+
+
+def test_the_card_names_no_folder_of_this_machine(folder, stub, monkeypatch):
+    info = stub.info()
+    info["internal_states"][0]["mixing"]["teacher_model_path"] = "/home/someone/models/teacher-7b"
+    monkeypatch.setattr(stub, "info", lambda: info)
+    assert folder.run(stub.url) == 0
+    card = (folder.out / "README.md").read_text()
+    assert "| teacher, student | teacher-7b, student |" in card and "path: problems.jsonl" in card
+    for private in ("/home/someone", str(folder.root), stub.url, "127.0.0.1"):
+        assert private not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("/data/models/Qwen3-8B", "Qwen3-8B"), ("/data/models/Qwen3-8B/", "Qwen3-8B"), ("~/x.jsonl", "x.jsonl"),
+        ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"), ("openai/gsm8k", "openai/gsm8k"), ("./here/data.jsonl", "data.jsonl"),
+    ],
+)  # fmt: skip
+def test_public_names(name, public):
+    assert public_name(name) == public

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
-import threading
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sglang_optimal.distill.filters import math_process
 from sglang_optimal.distill.filters.base import Check, Filter
 from sglang_optimal.distill.quantity import equal, last_quantity
 from sglang_optimal.distill.records import Record
@@ -52,8 +53,8 @@ class Answer(Filter):
         return self
 
     def ready(self) -> Check:
-        if self.match == "math":
-            import math_verify  # noqa: F401  # before the first sample, not at it
+        if self.match == "math" and importlib.util.find_spec("math_verify") is None:
+            raise ModuleNotFoundError("No module named 'math_verify'")
         return self.check
 
     def check(self, record: Record) -> str | None:
@@ -79,12 +80,18 @@ class Answer(Filter):
                 return "the expected answer is no plain number; use match: math"
             return None if equal(ours, theirs, self.tolerance) else "wrong answer"
         if self.match == "math":
-            return None if mathematically_equal(said, expected) else "wrong answer"
+            return self._compared_by_math(said, expected)
         said, expected = said.strip(), expected.strip()
         if self.ignore_case:
             said, expected = said.casefold(), expected.casefold()
         right = said == expected if self.match == "exact" else expected in said
         return None if right else "wrong answer"
+
+    def _compared_by_math(self, said: str, expected: str) -> str | None:
+        try:
+            return None if math_process.shared().equal(said, expected) else "wrong answer"
+        except ValueError as error:
+            return f"math-verify: {error}"
 
     def _extracted(self, text: str) -> str | None:
         if self.extract == "boxed":
@@ -122,36 +129,3 @@ def last_boxed(text: str) -> str | None:
             if depth == 0:
                 return text[box.end() : i]
     return None
-
-
-_DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\fbox|\\begin")
-_LATEX = re.compile(r"[\\^_]")
-
-
-def mathematically_equal(said: str, expected: str) -> bool:
-    """Whether math-verify finds the last answer in ``said`` equal to ``expected``: LaTeX, expressions, sets.
-
-    Bare LaTeX, as MATH has it, is taken whole; math-verify by itself would find the first number within.
-    """
-    from math_verify import verify
-
-    seconds = _seconds()
-    gold, answer = _parsed(expected, seconds), _parsed(said, seconds)
-    return bool(gold and answer) and verify(gold, answer, timeout_seconds=seconds)
-
-
-def _seconds() -> int | None:
-    # math-verify keeps its time limit with a signal, which only the main thread has.
-    return 5 if threading.current_thread() is threading.main_thread() else None
-
-
-def _parsed(text: str, seconds: int | None) -> list:
-    from math_verify import parse
-
-    forms = [text, f"${text}$"]
-    if _LATEX.search(text) and not _DELIMITED.search(text):
-        forms.reverse()
-    for form in forms:
-        if parsed := parse(form, parsing_timeout=seconds):
-            return parsed
-    return []

@@ -8,6 +8,10 @@ from collections.abc import Iterable, Sequence
 from sglang_optimal.distill.filters.base import Check, Filter
 from sglang_optimal.distill.records import Record
 
+CHARACTERS = "characters"
+"""Rejects, in every run, text with U+FFFD: bytes of a token that are no character, such as the first half of one that
+``max_new_tokens`` cut. Such a text is not what was sampled, and no model should learn it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rejection:
@@ -33,7 +37,13 @@ class FilterChain:
                 raise ValueError(f"filters: {f.label}: {error}") from None
 
     def __call__(self, record: Record) -> Rejection | None:
-        """None when the record passes all filters. A filter that raises has refused, with the error as its reason."""
+        """None when the record passes all filters. A filter that raises has refused, with the error as its reason.
+
+        Not for two threads at a time: filters may have a memory.
+        """
+        if "\ufffd" in record.text:
+            cut = record.text.endswith("\ufffd") and record.finish_reason == "length"
+            return Rejection(CHARACTERS, "cut inside a character" if cut else "bytes that are no character")
         for label, check in self._checks:
             try:
                 reason = check(record)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang_optimal.distill.manifests import read_manifests
 from sglang_optimal.distill.records import schema
 from sglang_optimal.distill.store import read_rows
 
@@ -46,7 +46,7 @@ class RunInfo:
     @classmethod
     def read(cls, folder: Path) -> RunInfo:
         """Raises ValueError: a run.json is damaged."""
-        manifests = [_manifest(path) for path in sorted(folder.glob("run*.json"))]
+        manifests = read_manifests(folder)
         config = next((m["config"] for m in manifests if m.get("config")), {})
         mixing = config.get("mixing") or {}
         fixed = mixing.get("fixed_alpha")
@@ -85,7 +85,9 @@ def read_batches(paths: list[Path]) -> Iterator[pyarrow.RecordBatch]:
             if path.suffix == ".parquet":
                 with parquet.ParquetFile(path) as file:
                     for batch in file.iter_batches(batch_size=256, columns=columns.names):
-                        yield batch.select(columns.names)
+                        whole = batch.schema.names == columns.names
+                        # Older versions had fewer columns.
+                        yield batch if whole else pyarrow.RecordBatch.from_pylist(batch.to_pylist(), columns)
             else:
                 rows: list[dict[str, Any]] = []
                 for row in read_rows([path]):
@@ -99,14 +101,6 @@ def read_batches(paths: list[Path]) -> Iterator[pyarrow.RecordBatch]:
             raise ValueError(f"{path}: is gone; the run is finishing a shard. Try again.") from None
         except (pyarrow.ArrowException, KeyError) as error:
             raise ValueError(f"{path}: is damaged or no shard of a run: {error}") from None
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8") or "{}")
-    except ValueError as error:
-        raise ValueError(f"{path}: is damaged: {error}") from None
-    return content if isinstance(content, dict) else {}
 
 
 def _given(value: float | None, default: float) -> float:
