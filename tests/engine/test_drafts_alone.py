@@ -29,6 +29,7 @@ def test_a_pool_that_holds_the_text_but_not_the_slots_ahead(tiny_pair, tiny_orac
         check_pools(small)
 
 
+@pytest.mark.slow
 def test_auto_starts_and_is_right(tiny_pair, tiny_oracle):
     """Whatever it chooses from step to step."""
     with start(tiny_pair, mixing_mode="auto", max_total_tokens=2000) as engine:

@@ -36,7 +36,14 @@ ONE_MODEL = ("shared-", "lora-")
 GPU_LIKE = ("small", "small-no-overlap")
 
 
-SLOW = ("shared-roomy", "shared-small-no-overlap", "drafts-roomy", "drafts-small-no-overlap", "lora-roomy")
+SLOW = (
+    "small-no-overlap",
+    "shared-roomy",
+    "shared-small-no-overlap",
+    "drafts-roomy",
+    "drafts-small-no-overlap",
+    "lora-roomy",
+)
 NAMES = [f"{mode}{name}" for mode, engines in MODES.items() for name in engines]
 
 

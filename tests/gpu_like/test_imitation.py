@@ -38,7 +38,7 @@ ENGINES = {
     "triton-drafts": ("same_vocabulary_pair", {"triton": True, "mixing_mode": "auto", "draft_tokens": 2}),
     "triton-lora": ("one_model", {"triton": True, "lora": True}),
 }
-SLOW = ("triton", "triton-drafts", "triton-lora")
+SLOW = ("triton", "triton-shared", "triton-drafts", "triton-lora")
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +246,7 @@ def test_a_stale_table_does_not_start(one_model, tmp_path):
         start(one_model, **arguments)
 
 
+@pytest.mark.slow
 def test_a_server_that_finds_a_fault_leaves_with_status_2(same_vocabulary_pair, tmp_path):
     (tmp_path / "fault").write_text("student-view")
     command = [sys.executable, "-m", "gpu_like.serve", str(tmp_path / "fault"), *map(str, same_vocabulary_pair)]

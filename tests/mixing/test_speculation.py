@@ -86,7 +86,9 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize(
+    "name", [next(iter(MUTANTS)), *(pytest.param(name, marks=pytest.mark.slow) for name in list(MUTANTS)[1:])]
+)
 def test_a_wrong_residual_or_acceptance_is_noticed(name, monkeypatch):
     """The same statistic on a broken copy of `verify` fails: so it has the power to tell."""
     import inspect

@@ -42,10 +42,8 @@ def traffic(sampler, oracle) -> None:
     check_pools(sampler)
 
 
-MODES = ["two-models", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("shared", "drafts", "auto"))]
-
-
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["two-models", "shared", "drafts", "auto"])
 def test_tensor_parallel(tiny_pair, tiny_oracle, self_oracle, traced, mode):
     shared = mode == "shared"
     pair = (tiny_pair[0], tiny_pair[0]) if shared else tiny_pair

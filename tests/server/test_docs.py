@@ -43,7 +43,9 @@ def test_there_are_examples():
 
 
 # Before the fixture starts the server: one engine at a time.
-@pytest.mark.parametrize("code", OFFLINE)
+@pytest.mark.parametrize(
+    "code", [OFFLINE[0], *(pytest.param(*code.values, marks=pytest.mark.slow, id=code.id) for code in OFFLINE[1:])]
+)
 def test_offline_example(tiny_pair, tmp_path, code):
     teacher, student = map(str, tiny_pair)
     arguments = ", ".join(f"{name}={value!r}" for name, value in SMALL.items())

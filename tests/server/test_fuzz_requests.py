@@ -200,15 +200,18 @@ def test_random_traffic_for_long(client):
     """With FUZZ_SECONDS, new requests all the time."""
     end = time.monotonic() + max(SECONDS, 30)
     endless = settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False)
+
+    def random_requests(path: str) -> None:
+        @endless
+        @given(request=REQUESTS[path])
+        def run(request):
+            if time.monotonic() < end:
+                post(client, path, request)
+
+        run()
+
     while time.monotonic() < end:
-        for path, requests in REQUESTS.items():
-
-            @endless
-            @given(request=requests)
-            def run(request, path=path):
-                if time.monotonic() < end:
-                    post(client, path, request)
-
-            run()
+        for path in REQUESTS:
+            random_requests(path)
             still_serves(client)
     print(dict(seen))

@@ -9,7 +9,9 @@ from serving import as_argv, generate, message_of, serve
 CASE = Case([20, 31, 9, 44, 15, 60, 23], None, 16)
 
 
-@pytest.mark.parametrize("module", ["sglang_optimal.launch_server", "sglang.launch_server"])
+@pytest.mark.parametrize(
+    "module", [pytest.param("sglang_optimal.launch_server", marks=pytest.mark.slow), "sglang.launch_server"]
+)
 def test_server_without_a_student(module, tiny_pair, tiny_oracle, tmp_path):
     argv = ["--model-path", str(tiny_pair[0]), *as_argv(SMALL)]
     if module != "sglang.launch_server":

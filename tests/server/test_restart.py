@@ -61,6 +61,7 @@ def kill_while_it_answers(client: httpx.Client, supervisor: int) -> None:
     assert isinstance(seen[0], httpx.TransportError) or seen[0].status_code >= 500, seen
 
 
+@pytest.mark.slow  # three starts of a server; tests/test_supervise.py has the rules with small processes
 def test_killed_restarted_and_given_up(tiny_pair, tiny_oracle, tmp_path):
     teacher, student = map(str, tiny_pair)
     port = free_port()
