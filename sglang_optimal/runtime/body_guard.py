@@ -1,13 +1,14 @@
 """Refuses, on every HTTP route, mixing fields that stand where nothing reads them.
 
 SGLang drops what it does not know of a body, so that a field in the wrong place would give a plain answer with HTTP
-200. Looked for are keys of mappings, wherever they are, and in JSON that stands in a string; not in what is the
-client's own text or schema.
+200. Looked for are keys of mappings, wherever they are, and in JSON that stands in a string; not in the client's own
+texts, schemas and calls of tools.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -32,12 +33,14 @@ _OLLAMA = (
 _CANNOT_MIX = ("/v1/messages", "/v1/responses", *_OLLAMA)
 """Routes that generate and have no place for the fields."""
 
-# What the client's own words or schemas may hold under any name.
-_FREE = frozenset(
-    ("messages", "input", "prompt", "text", "input_ids", "tools", "functions", "tool_choice", "response_format")
-    + ("format", "json_schema", "schema", "system", "instructions", "documents", "query", "queries", "items")
-    + ("questions", "logit_bias")
+# The client's own words: mappings there have keys of the protocol (role, content, type), texts may say what they will.
+_WORDS = frozenset(
+    ("messages", "input", "prompt", "text", "input_ids", "tools", "functions", "tool_choice", "system", "instructions")
+    + ("query", "queries", "items", "questions", "instances")
 )
+# What may have any key, and among the words also what a tool takes and is called with.
+_FREE = frozenset(("json_schema", "schema", "format", "documents", "logit_bias"))
+_FREE_AMONG_WORDS = frozenset(("parameters", "input_schema", "arguments", "input", "defs", "properties"))
 # Fields of /generate that SGLang's own processes set for each other: a client's value would send the answer elsewhere,
 # or end the scheduler.
 _INTERNAL = (
@@ -57,7 +60,9 @@ _SUSPICIOUS = re.compile(
     ).encode(),
     re.IGNORECASE,
 )
-_LARGEST_DEPTH = 32
+
+
+_LONGEST = max(map(len, MIXING_FIELDS))
 
 
 class MisplacedFields:
@@ -107,7 +112,12 @@ class MisplacedFields:
 
 def misplaced(path: str, body: Any) -> Iterator[tuple[str, str]]:
     """(where, name) of each mixing field in a body that the route does not read."""
-    yield from _search(body, "", _read_places(path, body), 0)
+    yield from _search(body, _read_places(path, body))
+
+
+@functools.lru_cache(4096)
+def _is_ours(key: str) -> bool:
+    return key in MIXING_FIELDS or (len(key) < 2 * _LONGEST and is_typo(key))
 
 
 def _read_places(path: str, body: Any) -> list[int]:
@@ -150,23 +160,24 @@ def _each(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _search(value: Any, where: str, read: list[int], depth: int) -> Iterator[tuple[str, str]]:
-    if depth > _LARGEST_DEPTH:
-        return
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            here = f"{where}.{key}" if where else key
+def _search(body: Any, read: list[int]) -> Iterator[tuple[str, str]]:
+    """(where, name); without recursion, since a body may be as deep as its parser allows."""
+    waiting = [(body, "", False)]
+    while waiting:
+        value, where, words = waiting.pop()
+        if isinstance(value, dict):
             is_read = id(value) in read
-            if not is_read and (key in MIXING_FIELDS or is_typo(key)):
-                yield f"is in {where}" if where else "is at the top level", key
-            if key not in _FREE and not (is_read and key in MIXING_FIELDS):
-                yield from _search(inner, here, read, depth + 1)
-    elif isinstance(value, list):
-        for position, inner in enumerate(value):
-            yield from _search(inner, f"{where}[{position}]", read, depth + 1)
-    elif isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        with contextlib.suppress(orjson.JSONDecodeError):
-            yield from _search(orjson.loads(value), f"{where} (text, not a mapping)", [], depth + 1)
+            for key, inner in value.items():
+                if not is_read and _is_ours(key):
+                    yield f"is in {where}" if where else "is at the top level", key
+                if key in _FREE or (words and key in _FREE_AMONG_WORDS) or (is_read and key in MIXING_FIELDS):
+                    continue
+                waiting.append((inner, f"{where}.{key}" if where else key, words or key in _WORDS))
+        elif isinstance(value, list):
+            waiting += [(inner, f"{where}[{position}]", words) for position, inner in enumerate(value)]
+        elif isinstance(value, str) and not words and value.lstrip()[:1] in ("{", "["):
+            with contextlib.suppress(orjson.JSONDecodeError):
+                waiting.append((orjson.loads(value), f"{where} (text, not a mapping)", False))
 
 
 def _of_form(path: str, body: bytes) -> str | None:
