@@ -258,6 +258,7 @@ SIGNATURES = {
     "managers.tokenizer_manager.TokenizerManager._create_tokenized_object": (
         "self", "obj", "input_text", "input_ids", "input_embeds", "mm_inputs",
     ),
+    "managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason": ("self", "out", "state", "is_stream"),
     "managers.tokenizer_manager.TokenizerManager.release_memory_occupation": ("self", "obj", "request"),
     "managers.tokenizer_manager.TokenizerManager.resume_memory_occupation": ("self", "obj", "request"),
     "parser.template_manager.TemplateManager.load_chat_template": (
@@ -476,6 +477,8 @@ CONVENTIONS = (
      r"req\.finished_len if req\.finished_len is not None", "finished_len says what of the output is visible"),
     ("managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason",
      r"raise fastapi\.HTTPException\(\s*status_code=status_code", "an abort with a status is an error of HTTP"),
+    ("managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor._apply_prefill_grammar",
+     r'f"Grammar accept_token failed: ', "what SGLang says where a grammar goes on with no token"),
     ("managers.schedule_batch.ScheduleBatch.retract_decode", r"check_decode_mem\(",
      "retraction goes on until check_decode_mem is satisfied"),
     ("mem_cache.common.release_kv_cache", r"tree_cache\.on_release\(req, checkpointed=checkpoint\)",

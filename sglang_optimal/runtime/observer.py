@@ -20,6 +20,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from sglang_optimal.mixing import Mixture, mix, token_logprobs
+from sglang_optimal.runtime.dead_ends import NOTHING_LEFT
 from sglang_optimal.runtime.plan import MixedRows
 from sglang_optimal.series import SERIES
 
@@ -242,9 +243,7 @@ class MixingHostOutput:
         if self.failure is not None:
             return self.failure
         if math.isinf(kl_to_student):
-            return (
-                "no token is left to sample: the models, grammar, logit_bias and min_new_tokens together mask them all."
-            )
+            return f"{NOTHING_LEFT}: the models, grammar, logit_bias and min_new_tokens together mask them all."
         for side, logprob in (("student", student), ("teacher", teacher)):  # NaN of the student spreads to both
             if math.isnan(logprob):
                 return f"the {side}'s logits are not finite: NaN or infinity in its weights or its numbers."

@@ -18,6 +18,7 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.architectures import student_model_config
 from sglang_optimal.runtime.chat_side import ChatSide
+from sglang_optimal.runtime.dead_ends import blame_request
 from sglang_optimal.runtime.request import (
     STUDENT_FIELDS,
     mixing_fields,
@@ -283,6 +284,11 @@ class MixedTokenizerManager(TokenizerManager):
         super().update_request_meta_info(meta_info, state, own, index, finish_reason)
         if finish_reason is not None:
             meta_info.update(getattr(state.obj, "mixing_prompts", {}))
+
+    async def _handle_abort_finish_reason(self, out, state, *args, **kwargs):
+        # A request that leaves itself nothing to sample is a bad one, and no fault of the server's.
+        blame_request(out["meta_info"]["finish_reason"], state.obj.sampling_params)
+        return await super()._handle_abort_finish_reason(out, state, *args, **kwargs)
 
 
 def _unpack_carried(obj: GenerateReqInput) -> None:

@@ -297,3 +297,18 @@ def test_a_side_with_nothing_in_it(client, text, custom):
     response = client.post("/generate", json={"text": text, "sampling_params": params})
     assert response.status_code == 400 and "text: gives no tokens at all" in message_of(response)
     assert client.post("/generate", json={"text": "hello", "sampling_params": {"max_new_tokens": 2}}).status_code == 200
+
+
+@pytest.mark.parametrize("custom", [{}, {"custom_params": {"student_text": "b"}}], ids=["plain", "mixed"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_that_the_vocabulary_cannot_go_on_with(client, custom, stream):
+    """No token of the tiny model has a '<' that the grammar would take: the client's fault, and not the server's."""
+    params = {"max_new_tokens": 3, "regex": "<", **custom}
+    body = {"text": "a", "sampling_params": params, "stream": stream}
+    if stream:
+        ends = [event["meta_info"]["finish_reason"] for event in events(client, "/generate", body)]
+        assert ends[-1]["type"] == "abort" and ends[-1]["status_code"] == 400, ends
+        assert ends[-1]["message"].startswith("regex: no token is left to sample")
+    else:
+        response = client.post("/generate", json=body)
+        assert response.status_code == 400 and message_of(response).startswith("regex: no token is left to sample")
