@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 
-import fastapi
 import pytest
 from faulty import faulty_scheduler_process
 from harness import Case, check_all, check_greedy, check_pools, random_cases, random_ids, run, start

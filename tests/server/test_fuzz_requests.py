@@ -164,7 +164,82 @@ completion = st.builds(
     st.one_of(text, ids, st.lists(text, max_size=2), anything),
     few(openai_fields, 3),
 )
+chats = st.one_of(st.just([{"role": "user", "content": "hi"}]), st.lists(message, max_size=3), anything)
+messages_route = st.builds(
+    lambda messages, odd: {"model": "m", "max_tokens": 2, "messages": messages, **odd},
+    chats,
+    few(
+        {
+            **{
+                name: openai_fields[name]
+                for name in ("temperature", "top_p", "top_k", "stream", "tools", "tool_choice")
+            },
+            "max_tokens": sampling["max_new_tokens"],
+            "stop_sequences": maybe_list(any_text),
+            "system": st.one_of(text, anything),
+            "thinking": anything,
+            "metadata": anything,
+        },
+        3,
+    ),
+)
+responses_route = st.builds(
+    lambda what, odd: {"model": "m", "max_output_tokens": 2, "input": what, "store": False, **odd},
+    st.one_of(text, chats),
+    few(
+        {
+            **{name: openai_fields[name] for name in ("temperature", "top_p", "top_k", "stop", "tools", "tool_choice")},
+            "max_output_tokens": sampling["max_new_tokens"],
+            "instructions": st.one_of(text, anything),
+            "text": anything,
+            "reasoning": anything,
+            "previous_response_id": st.one_of(any_text, st.none()),
+            "stream": st.booleans(),
+            "background": st.booleans(),
+            "include": anything,
+        },
+        3,
+    ),
+)
+options = few({**{name: sampling[name] for name in ("temperature", "top_p", "top_k", "stop")}, "seed": any_number}, 3)
+ollama_fields = few({"stream": st.booleans(), "format": anything, "system": text, "keep_alive": anything}, 2)
+ollama_generate = st.builds(
+    lambda what, chosen, odd: {"model": "m", "prompt": what, "options": {"num_predict": 2, **chosen}, **odd},
+    st.one_of(text, anything),
+    options,
+    ollama_fields,
+)
+ollama_chat = st.builds(
+    lambda what, chosen, odd: {"model": "m", "messages": what, "options": {"num_predict": 2, **chosen}, **odd},
+    chats,
+    options,
+    ollama_fields,
+)
+token_routes = few({"model": any_text, "prompt": anything, "tokens": st.one_of(ids, anything), "text": text}, 4)
+score = few(
+    {
+        "model": st.just("m"),
+        "query": st.one_of(text, ids, anything),
+        "items": st.one_of(st.lists(text, max_size=2), ids, anything),
+        "label_token_ids": st.one_of(ids, anything),
+        "apply_softmax": st.booleans(),
+        "item_first": st.booleans(),
+    },
+    6,
+)
 REQUESTS = {"/generate": body, "/v1/chat/completions": chat, "/v1/completions": completion}
+OTHERS = {
+    "/v1/messages": messages_route,
+    "/v1/responses": responses_route,
+    "/api/generate": ollama_generate,
+    "/api/chat": ollama_chat,
+    "/v1/tokenize": token_routes,
+    "/v1/detokenize": token_routes,
+    "/v1/score": score,
+    "/v1/embeddings": few({"model": st.just("m"), "input": st.one_of(text, ids, anything), "dimensions": anything}, 3),
+}
+"""Routes that cannot mix."""
+EVERY = {**REQUESTS, **OTHERS}
 quick = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 seen: Counter = Counter()
 
@@ -196,6 +271,18 @@ def test_whole_requests(client, path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("path", OTHERS)
+def test_whole_requests_that_cannot_mix(client, path):
+    @quick
+    @given(request=OTHERS[path])
+    def run(request):
+        post(client, path, request)
+
+    run()
+    still_serves(client)
+
+
+@pytest.mark.slow
 def test_random_traffic_for_long(client):
     """With FUZZ_SECONDS, new requests all the time."""
     end = time.monotonic() + max(SECONDS, 30)
@@ -203,7 +290,7 @@ def test_random_traffic_for_long(client):
 
     def random_requests(path: str) -> None:
         @endless
-        @given(request=REQUESTS[path])
+        @given(request=EVERY[path])
         def run(request):
             if time.monotonic() < end:
                 post(client, path, request)
@@ -211,7 +298,7 @@ def test_random_traffic_for_long(client):
         run()
 
     while time.monotonic() < end:
-        for path in REQUESTS:
+        for path in EVERY:
             random_requests(path)
             still_serves(client)
     print(dict(seen))
