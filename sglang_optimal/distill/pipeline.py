@@ -194,6 +194,7 @@ class _Run:
         # Beside the event loop, which other requests wait for; one thread, since filters may have a memory.
         self._judge = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="filters")
         self._sampled = 0
+        self._held: list[Record] = []
         self._refused: dict[str, set[str]] = {}  # message: problems
         self._sampling_since: float | None = None
         self._elapsed_before = float(self._manifest.get("elapsed_seconds", 0.0))
@@ -280,7 +281,7 @@ class _Run:
         async def work() -> None:
             for task in queue:
                 try:
-                    self._store.append(await self._sampled_record(servers, task))
+                    self._keep(await self._sampled_record(servers, task))
                 except GaveUp as error:
                     progress.failed += 1
                     self._say(f"failed: {task.id}: {error}")
@@ -305,12 +306,26 @@ class _Run:
                             workers.create_task(work())
                     for helper in helpers:
                         helper.cancel()
+                self._keep_held()
             except BaseExceptionGroup as errors:
                 raise _first(errors) from None
             finally:
                 self._judge.shutdown(wait=False, cancel_futures=True)
                 await asyncio.to_thread(self._store.sync)
         return progress.failed
+
+    def _keep(self, record: Record) -> None:
+        # Refusals before the first sample may be the server's fault, of which the run would end: the same command must
+        # ask for them again then.
+        if self._sampled == 0:
+            self._held.append(record)
+            return
+        self._keep_held()
+        self._store.append(record)
+
+    def _keep_held(self) -> None:
+        while self._held:
+            self._store.append(self._held.pop(0))
 
     async def _sampled_record(self, servers: Servers, task: Task) -> Record:
         teacher, student = self._plan.builder.render(task)

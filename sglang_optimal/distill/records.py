@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sglang_optimal.distill.tables import written_json
 from sglang_optimal.series import SERIES
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ COLUMNS = {
     "mixture_logprob": "per token: log-probability under the mixture (before top-p and the like), nats",
     "kl_to_student": "per token: KL(mixture‖student), nats",
     "kl_to_teacher": "per token: KL(mixture‖teacher), nats",
-    "ess_ratio": "per token: Σ p_student²/q over Σ p_teacher²/q",
+    "ess_ratio": "per token: Σ p_teacher²/q over Σ p_student²/q",
     "mean_alpha": "mean over the tokens",
     "mean_teacher_logprob": "mean over the tokens",
     "mean_student_logprob": "mean over the tokens: how on-policy the sample is",
@@ -242,4 +242,4 @@ def stored_fields(fields: dict[str, Any]) -> str:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    return written_json(value, sort_keys=True)

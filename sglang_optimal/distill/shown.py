@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import jinja2
 import jinja2.sandbox
+
+from sglang_optimal.distill.tables import written_json
 
 
 class MissingValue(ValueError):
@@ -47,7 +48,7 @@ def shown(value: Any) -> Any:
     if value is None or isinstance(value, Missing):
         return str(Missing())
     if isinstance(value, bool | dict | list | tuple):
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return written_json(value)
     return str(value)
 
 

@@ -32,6 +32,19 @@ class WrittenFloat(float):
         return super().__format__(spec) if spec else self.text
 
 
+def written_json(value: Any, *, sort_keys: bool = False) -> str:
+    """JSON with the numbers as they were written; what JSON has no form for is its text."""
+    if isinstance(value, WrittenFloat):
+        return value.text
+    if isinstance(value, dict):
+        items = sorted(value.items()) if sort_keys else value.items()
+        parts = (f"{written_json(str(key))}: {written_json(inner, sort_keys=sort_keys)}" for key, inner in items)
+        return "{" + ", ".join(parts) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(written_json(inner, sort_keys=sort_keys) for inner in value) + "]"
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 def read_table(path: Path, encoding: str) -> list[Row]:
     """Every row, numbered from 1 in the messages. An empty cell of a CSV file, and a key that a row lacks, is None.
 

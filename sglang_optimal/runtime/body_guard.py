@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl
 
 import orjson
 from fastapi.responses import ORJSONResponse
+from jinja2 import TemplateError
 from starlette.middleware import Middleware
 
 from sglang_optimal.config import MixingConfig
@@ -30,6 +31,7 @@ _OLLAMA = (
     os.environ.get("SGLANG_OLLAMA_CHAT_ROUTE", "/api/chat"),
     os.environ.get("SGLANG_OLLAMA_GENERATE_ROUTE", "/api/generate"),
 )
+_DETOKENIZE = ("/v1/detokenize", "/detokenize")
 _CANNOT_MIX = ("/v1/messages", "/v1/responses", *_OLLAMA)
 """Routes that generate and have no place for the fields."""
 
@@ -53,7 +55,7 @@ _INTERNAL = (
     "multi_item_delimiter_indices",
     "decode_tp_size",
 )
-# A body without any of these is not looked at: names as they are, or with letters escaped.
+# A large body without any of these is not looked at: names as they are, or with letters escaped.
 _SUSPICIOUS = re.compile(
     "|".join(
         ("student", "teacher", "alpha", "return_mixing", "return_prompts", "response_format", "\\\\u00", *_INTERNAL)
@@ -63,6 +65,13 @@ _SUSPICIOUS = re.compile(
 
 
 _LONGEST = max(map(len, MIXING_FIELDS))
+
+
+# Where all keys are the server's, so that one which begins as ours do is meant for us, however it goes on.
+_ARGUMENTS = re.compile(r"((parameters\.)?sampling_params(\[\d+\])?|parameters|extra_body|options)?")
+_PREFIXES = ("student_", "teacher_", "alpha_", "fixed_alpha", "return_mixing")
+_LARGE = 1 << 20
+"""Bytes that are parsed in a few milliseconds."""
 
 
 class MisplacedFields:
@@ -85,9 +94,12 @@ class MisplacedFields:
             receive = _replay(messages, receive)
         path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") or "/"
         message = self._refusal(path, scope.get("query_string", b""), body or b"")
-        if message is None:
+        if message is None and path in _OLLAMA:
+            message = await _refused_by(self._app, scope, receive, send)
+        elif message is None:
             return await self._app(scope, receive, send)
-        await ORJSONResponse(_error(path, message), status_code=400)(scope, receive, send)
+        if message is not None:
+            await ORJSONResponse(_error(path, message), status_code=400)(scope, receive, send)
 
     def _refusal(self, path: str, query: bytes, body: bytes) -> str | None:
         for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
@@ -97,7 +109,7 @@ class MisplacedFields:
             return f"{path}: cannot mix, and this server takes no plain requests (--plain-requests refuse)."
         if path in _OPENAI and body.lstrip()[:1] not in (b"{", b""):
             return "the body must be a mapping."
-        if not _SUSPICIOUS.search(body):
+        if len(body) > _LARGE and not _SUSPICIOUS.search(body):
             return None
         try:
             value = orjson.loads(body)
@@ -105,7 +117,7 @@ class MisplacedFields:
             return _of_form(path, body)  # what is meant as JSON, SGLang refuses
         found = next(misplaced(path, value), None)
         if found is None:
-            return _internal(path, value) or _badly_formed(value)
+            return _internal(path, value) or _badly_formed(path, value)
         where, name = found
         return f"{name}: {where}, where nothing reads it; {_places(path)}"
 
@@ -138,8 +150,14 @@ def _internal(path: str, body: Any) -> str | None:
     return f"{given[0]}: is SGLang's own to set; remove it." if given else None
 
 
-def _badly_formed(body: Any) -> str | None:
+def _badly_formed(path: str, body: Any) -> str | None:
     """What SGLang's own models of a request look into before they know that it is a mapping."""
+    if path in _OLLAMA and _get(body, "messages") == []:
+        return "messages: must be a non-empty list."
+    if path in _DETOKENIZE:
+        tokens = _get(body, "tokens")
+        bad = [id for ids in _each(tokens) for id in _each(ids) if isinstance(id, int) and not 0 <= id < 1 << 31]
+        return f"tokens: {bad[0]} is no token id." if bad else None
     form = _get(body, "response_format")
     if form is not None and not isinstance(form, dict):
         return f"response_format: must be a mapping, got {type(form).__name__}."
@@ -168,7 +186,7 @@ def _search(body: Any, read: list[int]) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
             is_read = id(value) in read
             for key, inner in value.items():
-                if not is_read and _is_ours(key):
+                if not is_read and (_is_ours(key) or (key.startswith(_PREFIXES) and _ARGUMENTS.fullmatch(where))):
                     yield f"is in {where}" if where else "is at the top level", key
                 if key in _FREE or (words and key in _FREE_AMONG_WORDS) or (is_read and key in MIXING_FIELDS):
                     continue
@@ -206,6 +224,31 @@ def _error(path: str, message: str) -> dict[str, Any]:
     if path.startswith("/v1/") and not path.startswith("/v1/responses") or path == "/invocations":
         return {"object": "error", "message": message, "type": "BadRequest", "param": None, "code": 400}
     return {"error": {"message": message, "type": "invalid_request_error", "code": 400}}
+
+
+async def _refused_by(app: Callable, scope, receive, send) -> str | None:
+    """Let a route answer that does not look at its values; what it raises for them before its first piece.
+
+    SGLang's Ollama routes give HTTP 500 there, and where a stream is asked for close the connection.
+    """
+    held: list[dict[str, Any]] = []
+    answered = False
+
+    async def hold(message: dict[str, Any]) -> None:
+        nonlocal answered
+        held.append(message)
+        if message["type"] == "http.response.body" and (message.get("body") or not message.get("more_body")):
+            answered = True
+        while answered and held:
+            await send(held.pop(0))
+
+    try:
+        await app(scope, receive, hold)
+    except (ValueError, TypeError, LookupError, TemplateError) as error:
+        if answered:
+            raise
+        return str(error) or type(error).__name__
+    return None
 
 
 async def _read(receive: Callable) -> tuple[bytes, list[dict[str, Any]]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.entrypoints.engine import init_tokenizer_manager
-from sglang.srt.managers.io_struct import GenerateReqInput, UpdateWeightFromDiskReqInput
+from sglang.srt.managers.io_struct import GenerateReqInput, LoRAUpdateOutput, UpdateWeightFromDiskReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
 from sglang.srt.runtime_context import get_device, get_model, get_serving
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
@@ -139,6 +139,9 @@ class MixedTokenizerManager(TokenizerManager):
             return False, "this server has no student model; start it without --student-weights none.", 0
         if not isinstance(obj.model_path, str) or not obj.model_path:
             return False, "model_path: must be a folder or a Hugging Face id.", 0
+        if obj.load_format not in (None, "auto", "safetensors"):
+            return False, "load_format: only safetensors are read; leave it out.", 0
+        obj.load_format = "safetensors"
         mark_for_student(obj)
         deadline = time.monotonic() + LEAVING_SECONDS
         while True:
@@ -202,6 +205,22 @@ class MixedTokenizerManager(TokenizerManager):
     async def resume_memory_occupation(self, obj, request=None):
         self._check_memory_saver("resume_memory_occupation")
         return await super().resume_memory_occupation(obj, request)
+
+    async def load_lora_adapter(self, obj, request=None):
+        return self._no_adapters() or await super().load_lora_adapter(obj, request)
+
+    async def load_lora_adapter_from_tensors(self, obj, request=None):
+        return self._no_adapters() or await super().load_lora_adapter_from_tensors(obj, request)
+
+    async def unload_lora_adapter(self, obj, request=None):
+        return self._no_adapters() or await super().unload_lora_adapter(obj, request)
+
+    def _no_adapters(self) -> LoRAUpdateOutput | None:
+        """A refusal beside a student that is an adapter: its rows run with that one, in one of two places."""
+        if self.mixing_config.student_lora_path is None:
+            return None
+        message = "adapters cannot be loaded or unloaded beside --student-lora-path; start another server."
+        return LoRAUpdateOutput(success=False, error_message=message)
 
     def _check_memory_saver(self, route: str) -> None:
         """Refuse what would end the scheduler, or take the buffers of one of two models."""

@@ -8,6 +8,7 @@ from sglang_optimal.distill.config import parse_config
 from sglang_optimal.distill.contexts import ContextBuilder
 from sglang_optimal.distill.pipeline import Plan
 from sglang_optimal.distill.problems import Problem
+from sglang_optimal.distill.records import Record
 from sglang_optimal.distill.shown import MissingValue
 
 GSM8K = "Natalia sold 48/2 = 24 clips in May.\nShe sold 48+24 = 72 altogether.\n#### 72"
@@ -146,3 +147,15 @@ def test_names_of_jinja_s_own():
     assert made.render(next(made.tasks(task, 1)))[0][0]["content"] == "far words"
     with pytest.raises(ValueError, match="the name 'self' is Jinja's own; give the column another in data.fields"):
         builder("x", teacher="{self}", self="me")
+
+
+def test_numbers_stay_as_written(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"problem": "?", "answer": 0.10, "more": {"list": [1e3, 2, "x"]}}\n')
+    contexts = {"student": "{problem}", "strategies": [{"teacher": "{answer} {{ more }} {{ more.list }}"}]}
+    plan = Plan(parse_config({"data": {"path": str(tmp_path / "p.jsonl")}, "contexts": contexts}))
+    teacher, _ = plan.builder.render(next(plan.tasks()))
+    assert teacher[0]["content"] == '0.10 {"list": [1e3, 2, "x"]} [1e3, 2, "x"]'
+    row = Record("p/s/0", "p", "s", 0, plan.problems[0].fields, teacher, "?", "", [], "stop").row()
+    assert (
+        row["answer"] == "0.10" and row["fields"] == '{"answer": 0.10, "more": {"list": [1e3, 2, "x"]}, "problem": "?"}'
+    )

@@ -450,6 +450,10 @@ def test_every_request_is_refused(folder, stub, capsys):
     assert folder.run(stub.url) == 2
     assert "the server refuses every request: alpha_methud: unknown" in capsys.readouterr().err
     assert sum(stub.seen.values()) < 3 * PROBLEMS
+    assert folder.rows() == {}
+    stub.behave = lambda body: ...  # the server is mended
+    assert folder.run(stub.url) == 0
+    assert len(folder.check_complete()) == 3 * PROBLEMS
 
 
 def test_a_server_that_does_not_mix(folder, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
@@ -78,3 +79,32 @@ SCHEMA = {"type": "object", "properties": {"student_text": {"type": "string"}, "
 )
 def test_left_alone(path, body):
     assert list(misplaced(path, json.loads(json.dumps(body)))) == []
+
+
+@pytest.mark.parametrize("where", ["", "sampling_params", "extra_body", "options"])
+@pytest.mark.parametrize("key", ["student_prompt", "stuent_text", "teacher_x", "alpha_mode", "return_mixing_infos"])
+def test_a_key_that_begins_as_ours_among_the_server_s(where, key):
+    body = {where: {key: 1}} if where else {key: 1}
+    assert [name for _, name in misplaced(GENERATE, body)] == [key]
+
+
+def test_a_client_s_own_labels():
+    body = {"metadata": {"student_id": "7", "teacher": "b"}, "custom_labels": {"alpha_team": "x"}}
+    assert list(misplaced(CHAT, body)) == []
+
+
+def test_no_field_of_sglang_s_begins_or_looks_as_ours_do():
+    from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+    from sglang.srt.entrypoints.ollama.protocol import OllamaChatRequest, OllamaGenerateRequest
+    from sglang.srt.entrypoints.openai import protocol
+    from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    models = [model for name, model in vars(protocol).items() if name.endswith("Request")]
+    models += [AnthropicMessagesRequest, OllamaChatRequest, OllamaGenerateRequest]
+    names = {field for model in models for field in getattr(model, "model_fields", {})}
+    for model in (GenerateReqInput, EmbeddingReqInput):
+        names |= set(model.__dataclass_fields__)
+    names |= set(inspect.signature(SamplingParams).parameters)
+    assert len(names) > 150
+    assert list(misplaced(GENERATE, dict.fromkeys(names - {"custom_params"}, 1))) == []
