@@ -136,6 +136,9 @@ def without(name: str, folder: Path) -> str | None:
 # -- requests ----------------------------------------------------------------------------------------------------------
 
 
+RETRACTED = "more than the pools hold"
+
+
 def batches(engine: Engine) -> dict[str, list]:
     """Name and cases of each call: mixed and plain, short and long, and prompts as long as a captured prefill."""
     import harness
@@ -145,6 +148,9 @@ def batches(engine: Engine) -> dict[str, list]:
         for seed, mixed, plain in ((1, 1, 0), (2, 10, 4), (3, 0, 5), (7, 24, 8))
     }
     if engine.small:
+        found[RETRACTED] = harness.random_cases(6, 9, 3, longest=25, tokens=(60, 70))
+        for case in found[RETRACTED]:
+            case.bias = {2: -100.0}  # no end of text, and no reservation of the whole length either
         return found
     found["long prompts"] = harness.random_cases(8, 6, 3, longest=300)
     rng = random.Random(9)
@@ -316,9 +322,14 @@ def one(name: str, folder: Path, port: int) -> dict[str, Any]:
         record["runs"] = []
         for what, cases in calls.items():
             start = time.perf_counter()
-            outputs = harness.run(sampler, cases)
+            # SGLang reserves the full length of requests that ignore their end, and never has to retract them.
+            outputs = harness.run(sampler, cases, **({"ignore_eos": False} if what == RETRACTED else {}))
             seconds = round(time.perf_counter() - start, 2)
             found = compared(harness, oracle, cases, outputs, engine.judged)
+            if what == RETRACTED:
+                found["retractions"] = sum(output["meta_info"]["num_retractions"] for output in outputs)
+                if not found["retractions"]:
+                    found.update(identical=False, why="nothing was retracted")
             record["runs"].append({"batch": what, "s": seconds, **found})
         if engine.beams:
             record["runs"].append(run_beams(harness, oracle, sampler))
@@ -386,7 +397,7 @@ def main() -> int:
         processes.give_result(lambda: one(args.one, args.models, args.port))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     wrong = 0
-    with args.output.open("w") as file:
+    with args.output.open("a") as file:  # the last record of an engine counts
         for record in every(args.engines, args.models, args.logs, args.at_once, args.limit):
             file.write(json.dumps(record) + "\n")
             file.flush()

@@ -53,10 +53,12 @@ def check_batch(obj: GenerateReqInput) -> None:
     size = _batch_size(obj)
     if size == 0:
         raise ValueError("text: is an empty list; send at least one prompt.")
-    for name in (*_PER_PROMPT, "rid"):
+    for name in (*_PER_PROMPT, "rid", "token_ids_logprob"):
         value = getattr(obj, name, None)
         if not isinstance(value, list):
             continue
+        if name == "token_ids_logprob" and not any(isinstance(ids, list) for ids in value):
+            continue  # one list of ids, for every prompt
         if size is None:
             raise ValueError(f"{name}: is a list for one prompt; give it without the list, or a list of prompts.")
         if len(value) != size:

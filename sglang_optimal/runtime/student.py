@@ -37,9 +37,10 @@ class StudentWorker(TpModelWorker):
         self._mixing = config
         self.weights_path = config.student_model_path
         self.weight_version: str | None = None
-        self._layout = checkpoint_layout(self.weights_path)
         with _own_expert_layout():
             super().__init__(**worker_kwargs)
+        # Now a model of the hub is in its cache.
+        self._layout = checkpoint_layout(self.weights_path, config.student_revision)
 
     def _init_model_config(self) -> None:
         mixing = self._mixing

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 logger = logging.getLogger(__name__)
@@ -38,13 +40,14 @@ def student_version(request: Any) -> str | None:
     return request.manifest["weight_version"]
 
 
-def checkpoint_layout(path: str) -> dict[str, list[int]] | None:
-    """{tensor name: shape} of a local checkpoint; None for a model that is not a local folder of safetensors.
+def checkpoint_layout(path: str, revision: str | None = None) -> dict[str, list[int]] | None:
+    """{tensor name: shape} of a checkpoint in a folder or in the hub's local cache; None for one that is not there, or
+    has no safetensors.
 
     Raises:
         ValueError: a file is truncated or no safetensors file.
     """
-    files = sorted(Path(path).expanduser().glob("*.safetensors"))
+    files = sorted(_folder(path, revision).glob("*.safetensors"))
     if not files:
         return None
     layout = {}
@@ -55,6 +58,16 @@ def checkpoint_layout(path: str) -> dict[str, list[int]] | None:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file.name} cannot be read: {error}") from None
     return layout
+
+
+def _folder(path: str, revision: str | None) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(path, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return folder
 
 
 def check_checkpoint(path: str, expected: dict[str, list[int]] | None) -> None:

@@ -13,6 +13,7 @@ import functools
 import random
 
 import pytest
+import torch
 from gpu_like.engines import gpu_state, start_gpu_like
 from harness import Case, check_all, check_greedy, check_pools, mixing_state, random_cases, random_ids, run, start
 
@@ -259,6 +260,19 @@ def test_staggered_arrivals(sampler, oracle):
         return await asyncio.gather(*[late(i, case) for i, case in enumerate(cases)])
 
     check_all(oracle, cases, sampler.engine.loop.run_until_complete(everything()))
+
+
+def test_adapters_are_not_changed_beside_a_student(sampler, oracle, tmp_path):
+    """One that is loaded would move the student's own, and one that is unloaded would be the student's."""
+    said = "beside --student-lora-path; start another server" if sampler.mode == "lora-" else "LoRA is not enabled"
+    for result in (
+        sampler.engine.load_lora_adapter("other", str(tmp_path)),
+        sampler.engine.unload_lora_adapter("student"),
+        sampler.engine.load_lora_adapter_from_tensors("other", {"x": torch.zeros(1)}, {"r": 1}),
+    ):
+        assert not result.success and said in result.error_message, result
+    cases = random_cases(97, 2, 1)
+    check_all(oracle, cases, run(sampler, cases))
 
 
 def test_eos_ends_both_contexts(sampler, oracle):

@@ -233,6 +233,8 @@ MIXED = {"student_text": "b"}
         ({"return_logprob": True, "top_logprobs_num": -1}, {}, "top_logprobs_num: must lie in"),
         ({"text": ["a", "b"], "return_logprob": [True]}, {}, "return_logprob: has 1 entries for 2 prompts"),
         ({"text": ["a", "b"], "logprob_start_len": [0]}, {}, "logprob_start_len: has 1 entries for 2 prompts"),
+        ({"text": ["a", "b"], "token_ids_logprob": [[]]}, {}, "token_ids_logprob: has 1 entries for 2 prompts"),
+        ({"text": "a", "token_ids_logprob": [[1]]}, {}, "token_ids_logprob: is a list for one prompt"),
         ({}, {"stop_regex": "[0-9"}, "stop_regex: '[0-9' is no regular expression"),
         ({}, {"n": 10**8}, "n: 100000000 samples"),
         ({}, {"n": "2"}, "n"),

@@ -217,6 +217,8 @@ def broken(kind: str, good: Path, folder: Path) -> Path:
         name = "model.layers.0.mlp.up_proj.weight"
         if kind == "missing-tensor":
             del tensors[name]
+        elif kind == "nan":
+            tensors[name][0, 0] = float("nan")
         else:
             tensors[name] = tensors[name][:-1].clone()
         save_file(tensors, file)
@@ -227,6 +229,7 @@ def broken(kind: str, good: Path, folder: Path) -> Path:
     "kind,message",
     [
         ("truncated", "model.safetensors cannot be read"),
+        ("nan", "has NaN or infinity"),
         ("no-safetensors", "model_path: no *.safetensors in"),
         ("missing-tensor", "tensor 'model.layers.0.mlp.up_proj.weight' has shape None"),
         ("other-shape", "tensor 'model.layers.0.mlp.up_proj.weight' has shape [63, 32]"),
@@ -247,6 +250,7 @@ def test_a_bad_checkpoint_leaves_the_old_weights(client, tiny_oracle, new_studen
         ({"model_path": ""}, "model_path: must be a folder"),
         ({}, "model_path"),
         ({"model_path": 7}, "model_path"),
+        ({"model_path": "/", "load_format": "pt"}, "load_format: only safetensors are read"),
     ],
 )
 def test_bad_update_requests(client, body, message):
