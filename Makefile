@@ -26,6 +26,7 @@ help:  ## list the targets
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; try PYTHON=python3.11 make ...")'
+	@echo 'Building $(VENV): about 3 minutes, 11 GB.'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,distill,train,dev]'
@@ -34,6 +35,7 @@ $(READY): pyproject.toml
 setup: $(READY)  ## build .venv with SGLang and everything else
 
 $(MODEL)/config.json: $(READY)
+	@echo 'Preparing the small model: half a minute.'
 	$(BIN)/python -m sglang_optimal.demo.prepare_model --output $(MODEL)
 	touch $@
 

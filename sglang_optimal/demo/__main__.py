@@ -7,14 +7,21 @@ as the teacher's text, and still likely under the student.
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 import time
+import warnings
 
 from rich.console import Console
 
 from sglang_optimal.config import ALPHA_METHODS
 from sglang_optimal.demo.prepare_model import DEFAULT_TARGET
 from sglang_optimal.demo.problems import Problem, load_problems
+from sglang_optimal.demo.progress import step
+
+STREAM_INTERVAL = 4
+"""Tokens between two looks at a text: often enough to see it grow, and seldom enough not to slow it down."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,12 +51,19 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--max-new-tokens: must be at least 1, got {args.max_new_tokens}")
     if args.temperature < 0:
         parser.error(f"--temperature: must not be negative, got {args.temperature}")
-    from sglang_optimal import OptimalSampler
-
     console = Console()
-    began = time.perf_counter()
+    console.print(
+        f"{args.problems} word problems by the teacher, who sees the solution, by the student, who does not, and by "
+        f"their mixture.\nTeacher: {args.model_path}. Student: {args.student_model_path or 'the same model'}. "
+        "One to three minutes on a CPU, the first texts after half of it.",
+        markup=False,
+        highlight=False,
+    )
+    _only_errors()
     try:
-        with console.status("starting SGLang with two models"):
+        with step(console, "starting SGLang"):
+            from sglang_optimal import OptimalSampler
+
             sampler = OptimalSampler(
                 args.model_path,
                 args.student_model_path,
@@ -58,31 +72,35 @@ def main(argv: list[str] | None = None) -> int:
                 max_running_requests=32,
                 context_length=2048,
                 max_total_tokens=32768,
+                stream_interval=STREAM_INTERVAL,
             )
     except ValueError as error:
         print(f"sglang_optimal.demo: error: {error}", file=sys.stderr)
         return 2
-    console.print(f"engine ready after {time.perf_counter() - began:.0f} s\n")
     with sampler:
         _run(console, sampler, problems[: args.problems], args)
     return 0
 
 
+def _only_errors() -> None:
+    """Of SGLang's start-up, here and in its processes: what it says of platforms and packages is not about this job."""
+    logging.basicConfig(level=logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
 def _run(console: Console, sampler, problems: list[Problem], args: argparse.Namespace) -> None:
     from sglang_optimal.demo.render import Column, legend, problem_table, save_svg, summary_table
 
-    teacher = [p.teacher_prompt for p in problems]
-    student = [p.student_prompt for p in problems]
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     columns, rates = [], []
     # alpha 1 is the teacher alone and alpha 0 the student alone, both with the other model's opinion of every token.
     for title, alpha in (("teacher alone", 1.0), ("student alone", 0.0), ("mixture", None)):
-        with console.status(f"{title}: {len(problems)} problems"):
-            start = time.perf_counter()
-            results = sampler.generate(teacher, student, fixed_alpha=alpha, return_mixing_info=True, **sampling)
-            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        results = _generated(console, sampler, title, problems, {**sampling, "fixed_alpha": alpha})
         columns.append(Column(title, results))
-        rates.append(sum(len(r.token_ids) for r in results) / seconds)
+        rates.append(sum(len(r.token_ids) for r in results) / (time.perf_counter() - start))
     console.print(legend(), "")
     tokenizer = sampler.engine.tokenizer_manager.tokenizer
     for number, problem in enumerate(problems, 1):
@@ -93,6 +111,21 @@ def _run(console: Console, sampler, problems: list[Problem], args: argparse.Name
     if args.export_svg:
         first = [problem_table(tokenizer, i, p, columns) for i, p in enumerate(problems[:2], 1)]
         save_svg(args.export_svg, [legend(), *first, summary])
+
+
+def _generated(console: Console, sampler, title: str, problems: list[Problem], sampling: dict) -> list:
+    """The results of all problems; the first one's text is shown as soon as it is there."""
+    teacher = [p.teacher_prompt for p in problems]
+    student = [p.student_prompt for p in problems]
+    results: list = [None] * len(problems)
+    with step(console, f"{title}: {len(problems)} problems") as tell:
+        for result in sampler.generate(teacher, student, return_mixing_info=True, stream=True, **sampling):
+            results[result.index] = result
+            finished = sum(r is not None and r.finish_reason is not None for r in results)
+            tell(f"{sum(len(r.token_ids) for r in results if r)} tokens, {finished} texts finished")
+            if result.index == 0 and result.finish_reason is not None:
+                console.print(f"  1. {problems[0].problem}\n  {result.text.strip()}", style="dim", markup=False)
+    return results
 
 
 if __name__ == "__main__":

@@ -156,7 +156,9 @@ def _badly_formed(path: str, body: Any) -> str | None:
         return "messages: must be a non-empty list."
     if path in _DETOKENIZE:
         tokens = _get(body, "tokens")
-        bad = [id for ids in _each(tokens) for id in _each(ids) if isinstance(id, int | float) and not 0 <= id < 1 << 31]
+        bad = [
+            id for ids in _each(tokens) for id in _each(ids) if isinstance(id, int | float) and not 0 <= id < 1 << 31
+        ]
         return f"tokens: {bad[0]} is no token id." if bad else None
     form = _get(body, "response_format")
     if form is not None and not isinstance(form, dict):
