@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--samples", type=int, default=200, help="Samples to browse. Default: %(default)s.")
 
-    from sglang_optimal.distill.export import FORMATS
+    from sglang_optimal.distill.export import FORMATS, ON_MISMATCH
 
     export = commands.add_parser(
         "export",
@@ -57,7 +57,19 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--format", default="trl-sft", help=f"{', '.join(FORMATS)}. Default: %(default)s.")
     export.add_argument("--columns", nargs="+", default=[], help="Columns of the run to keep beside the format's.")
     export.add_argument("--rejected", action="store_true", help="The rejected records instead.")
-    export.add_argument("--tokenizer", help="Folder or id; its chat template makes the text of --format text.")
+    export.add_argument(
+        "--tokenizer",
+        help="Folder or id of the trainer's: what it makes of each row is compared with what was sampled, and its chat "
+        "template makes the text of --format text. Default: the student's, if here.",
+    )
+    export.add_argument(
+        "--on-mismatch",
+        choices=ON_MISMATCH,
+        default="skip",
+        help="A sample with other tokens than were sampled, or that would end where it was cut: leave it out, write "
+        "it, or write nothing. Another prompt is refused, unless kept. Default: %(default)s.",
+    )
+    export.add_argument("--no-check", action="store_true", help="Do not compare.")
 
     schema = commands.add_parser("schema", help="JSON schema of the run's file, for editors")
     schema.add_argument("--output", help="Default: stdout.")
@@ -171,13 +183,16 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from sglang_optimal.distill.export import export
+    from sglang_optimal.distill.export import described, export
 
-    count = export(
+    done = export(
         Path(args.folder), Path(args.output), args.format,
         columns=args.columns, rejected=args.rejected, tokenizer=args.tokenizer,
+        check=not args.no_check, on_mismatch=args.on_mismatch,
     )  # fmt: skip
-    print(f"{args.output}: {count} records")
+    print(f"{args.output}: {done.written} records{', compared with what was sampled' if done.checked else ''}")
+    if done.differing:
+        print(f"  {'kept' if args.on_mismatch == 'keep' else 'left out'}: {described(done.differing)}")
     return 0
 
 

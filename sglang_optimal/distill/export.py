@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sglang_optimal.config import check_known
+from sglang_optimal.distill.export_check import KINDS, PROMPT, ExportCheck, load_tokenizer
 from sglang_optimal.distill.records import COLUMNS
 from sglang_optimal.distill.store import find_shards, read_rows
 
@@ -26,6 +29,21 @@ FORMATS = {
 """Name: what it holds."""
 
 
+CHECKED = ("sft", "trl-sft", "trl-gkd", "text")
+"""Formats that a trainer renders and tokenizes itself."""
+ON_MISMATCH = ("skip", "keep", "refuse")
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """written: records. checked: whether they were compared with what was sampled. differing: kind, of
+    `export_check.KINDS`: records that were left out (or kept) for it."""
+
+    written: int
+    checked: bool
+    differing: dict[str, int]
+
+
 def export(
     folder: Path,
     output: Path,
@@ -34,8 +52,13 @@ def export(
     columns: list[str] | None = None,
     rejected: bool = False,
     tokenizer: str | None = None,
-) -> int:
-    """Write the accepted records of a run to one file.
+    check: bool = True,
+    on_mismatch: str = "skip",
+) -> Exported:
+    """Write the accepted records of a run to one file, and look whether it trains what was sampled.
+
+    Rows of chats and texts are rendered as TRL's trainers do, and compared with the ids that the student read and that
+    were sampled (`sglang_optimal.distill.export_check`); ``trl-tokens`` is those ids, and ``records`` what is stored.
 
     Args:
         folder: of the run.
@@ -43,14 +66,18 @@ def export(
         format: one of `FORMATS`.
         columns: stored columns to keep beside the format's own, such as ``log_weight_student``.
         rejected: the rejected records in place of the accepted ones.
-        tokenizer: folder or id, whose chat template ``text`` uses.
-
-    Returns:
-        How many records were written.
+        tokenizer: folder or id of the trainer's tokenizer, whose chat template ``text`` uses as well; by default that
+            of the records' student, where it is a folder here.
+        check: compare; never what was rejected.
+        on_mismatch: what becomes of a sample whose text has other tokens than were sampled, or that was cut where the
+            trainer would see an end: ``skip`` leaves it out, ``keep`` writes it, ``refuse`` writes nothing at all.
+            Another prompt is refused, unless it is ``keep``.
 
     Raises:
-        ValueError: names the argument: an unknown format or column, no records, contexts that do not fit the format.
+        ValueError: names the argument: an unknown format or column, no records, contexts that do not fit the format, no
+            tokenizer to compare with, a row that is refused.
     """
+    check_known([on_mismatch], ON_MISMATCH, "--on-mismatch")
     check_known([format], FORMATS, "--format")
     extra = list(columns or ())
     check_known(extra, COLUMNS, "--columns")
@@ -58,7 +85,13 @@ def export(
         raise ValueError(f"--output: {output} must end in .jsonl or .parquet.")
     shape = _shape(format, tokenizer)
     rows = read_rows(find_shards(folder, "rejected" if rejected else "accepted"))
-    shaped = ({**shape(row), **{name: row[name] for name in extra}} for row in rows)
+    comparing = ExportCheck(tokenizer) if check and format in CHECKED and not rejected else None
+    differing: Counter[str] = Counter()
+    shaped = (
+        {**fitting, **{name: row.get(name) for name in extra}}
+        for row in rows
+        if (fitting := _checked(row, shape(row), comparing, on_mismatch, differing)) is not None
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(output.name + ".part")
     try:
@@ -66,22 +99,40 @@ def export(
             count = _write_jsonl(part, shaped)
         else:
             count = _write_parquet(part, shaped, records=format == "records")
+        if count == 0 and differing:
+            raise ValueError(f"--on-mismatch: no record is left; {described(differing)}")
         if count == 0:
             raise ValueError(f"{folder}: has no {'rejected' if rejected else 'accepted'} records.")
         os.replace(part, output)
     finally:
         part.unlink(missing_ok=True)
-    return count
+    return Exported(count, comparing is not None, dict(differing))
+
+
+def _checked(
+    row: dict[str, Any], shaped: dict[str, Any], check: ExportCheck | None, on_mismatch: str, differing: Counter[str]
+) -> dict[str, Any] | None:
+    """The row as it is written, or None if it is left out; counts it where it differs."""
+    kind = check.difference(row, shaped) if check is not None else None
+    if kind is None:
+        return shaped
+    if on_mismatch == "refuse" or (kind == PROMPT and on_mismatch == "skip"):
+        raise ValueError(
+            f"record {row['id']}: {KINDS[kind]}: {check.describe(row, shaped)}. Give the tokenizer and template of "
+            "the server with --tokenizer, or take --format trl-tokens, which is always exact, or --on-mismatch keep."
+        )
+    differing[kind] += 1
+    return shaped if on_mismatch == "keep" else None
+
+
+def described(differing: Mapping[str, int]) -> str:
+    """What the counts of `Exported.differing` mean."""
+    return "; ".join(f"{count} records: {KINDS[kind]}" for kind, count in differing.items())
 
 
 def _shape(format: str, tokenizer: str | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
     if format == "text" and tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        try:
-            template = AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--tokenizer: cannot load {tokenizer}: {error}") from None
+        template = load_tokenizer(tokenizer)
         return lambda row: {"text": _rendered(row, template)}
     shapes = {"sft": _sft, "trl-sft": trl_sft, "trl-tokens": _tokens, "trl-gkd": _sft, "text": _text, "records": dict}
     return shapes[format]

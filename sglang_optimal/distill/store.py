@@ -247,6 +247,9 @@ class _Journal:
             self._file = -1
 
 
+LATER_COLUMNS = ("teacher_prompt_ids", "student_prompt_ids")
+"""Columns that the records of older versions have not got."""
+
 TALLIED = (
     "id", "problem_id", "strategy", "num_tokens", "mean_alpha", "accepted", "rejected_by", "reject_reason",
 )  # fmt: skip
@@ -307,16 +310,22 @@ def read_rows(paths: list[Path], columns: list[str] | None = None) -> Iterator[d
             if path.suffix == ".parquet":
                 with parquet.ParquetFile(path) as file:
                     for batch in file.iter_batches(batch_size=256, columns=columns):
-                        yield from batch.to_pylist()
+                        for row in batch.to_pylist():
+                            yield row if columns is None else {name: _column(row, name) for name in columns}
             else:
                 with path.open("rb") as lines:
                     for line in lines:
                         if not line.endswith(b"\n"):
                             break  # being written
                         row = json.loads(line)
-                        yield row if columns is None else {name: row[name] for name in columns}
+                        yield row if columns is None else {name: _column(row, name) for name in columns}
         except (pyarrow.ArrowInvalid, json.JSONDecodeError, KeyError) as error:
             raise ValueError(f"{path}: is damaged or no shard of a run: {error}") from None
+
+
+def _column(row: dict[str, Any], name: str) -> Any:
+    """Raises KeyError: the row lacks a column that every version has had."""
+    return row.get(name) if name in LATER_COLUMNS else row[name]
 
 
 def find_shards(folder: Path, kind: str) -> list[Path]:

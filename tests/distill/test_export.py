@@ -9,7 +9,8 @@ import pytest
 from tiny_models import build_tiny_tokenizer_model, smollm2_tokenizer_dir
 
 from sglang_optimal.distill.cli import main
-from sglang_optimal.distill.export import FORMATS, export
+from sglang_optimal.distill.export import FORMATS
+from sglang_optimal.distill.export import export as checked_export
 from sglang_optimal.distill.records import COLUMNS, Record
 from sglang_optimal.distill.store import RecordStore
 from sglang_optimal.series import SERIES
@@ -17,6 +18,11 @@ from sglang_optimal.series import SERIES
 STUDENT = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "what is 3 + 4?"}]
 TEACHER = [{"role": "user", "content": "what is 3 + 4? it is 7"}]
 PREFIX = {"role": "assistant", "content": "well, "}
+
+
+def export(*arguments, **more) -> int:
+    """These records' ids are made up; test_export_check.py compares real ones."""
+    return checked_export(*arguments, check=False, **more).written
 
 
 def make_run(folder, *, student=STUDENT, teacher=TEACHER, count=4, prompt_ids=True, sampling=None):
@@ -162,13 +168,13 @@ def test_no_run(tmp_path, capsys):
     assert main(["export", str(tmp_path), "--output", str(tmp_path / "x.jsonl")]) == 2
     assert "has no run in it" in capsys.readouterr().err
     empty = make_run(tmp_path / "run", count=0)
-    assert main(["export", str(empty), "--output", str(tmp_path / "x.jsonl")]) == 2
+    assert main(["export", str(empty), "--output", str(tmp_path / "x.jsonl"), "--no-check"]) == 2
     assert "has no accepted records" in capsys.readouterr().err
 
 
 def test_command(tmp_path, capsys):
     run = make_run(tmp_path / "run")
-    assert main(["export", str(run), "--output", str(tmp_path / "x.jsonl"), "--columns", "id"]) == 0
+    assert main(["export", str(run), "--output", str(tmp_path / "x.jsonl"), "--columns", "id", "--no-check"]) == 0
     assert "x.jsonl: 3 records" in capsys.readouterr().out
     assert json.loads((tmp_path / "x.jsonl").read_text().splitlines()[0])["id"] == "p0/default/0"
     with pytest.raises(SystemExit):
