@@ -100,7 +100,9 @@ def export(
         else:
             count = _write_parquet(part, shaped, records=format == "records")
         if count == 0 and differing:
-            raise ValueError(f"--on-mismatch: no record is left; {described(differing)}")
+            raise ValueError(
+                f"--on-mismatch: no record is left; {described(differing)}. Take --format trl-tokens, or keep them."
+            )
         if count == 0:
             raise ValueError(f"{folder}: has no {'rejected' if rejected else 'accepted'} records.")
         os.replace(part, output)

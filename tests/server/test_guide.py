@@ -60,7 +60,9 @@ def test_the_guide(client, tiny_pair, tmp_path, monkeypatch):
                     assert words[2] == "sglang_optimal.distill" and words[3:] == ["run", "run.yaml"]
                 else:
                     assert words[2] == "sglang_optimal.distill"
-                    assert main(words[3:]) == 0, line
+                    # A random model's texts seldom have the tokens that were sampled.
+                    keep = ["--on-mismatch", "keep"] if words[3] == "export" else []
+                    assert main([*words[3:], *keep]) == 0, line
         elif language == "python":
             code = code.replace('report_to="none"', 'report_to="none", max_steps=1, use_cpu=True, bf16=False')
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
