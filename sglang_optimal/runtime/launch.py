@@ -389,7 +389,8 @@ def check_models(server_args, config: MixingConfig) -> None:
     path = config.student_model_path
     if path is None:
         return
-    _check_folder("--student-model-path", path, "config.json")
+    if path != teacher_path or not Path(path).is_file():  # a teacher of one file (GGUF) is SGLang's to judge
+        _check_folder("--student-model-path", path, "config.json")
     if config.student_lora_path is not None:
         _check_folder("--student-lora-path", config.student_lora_path, "adapter_config.json")
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
