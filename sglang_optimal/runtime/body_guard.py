@@ -62,11 +62,7 @@ _SUSPICIOUS = re.compile(
     ).encode(),
     re.IGNORECASE,
 )
-
-
 _LONGEST = max(map(len, MIXING_FIELDS))
-
-
 # Where all keys are the server's, so that one which begins as ours do is meant for us, however it goes on.
 _ARGUMENTS = re.compile(r"((parameters\.)?sampling_params(\[\d+\])?|parameters|extra_body|options)?")
 _PREFIXES = ("student_", "teacher_", "alpha_", "fixed_alpha", "return_mixing")
@@ -194,7 +190,11 @@ def _search(body: Any, read: list[int]) -> Iterator[tuple[str, str]]:
                     continue
                 waiting.append((inner, f"{where}.{key}" if where else key, words or key in _WORDS))
         elif isinstance(value, list):
-            waiting += [(inner, f"{where}[{position}]", words) for position, inner in enumerate(value)]
+            waiting += [
+                (inner, f"{where}[{position}]", words)
+                for position, inner in enumerate(value)
+                if isinstance(inner, dict | list) or (isinstance(inner, str) and not words)  # of ids there are many
+            ]
         elif isinstance(value, str) and not words and value.lstrip()[:1] in ("{", "["):
             with contextlib.suppress(orjson.JSONDecodeError):
                 waiting.append((orjson.loads(value), f"{where} (text, not a mapping)", False))
