@@ -18,6 +18,7 @@ from traffic import Traffic
 USERS = 9
 REST_EVERY = 15.0  # seconds of traffic
 REST_DEADLINE = 60.0
+PATIENCE = 4
 POOL = 40
 """Known requests that are alive at a time."""
 
@@ -30,6 +31,7 @@ async def soak(
     weights: Weights,
     seconds: float,
     ledger: Ledger,
+    missing: Callable[[], list[str]],
     seed: int = 23,
 ) -> None:
     """Random traffic and operations against a running server; whatever is wrong goes to ``ledger.violations``.
@@ -41,16 +43,18 @@ async def soak(
         weights: the versions of the student's weights.
         seconds: how long.
         ledger: for the counts and violations.
+        missing: what the traffic has not met yet: while there is something, it goes on, up to ``PATIENCE`` times as
+            long. Chance and a slow machine can keep a short run from what it is for.
         seed: of every choice.
     """
     rng = random.Random(seed)
-    deadline = time.monotonic() + seconds
+    deadline, latest = time.monotonic() + seconds, time.monotonic() + PATIENCE * seconds
     limits = httpx.Limits(max_connections=64, max_keepalive_connections=16)
     async with httpx.AsyncClient(base_url=base_url, headers=headers, timeout=120, limits=limits) as http:
         traffic = Traffic(http, expectations, weights.between, ledger, seed + 1)
         operator = Operator(http, weights, ledger, seed + 2)
         while time.monotonic() < deadline and len(ledger.violations) < 20:
-            until = min(time.monotonic() + REST_EVERY, deadline)
+            until = min(time.monotonic() + min(REST_EVERY, seconds), deadline)
 
             async def user(until: float = until) -> None:
                 while time.monotonic() < until:
@@ -67,6 +71,8 @@ async def soak(
             with contextlib.suppress(psutil.NoSuchProcess):
                 ledger.seen_memory(sum(process.memory_info().rss for process in processes()) / 2**20)
             expectations.grow(2, POOL)
+            if missing():
+                deadline = latest
 
 
 async def _rest(http: httpx.AsyncClient, ledger: Ledger) -> None:

@@ -56,6 +56,18 @@ def seconds_of(mode: str) -> float:
     return SECONDS * MODES[mode][0]
 
 
+def not_met(ledger: Ledger, seconds: float) -> list[str]:
+    """What a soak is for and this one has not had."""
+    had = {
+        "retractions": ledger.counts["retractions"] > 0,
+        "answers equal to the oracle's": ledger.counts["answers equal to the oracle's"] > 0,
+        "rests with all slots accounted for": ledger.counts["rests with all slots accounted for"] >= seconds / 40,
+        "aborted requests": ledger.faults["abort"] > 0,
+        "disconnected users": ledger.faults["disconnect"] > 0,
+    }
+    return [name for name, met in had.items() if not met]
+
+
 @pytest.mark.parametrize("mode", [mode for mode in MODES if seconds_of(mode)])
 def test_soak(mode, tiny_pair, tmp_path, request):
     teacher, student = tiny_pair
@@ -84,8 +96,9 @@ def test_soak(mode, tiny_pair, tmp_path, request):
             return [server, *server.children(recursive=True)]
 
         seconds, headers, ledger = seconds_of(mode), dict(client.headers), Ledger()
+        target = str(client.base_url), headers, processes, expectations, Weights(folders), seconds, ledger
         try:
-            asyncio.run(soak(str(client.base_url), headers, processes, expectations, Weights(folders), seconds, ledger))
+            asyncio.run(soak(*target, missing=lambda: not_met(ledger, seconds)))
         finally:
             report = ledger.report(mode)
             print(f"\n{json.dumps(report, indent=1)}")
@@ -93,8 +106,6 @@ def test_soak(mode, tiny_pair, tmp_path, request):
                 ledger.write(mode, Path(REPORTS))
         assert server.is_running() and server.status() != psutil.STATUS_ZOMBIE
     assert not ledger.violations, "\n".join(ledger.violations) + "\n" + log.read_text(errors="replace")[-4000:]
-    # It must have been what it says.
-    assert report["retractions"] > 0 and report["answers equal to the oracle's"] > 0
-    assert report["rests with all slots accounted for"] >= seconds / 40
-    assert report["faults_injected"]["abort"] > 0 and report["faults_injected"]["disconnect"] > 0
-    assert ledger.memory_growth() < 64, ledger.memory
+    assert not not_met(ledger, seconds), "it was not what it says"
+    if SECONDS >= 600:  # a shorter one is all warming up
+        assert ledger.memory_growth() < 64, ledger.memory
