@@ -8,14 +8,12 @@ import functools
 import json
 import math
 import tempfile
-import weakref
 from array import array
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_optimal.config import MixingConfig, check_known
-from sglang_optimal.loop_thread import LoopThread
 
 if TYPE_CHECKING:
     import torch
@@ -273,8 +271,6 @@ class OptimalSampler:
         """Stop the engine and free its memory; safe to call again."""
         if self.engine is not None:
             engine, self.engine = self.engine, None
-            _drafts.pop(engine, None)
-            engine.loop.close()
             engine.shutdown()
 
     def __enter__(self) -> OptimalSampler:
@@ -398,10 +394,6 @@ def _plain_errors() -> Iterator[None]:
         raise RuntimeError(error.detail) from error
 
 
-_drafts: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-"""Engines that run in this process, and how many tokens their students draft at most."""
-
-
 def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any]):
     from sglang_optimal.runtime import launch
 
@@ -409,27 +401,9 @@ def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any
         teacher, config, {"log_level": "error", **server_args}, "OptimalSampler"
     )
     # After the check of SGLang's version, which comes before anything of SGLang is imported.
-    from sglang.srt.entrypoints.engine import Engine
+    from sglang_optimal.runtime.engine import MixedEngine
 
-    from sglang_optimal.runtime.scheduler import scheduler_process
-    from sglang_optimal.runtime.tokenizer import tokenizer_manager_init
-
-    for drafts in _drafts.values():
-        if (drafts > 0) != (config.longest_draft > 0):
-            raise ValueError(
-                "mixing_mode: an engine that drafts and one that does not cannot run in one process, where SGLang has "
-                "one configuration; shut the first down, or start one of them in a process of its own."
-            )
-
-    class MixedEngine(Engine):
-        init_tokenizer_manager_func = staticmethod(tokenizer_manager_init(config))
-        run_scheduler_process_func = staticmethod(scheduler_process(config))
-
-    with launch.self_check_heeded():
-        engine = MixedEngine(server_args=parsed)
-    _drafts[engine] = config.longest_draft
-    engine.loop = LoopThread()  # from any thread, and inside a notebook's running loop
-    return engine
+    return MixedEngine(parsed, config)
 
 
 def _as_batch(prompts: Any, name: str) -> tuple[bool, list]:

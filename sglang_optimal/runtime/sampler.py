@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.runtime_context import get_context, get_exec
@@ -43,7 +47,7 @@ def create_mixture_sampler() -> MixtureSampler:
     Raises:
         RuntimeError: SGLang's own scheduler asked for it, which has no student and would sample the teacher alone.
     """
-    if not _student_present:
+    if not _has_student.get():
         raise RuntimeError(
             "--sampling-backend optimal needs a student: start the server with python -m sglang_optimal.launch_server."
         )
@@ -60,13 +64,17 @@ def install(model_runner) -> None:
     compile_kernels(model_runner.device, model_runner.model_config.vocab_size)
 
 
-_student_present = False
+_has_student: ContextVar[bool] = ContextVar("sglang_optimal.has_student", default=False)
 
 
-def announce_student() -> None:
-    """Called by the worker that has one, before its model runners are built."""
-    global _student_present
-    _student_present = True
+@contextlib.contextmanager
+def beside_a_student() -> Iterator[None]:
+    """Build the model runners of a worker with a student within; no other may have a `MixtureSampler`."""
+    token = _has_student.set(True)
+    try:
+        yield
+    finally:
+        _has_student.reset(token)
 
 
 def _kernel_backend() -> str:

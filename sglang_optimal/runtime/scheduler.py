@@ -35,10 +35,9 @@ logger = logging.getLogger(__name__)
 class MixedPrefillAdder(PrefillAdder):
     """Admits a mixed request only when its student context fits too, and reserves it there."""
 
-    student_kv: StudentKV
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.student_kv: StudentKV = self.tree_cache.student_kv
         running = self.running_batch.reqs if self.running_batch is not None else []
         # Tokens that admitted requests will still decode, estimated as SGLang does for the teacher's pool.
         mixed = [req for req in running if student_of(req) is not None]
@@ -78,11 +77,14 @@ class MixedPrefillAdder(PrefillAdder):
 
 
 class MixedScheduler(Scheduler):
-    """SGLang's scheduler with a student worker. ``mixing_config`` is set before construction, in each process."""
+    """SGLang's scheduler with a student worker.
 
-    mixing_config: MixingConfig
+    Args:
+        mixing_config: the student and the defaults.
+    """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, mixing_config: MixingConfig, **kwargs):
+        self.mixing_config = mixing_config
         super().__init__(*args, **kwargs)
         self.self_check_report: dict[str, float | int] | None = None
         if self.mixing_config.checks_itself(torch.accelerator.is_available()):
@@ -135,7 +137,6 @@ class MixedScheduler(Scheduler):
         self.invariant_checker = MixedInvariantChecker.like(self.invariant_checker, self.tp_worker.student_kv)
 
     def get_prefill_adder_class(self) -> type[PrefillAdder]:
-        MixedPrefillAdder.student_kv = self.tp_worker.student_kv
         return MixedPrefillAdder
 
     def _create_generation_req(self, recv_req, *args, **kwargs) -> Req:
@@ -250,9 +251,19 @@ def _prepare_for_decode(original: Callable[[], None], batch: ScheduleBatch) -> N
         batch.tree_cache.student_kv.reserve([req for req in batch.reqs if student_of(req) is not None])
 
 
-def _row_headroom(original: Callable[[], int]) -> int:
+def configured_scheduler(config: MixingConfig) -> type[MixedScheduler]:
+    """The class that SGLang makes its scheduler of, which it gives no arguments of ours."""
+
+    class ConfiguredScheduler(MixedScheduler):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, mixing_config=config, **kwargs)
+
+    return ConfiguredScheduler
+
+
+def _row_headroom(config: MixingConfig) -> Callable[[Callable[[], int]], int]:
     """Tokens that a row of KV slots must hold beyond the context length: what a speculative step takes ahead."""
-    return original() + 2 * (MixedScheduler.mixing_config.longest_draft + 1)
+    return lambda original: original() + 2 * (config.longest_draft + 1)
 
 
 def run_mixed_scheduler_process(config: MixingConfig, *args, **kwargs) -> None:
@@ -262,9 +273,8 @@ def run_mixed_scheduler_process(config: MixingConfig, *args, **kwargs) -> None:
     from sglang_optimal.runtime import plugin
 
     plugin.register()
-    MixedScheduler.mixing_config = config
     # SGLang applies these when the process loads its plugins, before it builds the scheduler.
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", MixedScheduler, HookType.REPLACE)
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", configured_scheduler(config), HookType.REPLACE)
     HookRegistry.register(
         "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem", _check_decode_mem, HookType.AROUND
     )
@@ -272,7 +282,9 @@ def run_mixed_scheduler_process(config: MixingConfig, *args, **kwargs) -> None:
         "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_decode", _prepare_for_decode, HookType.AROUND
     )
     HookRegistry.register(
-        "sglang.srt.mem_cache.kv_cache_configurator.get_req_to_token_extra_context_len", _row_headroom, HookType.AROUND
+        "sglang.srt.mem_cache.kv_cache_configurator.get_req_to_token_extra_context_len",
+        _row_headroom(config),
+        HookType.AROUND,
     )
     scheduler.run_scheduler_process(*args, **kwargs)
 

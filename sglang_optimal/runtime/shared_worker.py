@@ -39,11 +39,11 @@ class SharedTpWorker(TpModelWorker):
     """
 
     def __init__(self, config: MixingConfig, **worker_kwargs):
-        sampler.announce_student()
         if config.student_lora_path is not None and not torch.accelerator.is_available():
             ignore_pinned_memory()
-        super().__init__(**worker_kwargs)
-        sampler.install(self.model_runner)
+        with sampler.beside_a_student():
+            super().__init__(**worker_kwargs)
+            sampler.install(self.model_runner)
         self.student = SharedStudent(self)
         self.student_kv: SharedStudentKV | None = None
         self._lora_id = None

@@ -55,14 +55,20 @@ class ChatSides:
 
 
 class MixedTokenizerManager(TokenizerManager):
-    """SGLang's tokenizer manager; ``mixing_config`` is set by ``tokenizer_manager_init`` before construction.
+    """SGLang's tokenizer manager, for requests with two contexts.
+
+    Args:
+        mixing_config: the student and the defaults of this manager's engine; others may run in the process.
 
     Attributes:
         chat_sides: set after construction, when SGLang has read its templates; None without a student or a tokenizer.
     """
 
-    mixing_config: MixingConfig
     chat_sides: ChatSides | None = None
+
+    def __init__(self, *args, mixing_config: MixingConfig, **kwargs):
+        self.mixing_config = mixing_config
+        super().__init__(*args, **kwargs)
 
     def init_tokenizer_and_processor(self) -> None:
         super().init_tokenizer_and_processor()
@@ -352,8 +358,8 @@ def _max_chars(tokenizer, context_length: int) -> int:
 
 
 def _init(config: MixingConfig, server_args, port_args):
-    MixedTokenizerManager.mixing_config = config
-    manager, templates = init_tokenizer_manager(server_args, port_args, MixedTokenizerManager)
+    configured = functools.partial(MixedTokenizerManager, mixing_config=config)
+    manager, templates = init_tokenizer_manager(server_args, port_args, configured)
     manager.init_chat_sides(templates)
     return manager, templates
 

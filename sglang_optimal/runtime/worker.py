@@ -43,8 +43,7 @@ class MixedTpWorker(TpModelWorker):
     """
 
     def __init__(self, config: MixingConfig, **worker_kwargs):
-        sampler.announce_student()
-        with _ordinary_decoding():
+        with sampler.beside_a_student(), _ordinary_decoding():
             super().__init__(**worker_kwargs)
             sampler.install(self.model_runner)
             with _settings_of_the_teacher():
