@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import inspect
 import math
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+F = TypeVar("F", bound=Callable)
 
 ALPHA_METHODS = ("kl_symmetry", "ess_balance", "reverse_kl_symmetry", "entropy", "fixed")
 """Names in the order of ``sglang_optimal.mixing.AlphaMethod``; kept apart so that parsing needs no torch."""
@@ -40,37 +46,99 @@ def override(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 LARGEST_FIXED_ALPHA = 1e6
 """Beyond it a weighted sum of two float32 log-probabilities may be infinite."""
+MAX_DRAFT_TOKENS = 32
 
 
-@dataclasses.dataclass(frozen=True)
-class AlphaSettings:
+class Settings(BaseModel):
+    """The base of what is declared once, here: flags, YAML, JSON schema and Python arguments are made of its fields,
+    whose docstrings are the help. Unknown names and wrong values are a ValueError with the field and the fix."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_problem(error.errors()[0])) from None
+
+
+def _problem(item: Any) -> str:
+    """What one of pydantic's errors says is wrong."""
+    kind, name, value = item["type"], ".".join(map(str, item["loc"])), item["input"]
+    if kind == "value_error":
+        message = str(item["ctx"]["error"])
+    elif kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        message = f"{value!r} is not one of {', '.join(allowed)}.{f' Did you mean {near[0]!r}?' if near else ''}"
+    elif kind == "extra_forbidden":
+        message = "no such setting."
+    else:
+        message = f"{item['msg']}; got {value!r}."
+    return f"{name}: {message}" if name else message
+
+
+def _refuse_unless(fits: Callable[[Any], bool], wanted: str) -> BeforeValidator:
+    """The check of a value as it was given, in our words."""
+
+    def check(value: Any) -> Any:
+        if not fits(value):
+            raise ValueError(f"must be {wanted}, got {value!r}.")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _on_or_off(value: Any) -> Any:
+    """A switch as it was written: YAML makes booleans of on and off."""
+    return ("off", "on")[value] if isinstance(value, bool) else value
+
+
+Text = Annotated[str, _refuse_unless(lambda value: isinstance(value, str) and value != "", "a non-empty string")]
+Number = Annotated[float, _refuse_unless(_is_number, "a finite number")]
+Bound = Annotated[Number, Field(json_schema_extra={"minimum": 0, "maximum": 1})]
+Tokens = Annotated[
+    int,
+    Field(json_schema_extra={"exclusiveMinimum": 0}),
+    _refuse_unless(lambda value: _is_integer(value) and value > 0, "a positive integer"),
+]
+DraftTokens = Annotated[
+    int,
+    Field(json_schema_extra={"minimum": 0, "maximum": MAX_DRAFT_TOKENS}),
+    _refuse_unless(
+        lambda value: _is_integer(value) and 0 <= value <= MAX_DRAFT_TOKENS, f"an integer from 0 to {MAX_DRAFT_TOKENS}"
+    ),
+]
+Switch = Annotated[Literal["on", "off"], BeforeValidator(_on_or_off)]
+
+
+class AlphaSettings(Settings):
     """How alpha is chosen for every token of one request.
-
-    Attributes:
-        alpha_method: one of ``ALPHA_METHODS``.
-        alpha_min, alpha_max: bounds in [0, 1] that the solved alpha is clamped to; not used by ``fixed``.
-        fixed_alpha: weight of the teacher for ``fixed``; may lie outside [0, 1] (guidance, contrastive decoding).
 
     Raises:
         ValueError: unknown method, bounds out of order or range, or ``fixed`` without ``fixed_alpha``.
     """
 
-    alpha_method: str = "kl_symmetry"
-    alpha_min: float = 0.0
-    alpha_max: float = 1.0
-    fixed_alpha: float | None = None
+    alpha_method: Literal[ALPHA_METHODS] = "kl_symmetry"  # type: ignore[valid-type]
+    """How alpha is solved for each token."""
+    alpha_min: Bound = 0.0
+    """Lower bound on the solved alpha, in [0, 1]; not used by ``fixed``."""
+    alpha_max: Bound = 1.0
+    """Upper bound on the solved alpha, in [0, 1]; not used by ``fixed``."""
+    fixed_alpha: Number | None = None
+    """The teacher's weight for every token; implies ``alpha_method: fixed``. May lie outside [0, 1] (guidance,
+    contrastive decoding)."""
 
-    def __post_init__(self) -> None:
-        if self.alpha_method not in ALPHA_METHODS:
-            near = difflib.get_close_matches(str(self.alpha_method), ALPHA_METHODS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"alpha_method: {self.alpha_method!r} is not one of {', '.join(ALPHA_METHODS)}.{hint}")
-        for name in ("alpha_min", "alpha_max", "fixed_alpha"):
-            value = getattr(self, name)
-            if value is None and name == "fixed_alpha":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{name}: must be a finite number, got {value!r}.")
+    @model_validator(mode="after")
+    def _consistent(self) -> AlphaSettings:
         if self.fixed_alpha is not None and abs(self.fixed_alpha) > LARGEST_FIXED_ALPHA:
             raise ValueError(
                 f"fixed_alpha: must lie in [-{LARGEST_FIXED_ALPHA:.0f}, {LARGEST_FIXED_ALPHA:.0f}], "
@@ -87,118 +155,86 @@ class AlphaSettings:
             raise ValueError("fixed_alpha: required when alpha_method is 'fixed'.")
         if self.alpha_method != "fixed" and self.fixed_alpha is not None:
             raise ValueError(f"fixed_alpha: only read when alpha_method is 'fixed', not {self.alpha_method!r}.")
+        return self
 
     def updated(self, values: dict[str, Any]) -> AlphaSettings:
         """A copy with ``values`` on top, as `override` does it."""
-        return AlphaSettings(**override(dataclasses.asdict(self), values))
+        return AlphaSettings(**override(self.model_dump(), values))
 
 
-@dataclasses.dataclass(frozen=True)
-class MixingConfig:
+class MixingConfig(Settings):
     """What a server knows about mixing, beside SGLang's own ServerArgs.
 
     Attributes:
-        student_model_path: Hugging Face id or folder of the student; None: the teacher, see `settled`.
-        student_revision: revision of the student on the hub.
-        student_max_total_tokens: upper bound on the student's KV pool, in tokens; None: as many as the teacher's.
-        student_weights: ``shared``: the student is the teacher, whose weights are loaded once; both contexts are rows
-            of one forward and share one KV pool and radix cache. ``separate``: weights and KV of its own, which can be
-            updated. ``auto``: shared when both paths are the same. ``none``: no student; SGLang's own server.
-        student_lora_path: a LoRA adapter of the teacher (Hugging Face id or folder in peft's format) that makes it the
-            student; needs shared weights. The student's rows run with it, in the same forward.
-        plain_requests: ``allow``, or ``refuse`` requests without a student context: something on the way may have
-            dropped it (sglang-router drops ``custom_params``), and the teacher alone is not what was asked for.
-        mixing_mode: ``lockstep``: one token a step; ``speculative``: the student drafts ``draft_tokens`` tokens which
-            the teacher verifies in one forward, without any change to what is sampled; ``auto``: as many drafts as pay,
-            up to ``draft_tokens``, or none. Drafting needs a student with weights of its own.
-        draft_tokens: see ``mixing_mode``; None: `DRAFT_TOKENS` of it.
-        mixing_self_check: ``on`` or ``off``: whether to compare, before any request is served, both sides' logits with
-            those of each model alone, and not to start where they differ; None: on wherever there is an accelerator.
         alpha: defaults for requests that do not say.
         shared_weights: what ``student_weights`` came to, see `settled`.
+
+    Raises:
+        ValueError: names the field and the fix.
     """
 
-    student_model_path: str | None = None
-    student_revision: str | None = None
-    student_max_total_tokens: int | None = None
-    student_weights: str = "auto"
-    student_lora_path: str | None = None
-    plain_requests: str = "allow"
-    mixing_mode: str = "lockstep"
-    draft_tokens: int | None = None
-    mixing_self_check: str | None = None
+    student_model_path: Text | None = None
+    """Hugging Face id or folder of the student model; by default the teacher itself."""
+    student_revision: Text | None = None
+    """Revision of the student model on the hub."""
+    student_max_total_tokens: Tokens | None = None
+    """Upper bound on the student's KV pool, in tokens; by default as many as the teacher's."""
+    student_weights: Literal["auto", "shared", "separate", "none"] = "auto"
+    """``shared``: the student is the teacher, whose weights are loaded once; both contexts are rows of one forward and
+    share one KV pool and radix cache. ``separate``: weights and KV of its own, which can be updated. ``auto``: shared
+    when both paths are the same. ``none``: no student; SGLang's own server."""
+    student_lora_path: Text | None = None
+    """A LoRA adapter of the teacher (Hugging Face id or folder in peft's format) that makes it the student; needs
+    shared weights. The student's rows run with it, in the same forward."""
+    plain_requests: Literal["allow", "refuse"] = "allow"
+    """``refuse`` requests without a student context: something on the way may have dropped it (sglang-router drops
+    ``custom_params``), and the teacher alone is not what was asked for."""
+    mixing_mode: Literal["lockstep", "speculative", "auto"] = "lockstep"
+    """``lockstep``: one token a step; ``speculative``: the student drafts ``draft_tokens`` tokens which the teacher
+    verifies in one forward, without any change to what is sampled; ``auto``: as many drafts as pay, up to
+    ``draft_tokens``, or none. Drafting needs a student with weights of its own."""
+    draft_tokens: DraftTokens | None = None
+    """Tokens that the student drafts for one step, or at most (``auto``)."""
+    mixing_self_check: Switch | None = None
+    """Whether to compare, before any request is served, both sides' logits with those of each model alone, and not to
+    start where they differ; by default on wherever there is an accelerator."""
     alpha: AlphaSettings = AlphaSettings()
     shared_weights: bool = False
 
-    ALPHA_KEYS = ("alpha_method", "alpha_min", "alpha_max", "fixed_alpha")
-    STUDENT_KEYS = (
-        "student_model_path",
-        "student_revision",
-        "student_max_total_tokens",
-        "student_weights",
-        "student_lora_path",
-        "plain_requests",
-        "mixing_mode",
-        "draft_tokens",
-        "mixing_self_check",
-    )
-    STUDENT_WEIGHTS = ("auto", "shared", "separate", "none")
-    PLAIN_REQUESTS = ("allow", "refuse")
-    SELF_CHECK = ("on", "off")
-    DRAFT_TOKENS = {"lockstep": 0, "speculative": 4, "auto": 8}
-    MAX_DRAFT_TOKENS = 32
+    DRAFT_TOKENS: ClassVar = {"lockstep": 0, "speculative": 4, "auto": 8}
+    """``draft_tokens`` where it is not given."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "mixing") -> MixingConfig:
-        """Build from flat keys (``STUDENT_KEYS`` + ``ALPHA_KEYS``); None values count as absent."""
-        check_known(values, cls.STUDENT_KEYS + cls.ALPHA_KEYS, where)
-        for name in ("student_model_path", "student_revision", "student_lora_path"):
-            value = values.get(name)
-            if value is not None and (not isinstance(value, str) or not value):
-                raise ValueError(f"{name}: must be a non-empty string, got {value!r}.")
-        limit = values.get("student_max_total_tokens")
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit <= 0):
-            raise ValueError(f"student_max_total_tokens: must be a positive integer, got {limit!r}.")
-        kind = values.get("student_weights")
-        if kind is not None and kind not in cls.STUDENT_WEIGHTS:
-            raise ValueError(f"student_weights: {kind!r} is not one of {', '.join(cls.STUDENT_WEIGHTS)}.")
-        plain = values.get("plain_requests")
-        if plain is not None and plain not in cls.PLAIN_REQUESTS:
-            raise ValueError(f"plain_requests: {plain!r} is not one of {', '.join(cls.PLAIN_REQUESTS)}.")
-        check = cls.on_or_off(values.get("mixing_self_check"))
-        values = {**values, "mixing_self_check": check}
-        if check is not None and check not in cls.SELF_CHECK:
-            raise ValueError(f"mixing_self_check: {check!r} is not one of {', '.join(cls.SELF_CHECK)}.")
-        mode, drafts = values.get("mixing_mode"), values.get("draft_tokens")
-        if mode is not None and mode not in cls.DRAFT_TOKENS:
-            raise ValueError(f"mixing_mode: {mode!r} is not one of {', '.join(cls.DRAFT_TOKENS)}.")
-        if drafts is not None:
-            if isinstance(drafts, bool) or not isinstance(drafts, int) or not 0 <= drafts <= cls.MAX_DRAFT_TOKENS:
-                raise ValueError(f"draft_tokens: must be an integer from 0 to {cls.MAX_DRAFT_TOKENS}, got {drafts!r}.")
-            if mode in (None, "lockstep"):
-                raise ValueError("draft_tokens: needs mixing_mode 'speculative' or 'auto'; lockstep drafts nothing.")
-        if plain == "refuse" and kind == "none":
+        """Build from the flat keys `SETTINGS`; None values count as absent."""
+        check_known(values, SETTINGS, where)
+        given = {name: value for name, value in values.items() if value is not None}
+        own = {name: value for name, value in given.items() if name not in ALPHA_KEYS}
+        config = cls(**own)
+        alpha = AlphaSettings().updated({name: value for name, value in given.items() if name in ALPHA_KEYS})
+        return config.model_copy(update={"alpha": alpha})
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MixingConfig:
+        kind = self.student_weights
+        if self.draft_tokens is not None and self.mixing_mode == "lockstep":
+            raise ValueError("draft_tokens: needs mixing_mode 'speculative' or 'auto'; lockstep drafts nothing.")
+        if self.plain_requests == "refuse" and kind == "none":
             raise ValueError("plain_requests: 'refuse' leaves nothing for a server with student_weights 'none'.")
-        if values.get("student_model_path") is None:
+        if self.student_model_path is None:
             for name in ("student_revision", "student_max_total_tokens"):
-                if values.get(name) is not None:
+                if getattr(self, name) is not None:
                     raise ValueError(f"{name}: has no effect without student_model_path.")
-        if kind in ("none", "separate") and values.get("student_lora_path") is not None:
+        if kind in ("none", "separate") and self.student_lora_path is not None:
             raise ValueError(f"student_lora_path: does not go with student_weights {kind!r}; it needs shared weights.")
-        if values.get("student_model_path") is not None and kind == "none":
+        if self.student_model_path is not None and kind == "none":
             raise ValueError("student_weights: 'none' does not go with student_model_path; give one of them.")
-        alpha = AlphaSettings().updated({k: v for k, v in values.items() if k in cls.ALPHA_KEYS})
-        return cls(**{k: v for k, v in values.items() if k in cls.STUDENT_KEYS and v is not None}, alpha=alpha)
+        return self
 
     @property
     def longest_draft(self) -> int:
         """The most tokens that the student drafts in one step; 0: lockstep."""
         return self.DRAFT_TOKENS[self.mixing_mode] if self.draft_tokens is None else self.draft_tokens
-
-    @classmethod
-    def on_or_off(cls, value: Any) -> Any:
-        """A value of ``mixing_self_check`` as it was written: YAML makes booleans of on and off."""
-        return cls.SELF_CHECK[not value] if isinstance(value, bool) else value
 
     def checks_itself(self, has_accelerator: bool) -> bool:
         """Whether the mixing is checked before a request is served."""
@@ -224,13 +260,14 @@ class MixingConfig:
                     "mixing_mode: 'speculative' gains nothing with shared weights, where a draft costs a forward of "
                     "the teacher; give a smaller student_model_path, or leave it out."
                 )
-            return dataclasses.replace(config, draft_tokens=0)
+            return config.model_copy(update={"draft_tokens": 0})
         return config
 
     def _with_student(self, teacher_path: str, teacher_revision: str | None) -> MixingConfig:
         if self.student_model_path is None:
-            itself = {"student_model_path": teacher_path, "student_revision": teacher_revision}
-            return dataclasses.replace(self, **itself, shared_weights=self.student_weights != "separate")
+            itself: dict[str, Any] = {"student_model_path": teacher_path, "student_revision": teacher_revision}
+            itself["shared_weights"] = self.student_weights != "separate"
+            return self.model_copy(update=itself)
         same = self.student_model_path == teacher_path and self.student_revision in (None, teacher_revision)
         if self.student_weights == "shared" and not same:
             raise ValueError("student_weights: 'shared' needs the teacher's own path as student_model_path.")
@@ -245,7 +282,30 @@ class MixingConfig:
                 raise ValueError("student_max_total_tokens: a student with shared weights has no pool of its own.")
             shared = False
         revision = teacher_revision if same else self.student_revision
-        return dataclasses.replace(self, student_revision=revision, shared_weights=shared)
+        return self.model_copy(update={"student_revision": revision, "shared_weights": shared})
+
+
+ALPHA_KEYS = tuple(AlphaSettings.model_fields)
+SETTINGS: dict[str, FieldInfo] = {
+    **{name: field for name, field in MixingConfig.model_fields.items() if name not in ("alpha", "shared_weights")},
+    **AlphaSettings.model_fields,
+}
+"""{name: declaration} of every setting: the flat keys of the section ``mixing``, the flags, and the arguments."""
+
+
+def takes_settings(names: Iterable[str]) -> Callable[[F], F]:
+    """Show the settings that a function takes as ``**arguments`` by name, in its signature."""
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        *others, rest = signature.parameters.values()
+        settings = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Any) for name in names
+        ]
+        function.__signature__ = signature.replace(parameters=[*others, *settings, rest])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 DISTILL_SECTIONS = ("data", "contexts", "sampling", "filters", "output", "client")
@@ -255,7 +315,7 @@ DISTILL_SECTIONS = ("data", "contexts", "sampling", "filters", "output", "client
 def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a server configuration file.
 
-    The file has two optional sections: ``mixing`` (the flat keys of MixingConfig) and ``server`` (any argument of
+    The file has two optional sections: ``mixing`` (the keys `SETTINGS`) and ``server`` (any argument of
     SGLang's ServerArgs, with underscores). Those of a distillation run may be there too.
 
     Returns:
@@ -284,5 +344,5 @@ def load_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if not isinstance(section, dict):
             raise ValueError(f"{path}: section {name!r} must be a mapping.")
         sections.append(section)
-    check_known(sections[0], MixingConfig.STUDENT_KEYS + MixingConfig.ALPHA_KEYS, f"{path}: mixing")
+    check_known(sections[0], SETTINGS, f"{path}: mixing")
     return sections[0], sections[1]

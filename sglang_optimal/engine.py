@@ -13,10 +13,13 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_optimal.config import MixingConfig, check_known
+from sglang_optimal.config import ALPHA_KEYS, SETTINGS, MixingConfig, check_known, takes_settings
 
 if TYPE_CHECKING:
     import torch
+
+# The student is an argument of its own, and a call here is always of a mixture.
+_SETTINGS = tuple(name for name in SETTINGS if name not in ("student_model_path", "plain_requests"))
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """Text, token ids, or chat messages."""
@@ -74,13 +77,12 @@ class OptimalSampler:
     Args:
         teacher: Hugging Face id or folder of the teacher.
         student: the same for the student; None: the teacher itself (self-distillation).
-        alpha_method, alpha_min, alpha_max, fixed_alpha: defaults for every generation, see AlphaSettings.
         teacher_system_prompt, student_system_prompt: put before the prompts of each side: as a system message with
             ``enable_chat_template``, else as a first paragraph. Not used for token ids.
         enable_chat_template: wrap text prompts as a user message in each model's own chat template.
-        student_revision, student_max_total_tokens, student_weights, student_lora_path, mixing_mode, draft_tokens,
-            mixing_self_check: see MixingConfig.
-        **server_args: any argument of SGLang's ServerArgs (``mem_fraction_static``, ``context_length``, …).
+        **arguments: settings of mixing (``alpha_method``, ``student_weights``, …; all are in docs/api.md), those of
+            alpha being defaults for every generation, and any argument of SGLang's ServerArgs
+            (``mem_fraction_static``, ``context_length``, …).
 
     Raises:
         ValueError: names the argument: unknown, out of range, models that are missing or do not fit together. Or the
@@ -92,63 +94,36 @@ class OptimalSampler:
         ...     print(result.text, result.alpha.mean)
     """
 
+    @takes_settings(_SETTINGS)
     def __init__(
         self,
         teacher: str,
         student: str | None = None,
         *,
-        alpha_method: str | None = None,
-        alpha_min: float | None = None,
-        alpha_max: float | None = None,
-        fixed_alpha: float | None = None,
         teacher_system_prompt: str | None = None,
         student_system_prompt: str | None = None,
         enable_chat_template: bool = False,
-        student_revision: str | None = None,
-        student_max_total_tokens: int | None = None,
-        student_weights: str | None = None,
-        student_lora_path: str | None = None,
-        mixing_mode: str | None = None,
-        draft_tokens: int | None = None,
-        mixing_self_check: str | None = None,
-        **server_args: Any,
+        **arguments: Any,
     ):
-        self.config = MixingConfig.from_dict(
-            {
-                "student_model_path": str(student if student is not None else teacher),
-                "student_revision": student_revision,
-                "student_max_total_tokens": student_max_total_tokens,
-                "student_weights": student_weights,
-                "student_lora_path": student_lora_path,
-                "mixing_mode": mixing_mode,
-                "draft_tokens": draft_tokens,
-                "mixing_self_check": mixing_self_check,
-                "alpha_method": alpha_method,
-                "alpha_min": alpha_min,
-                "alpha_max": alpha_max,
-                "fixed_alpha": fixed_alpha,
-            },
-            "OptimalSampler",
-        )
+        mixing = {name: arguments.pop(name) for name in _SETTINGS if name in arguments}
+        mixing["student_model_path"] = str(student if student is not None else teacher)
+        self.config = MixingConfig.from_dict(mixing, "OptimalSampler")
         self._system_prompts = (teacher_system_prompt, student_system_prompt)
         self._enable_chat_template = enable_chat_template
         self._history: list[tuple[int, array]] = []
         self._calls = 0
         self.engine = None
-        self.engine = _start_engine(str(teacher), self.config, server_args)
+        self.engine = _start_engine(str(teacher), self.config, arguments)
 
     # -- generation ------------------------------------------------------------------------------------------------
 
+    @takes_settings(ALPHA_KEYS)
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         student_prompts: Prompt | Sequence[Prompt] | None = None,
         *,
         sampling_params: dict[str, Any] | None = None,
-        alpha_method: str | None = None,
-        alpha_min: float | None = None,
-        alpha_max: float | None = None,
-        fixed_alpha: float | None = None,
         return_mixing_info: bool = False,
         stream: bool = False,
         **sampling: Any,
@@ -159,9 +134,10 @@ class OptimalSampler:
             prompts: what the teacher reads: one prompt or a sequence of them. A prompt is text, token ids or messages.
             student_prompts: what the student reads, one for each prompt; None: the same prompts.
             sampling_params: SGLang's sampling parameters; ``**sampling`` adds to them (``max_new_tokens=64``).
-            alpha_method, alpha_min, alpha_max, fixed_alpha: over the sampler's defaults.
             return_mixing_info: fill ``GenerationResult.mixing_info``.
             stream: return an iterator of growing results instead, ``index`` telling which prompt.
+            **sampling: sampling parameters, and the settings of alpha (``alpha_method``, … see AlphaSettings) over the
+                sampler's defaults.
 
         Returns:
             One result for one prompt, else a list, prompt by prompt; with ``n`` > 1, a list of ``n`` a prompt.
@@ -170,35 +146,26 @@ class OptimalSampler:
             ValueError: no prompts, an empty prompt, lengths that differ, or parameters that are wrong.
             RuntimeError: a model failed; see docs/operations.md. A stream ends with finish_reason "abort" instead.
         """
-        request = self._request(
-            prompts, student_prompts, sampling_params, sampling, return_mixing_info,
-            alpha_method=alpha_method, alpha_min=alpha_min, alpha_max=alpha_max, fixed_alpha=fixed_alpha,
-        )  # fmt: skip
+        request = self._request(prompts, student_prompts, sampling_params, sampling, return_mixing_info)
         with _plain_errors():
             output = self._running().generate(**request.arguments, stream=stream)
         if stream:
             return self._stream(request, output)
         return self._results(request, output)
 
+    @takes_settings(ALPHA_KEYS)
     async def async_generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         student_prompts: Prompt | Sequence[Prompt] | None = None,
         *,
         sampling_params: dict[str, Any] | None = None,
-        alpha_method: str | None = None,
-        alpha_min: float | None = None,
-        alpha_max: float | None = None,
-        fixed_alpha: float | None = None,
         return_mixing_info: bool = False,
         stream: bool = False,
         **sampling: Any,
     ) -> GenerationResult | list[GenerationResult] | AsyncIterator[GenerationResult]:
         """`generate` for asyncio, in any event loop; with ``stream``, await it and iterate with ``async for``."""
-        request = self._request(
-            prompts, student_prompts, sampling_params, sampling, return_mixing_info,
-            alpha_method=alpha_method, alpha_min=alpha_min, alpha_max=alpha_max, fixed_alpha=fixed_alpha,
-        )  # fmt: skip
+        request = self._request(prompts, student_prompts, sampling_params, sampling, return_mixing_info)
         engine = self._running()
         with _plain_errors():
             output = await engine.loop.run(engine.async_generate(**request.arguments, stream=stream))
@@ -286,7 +253,7 @@ class OptimalSampler:
 
     # -- requests and results --------------------------------------------------------------------------------------
 
-    def _request(self, prompts, student_prompts, sampling_params, sampling, return_mixing_info, **alpha) -> _Request:
+    def _request(self, prompts, student_prompts, sampling_params, sampling, return_mixing_info) -> _Request:
         single, teachers = _as_batch(prompts, "prompts")
         if student_prompts is None:
             students = teachers
@@ -296,6 +263,7 @@ class OptimalSampler:
                 raise ValueError(
                     f"student_prompts: {len(students)} of them for {len(teachers)} prompts; give one for each prompt."
                 )
+        alpha = {name: sampling.pop(name) for name in ALPHA_KEYS if name in sampling}
         params = {**(sampling_params or {}), **sampling}
         _check_sampling(params)
         custom = dict(params.pop("custom_params", None) or {})

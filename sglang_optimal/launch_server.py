@@ -8,38 +8,38 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
-from sglang_optimal.config import ALPHA_METHODS, MixingConfig, check_known, load_yaml, override
+from pydantic.fields import FieldInfo
+
+from sglang_optimal.config import SETTINGS, MixingConfig, check_known, load_yaml, override
 
 
 def mixing_parser() -> argparse.ArgumentParser:
     """The parser of our own flags; SGLang parses the rest."""
     parser = argparse.ArgumentParser(prog="sglang_optimal.launch_server", add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("mixing")
-    group.add_argument(
-        "--student-model-path", help="Hugging Face id or folder of the student model; default: the teacher itself."
-    )
-    group.add_argument("--student-revision", help="Revision of the student model.")
-    group.add_argument("--student-max-total-tokens", type=int, help="Upper bound on the student's KV pool, in tokens.")
-    group.add_argument("--student-weights", help=f"{', '.join(MixingConfig.STUDENT_WEIGHTS)}; see docs/api.md.")
-    group.add_argument("--student-lora-path", help="LoRA adapter that makes the teacher the student (shared weights).")
-    group.add_argument(
-        "--plain-requests", help="allow, or refuse: requests without a student context get HTTP 400; see docs/api.md."
-    )
-    group.add_argument(
-        "--mixing-mode", help=f"{', '.join(MixingConfig.DRAFT_TOKENS)}: whether the student drafts; see docs/api.md."
-    )
-    group.add_argument("--draft-tokens", type=int, help="Tokens that the student drafts for one step, or at most.")
-    group.add_argument(
-        "--mixing-self-check", help="on, or off: compare both sides' logits with each model's alone; see docs/api.md."
-    )
-    group.add_argument("--alpha-method", help=f"Default for requests: {', '.join(ALPHA_METHODS)}.")
-    group.add_argument("--alpha-min", type=float, help="Default lower bound on alpha.")
-    group.add_argument("--alpha-max", type=float, help="Default upper bound on alpha.")
-    group.add_argument("--fixed-alpha", type=float, help="Default alpha of the method 'fixed'; implies that method.")
+    for name, field in SETTINGS.items():
+        group.add_argument("--" + name.replace("_", "-"), type=_kind(field), help=_help(field))
     group.add_argument("--config", help="YAML with the sections 'mixing' and 'server'; flags win over it.")
     return parser
+
+
+def _kinds(field: FieldInfo) -> set[Any]:
+    """What a setting may be, without the checks and without None."""
+    kinds = {field.annotation} if get_origin(field.annotation) is not Union else set(get_args(field.annotation))
+    return {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds}
+
+
+def _kind(field: FieldInfo) -> type:
+    """What argparse makes of a setting's text; the values are checked by the declaration."""
+    return next((kind for kind in (float, int) if kind in _kinds(field)), str)
+
+
+def _help(field: FieldInfo) -> str:
+    choices = [choice for kind in _kinds(field) if get_origin(kind) is Literal for choice in get_args(kind)]
+    text = " ".join((field.description or "").split()).replace("``", "")
+    return f"{', '.join(choices)}. {text}" if choices else text
 
 
 def restart_parser() -> argparse.ArgumentParser:
@@ -124,7 +124,7 @@ def _as_flags(values: dict[str, Any], where: str = "server") -> list[str]:
     flags: list[str] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name in MixingConfig.STUDENT_KEYS + MixingConfig.ALPHA_KEYS:
+        if name in SETTINGS:
             raise ValueError(f"{where}: {name!r} belongs in the section 'mixing'.")
         check_known([name], actions, where)
         if value is not None:

@@ -1,20 +1,24 @@
-"""Settings: dataclasses, the YAML file, the command line, and what is refused before any model is loaded."""
+"""Settings: their one declaration, the YAML file, the command line, and what is refused before a model is loaded."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_optimal import launch_server
-from sglang_optimal.config import ALPHA_METHODS, AlphaSettings, MixingConfig, load_yaml
+from sglang_optimal import OptimalSampler, launch_server, mixed_gen
+from sglang_optimal.config import ALPHA_KEYS, ALPHA_METHODS, SETTINGS, AlphaSettings, MixingConfig, load_yaml
+from sglang_optimal.distill.config import Mixing
 from sglang_optimal.mixing import AlphaMethod
 from sglang_optimal.runtime import launch
 
@@ -27,6 +31,33 @@ def logging_as_it_was():
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+# -- one declaration a setting ---------------------------------------------------------------------------------------
+
+
+def test_every_surface_is_made_of_the_declaration():
+    flags = {option.dest: option for option in launch_server.mixing_parser()._actions}
+    assert set(flags) == {*SETTINGS, "config"}
+    for name, field in SETTINGS.items():
+        assert field.description, name
+        said = " ".join(field.description.split()).replace("``", "")
+        assert flags[name].help.endswith(said)
+    assert set(Mixing.model_fields) == set(SETTINGS)
+    for call, names in (
+        (OptimalSampler.__init__, set(SETTINGS) - {"student_model_path", "plain_requests"}),
+        (OptimalSampler.generate, set(ALPHA_KEYS)),
+        (OptimalSampler.async_generate, set(ALPHA_KEYS)),
+        (mixed_gen, set(ALPHA_KEYS)),
+    ):
+        assert names == set(inspect.signature(call).parameters) & set(SETTINGS)
+
+
+def test_the_base_file_has_every_key():
+    """In base.yaml, with its value or commented out."""
+    text = (Path(__file__).parents[1] / "configs" / "base.yaml").read_text()
+    section = text.partition("\nmixing:\n")[2].partition("\nserver:")[0]
+    assert re.findall(r"^  (?:# )?(\w+):", section, re.MULTILINE) == list(SETTINGS)
 
 
 # -- AlphaSettings ---------------------------------------------------------------------------------------------------
@@ -65,7 +96,7 @@ def test_updated():
     assert base.updated({"alpha_min": None, "alpha_max": 0.5}) == AlphaSettings(alpha_min=0.1, alpha_max=0.5)
     guided = base.updated({"fixed_alpha": 1.5})
     assert (guided.alpha_method, guided.fixed_alpha, guided.alpha_min) == ("fixed", 1.5, 0.1)
-    assert guided.updated({"alpha_method": "entropy"}) == AlphaSettings("entropy", alpha_min=0.1)
+    assert guided.updated({"alpha_method": "entropy"}) == AlphaSettings(alpha_method="entropy", alpha_min=0.1)
     assert guided.updated({"alpha_method": "fixed"}) == guided
     assert guided.updated({"fixed_alpha": -0.5}).fixed_alpha == -0.5
     with pytest.raises(ValueError, match="fixed_alpha: only read"):
@@ -95,9 +126,11 @@ def test_updated_is_valid_or_refused(low, high, new_low, new_high):
 def test_from_dict():
     values = {"student_model_path": "s", "student_max_total_tokens": 100, "alpha_max": 0.4, "student_revision": None}
     config = MixingConfig.from_dict(values)
-    assert config == MixingConfig("s", student_max_total_tokens=100, alpha=AlphaSettings(alpha_max=0.4))
+    assert config == MixingConfig(
+        student_model_path="s", student_max_total_tokens=100, alpha=AlphaSettings(alpha_max=0.4)
+    )
     assert MixingConfig.from_dict({}) == MixingConfig()
-    assert MixingConfig.from_dict({"fixed_alpha": 1.2}).alpha == AlphaSettings("fixed", fixed_alpha=1.2)
+    assert MixingConfig.from_dict({"fixed_alpha": 1.2}).alpha == AlphaSettings(alpha_method="fixed", fixed_alpha=1.2)
 
 
 @pytest.mark.parametrize(
@@ -229,14 +262,16 @@ STUDENT = [*MODEL, "--student-model-path", "the-student"]
 
 def test_flags_alone():
     server_args, config = launch_server.parse([*STUDENT, "--fixed-alpha", "-0.3", "--mem-fraction-static", "0.5"])
-    assert config == MixingConfig("the-student", alpha=AlphaSettings("fixed", fixed_alpha=-0.3))
+    assert config == MixingConfig(
+        student_model_path="the-student", alpha=AlphaSettings(alpha_method="fixed", fixed_alpha=-0.3)
+    )
     assert (server_args.model_path, server_args.mem_fraction_static) == ("the-teacher", 0.5)
     assert (server_args.sampling_backend, server_args.radix_cache_backend) == ("optimal", "optimal")
 
 
 def test_without_a_path_the_student_is_the_teacher():
     server_args, config = launch_server.parse(MODEL)
-    assert config == MixingConfig("the-teacher", shared_weights=True)
+    assert config == MixingConfig(student_model_path="the-teacher", shared_weights=True)
     assert (server_args.sampling_backend, server_args.radix_cache_backend) == ("optimal", "optimal")
 
 
@@ -254,7 +289,9 @@ def test_flags_win_over_the_file(write):
     argv = ["--student-model-path", "s2", "--alpha-max", "0.6", "--max-running-requests=9", "--gc-threshold", "7"]
     # SGLang's field tp_size has another flag, and the flag an alias.
     server_args, config = launch_server.parse([*argv, "--tensor-parallel-size", "1", "--config", str(path)])
-    assert config == MixingConfig("s2", student_max_total_tokens=50, alpha=AlphaSettings("entropy", alpha_max=0.6))
+    assert config == MixingConfig(
+        student_model_path="s2", student_max_total_tokens=50, alpha=AlphaSettings(alpha_method="entropy", alpha_max=0.6)
+    )
     assert (server_args.model_path, server_args.dtype, server_args.port) == ("m", "float16", 1234)
     assert (server_args.max_running_requests, server_args.tp_size, server_args.gc_threshold) == (9, 1, [7])
     # Where the flag stands makes no difference, nor how it is written.
@@ -264,10 +301,10 @@ def test_flags_win_over_the_file(write):
 @pytest.mark.parametrize(
     "mixing,argv,alpha",
     [
-        ("alpha_method: entropy", ["--fixed-alpha", "1.5"], AlphaSettings("fixed", fixed_alpha=1.5)),
-        ("fixed_alpha: 1.5", ["--alpha-method", "entropy"], AlphaSettings("entropy")),
-        ("alpha_method: fixed", ["--fixed-alpha", "1.5"], AlphaSettings("fixed", fixed_alpha=1.5)),
-        ("fixed_alpha: 1.5", ["--fixed-alpha", "0"], AlphaSettings("fixed", fixed_alpha=0.0)),
+        ("alpha_method: entropy", ["--fixed-alpha", "1.5"], AlphaSettings(alpha_method="fixed", fixed_alpha=1.5)),
+        ("fixed_alpha: 1.5", ["--alpha-method", "entropy"], AlphaSettings(alpha_method="entropy")),
+        ("alpha_method: fixed", ["--fixed-alpha", "1.5"], AlphaSettings(alpha_method="fixed", fixed_alpha=1.5)),
+        ("fixed_alpha: 1.5", ["--fixed-alpha", "0"], AlphaSettings(alpha_method="fixed", fixed_alpha=0.0)),
         ("alpha_max: 0.5", ["--alpha-max", "0"], AlphaSettings(alpha_max=0.0)),
     ],
 )

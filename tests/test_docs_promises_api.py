@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_optimal import OptimalSampler, launch_server
-from sglang_optimal.config import ALPHA_METHODS, LARGEST_FIXED_ALPHA, MixingConfig
+from sglang_optimal.config import ALPHA_METHODS, LARGEST_FIXED_ALPHA, MAX_DRAFT_TOKENS, SETTINGS, MixingConfig
 from sglang_optimal.runtime import launch
 from sglang_optimal.runtime.request import MIXING_FIELDS
 from sglang_optimal.series import PROMPTS, SERIES
@@ -145,7 +145,7 @@ def test_flags_and_routes_of_a_server(monkeypatch):
     ours = {flag for parser in parsers for flag in parser._option_string_actions}
     assert {name for name in table if name.startswith("--")} == ours
     keys = {flag.removeprefix("--").replace("-", "_") for flag in ours - {"--config", "--max-restarts"}}
-    assert keys == {*MixingConfig.STUDENT_KEYS, *MixingConfig.ALPHA_KEYS}
+    assert keys == set(SETTINGS)
 
     stock, added = http_server.app, FastAPI()
     monkeypatch.setattr(http_server, "app", added)
@@ -184,7 +184,7 @@ def test_numbers():
 
     api, drafts = flowing(API), MixingConfig.DRAFT_TOKENS
     assert f"(`speculative`: {drafts['speculative']}), or at most (`auto`: {drafts['auto']})" in api
-    assert f"; up to {MixingConfig.MAX_DRAFT_TOKENS} |" in api
+    assert f"; up to {MAX_DRAFT_TOKENS} |" in api
     assert "number up to 10⁶ in size" in api and LARGEST_FIXED_ALPHA == 10**6
     assert f"in float32 {EXACT} of what distinguishes" in api
     assert f"in 16 bits or fewer {ROUNDED} for most rows and {ALONE} for any" in api
@@ -382,7 +382,7 @@ def test_other_fields_of_the_offline_api():
     sampler._system_prompts, sampler._enable_chat_template, sampler._calls = (None, None), False, 0
     tokenizer = SimpleNamespace(encode=lambda text: [len(text)])
     sampler.engine = SimpleNamespace(tokenizer_manager=SimpleNamespace(tokenizer=tokenizer))
-    request = sampler._request("aaa", "b", None, {"custom_params": {"return_prompts": True}}, False, alpha_max=0.5)
+    request = sampler._request("aaa", "b", None, {"custom_params": {"return_prompts": True}, "alpha_max": 0.5}, False)
     (params,) = request.arguments["sampling_params"]
     assert request.arguments["input_ids"] == [[3]]
     assert params["custom_params"] == {

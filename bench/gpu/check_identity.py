@@ -242,9 +242,9 @@ def run_beams(harness, oracle, sampler) -> dict[str, Any]:
 
 def has_self_check() -> bool:
     """Whether this version of the package looks at itself when it starts."""
-    from sglang_optimal.config import MixingConfig
+    from sglang_optimal.config import SETTINGS
 
-    return "mixing_self_check" in MixingConfig.STUDENT_KEYS
+    return "mixing_self_check" in SETTINGS
 
 
 @contextlib.contextmanager

@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, create_model, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
-from sglang_optimal.config import ALPHA_METHODS, MixingConfig
+from sglang_optimal.config import ALPHA_KEYS, SETTINGS, MixingConfig
 from sglang_optimal.distill.filters import FILTERS, FilterConfig
 from sglang_optimal.distill.section import Section
 
@@ -174,43 +175,11 @@ class Sampling(Section):
         return [value] if isinstance(value, str) else value
 
 
-class Mixing(Section):
+class _Mixing(Section):
     """The mixture. The alpha keys go with every request; the others are for a server that the run starts."""
 
-    alpha_method: Literal[ALPHA_METHODS] | None = None  # type: ignore[valid-type]
-    """How alpha is solved for each token; by default the server's own setting."""
-    alpha_min: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Lower bound on the solved alpha."""
-    alpha_max: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Upper bound on the solved alpha."""
-    fixed_alpha: float | None = None
-    """The teacher's weight for every token; implies ``alpha_method: fixed``."""
-    student_model_path: str | None = None
-    """The student: Hugging Face id or folder; by default the teacher itself."""
-    student_revision: str | None = None
-    """Revision of the student."""
-    student_max_total_tokens: int | None = None
-    """Upper bound on the student's KV pool, in tokens."""
-    student_weights: Literal["auto", "shared", "separate"] | None = None
-    """Whether the student has weights of its own; see docs/api.md."""
-    student_lora_path: str | None = None
-    """A LoRA adapter that makes the teacher the student."""
-    plain_requests: Literal["allow", "refuse"] | None = None
-    """Whether the server takes requests without a student context."""
-    mixing_mode: Literal["lockstep", "speculative", "auto"] | None = None
-    """Whether the student drafts several tokens for each step of the server; what is sampled stays the same."""
-    draft_tokens: int | None = None
-    """How many it drafts, or at most."""
-    mixing_self_check: Literal["on", "off"] | None = None
-    """Whether the server compares both sides' logits with each model's alone before it serves; see docs/api.md."""
-
-    @field_validator("mixing_self_check", mode="before")
-    @classmethod
-    def _on_or_off(cls, value: Any) -> Any:
-        return MixingConfig.on_or_off(value)
-
     @model_validator(mode="after")
-    def _consistent(self) -> Mixing:
+    def _consistent(self) -> _Mixing:
         MixingConfig.from_dict(self.given())
         return self
 
@@ -220,7 +189,24 @@ class Mixing(Section):
 
     def request_fields(self) -> dict[str, Any]:
         """The mixing fields of every request."""
-        return {k: v for k, v in self.given().items() if k in MixingConfig.ALPHA_KEYS}
+        return {k: v for k, v in self.given().items() if k in ALPHA_KEYS}
+
+
+def _optional(name: str, field: FieldInfo) -> Any:
+    """A server's setting as a key of a run, where none is the server's own."""
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    if name == "student_weights":  # a run without a student is no distillation
+        kind = Literal[*(value for value in get_args(field.annotation) if value != "none")]
+    return kind | None, Field(None, description=field.description, json_schema_extra=field.json_schema_extra)
+
+
+Mixing = create_model(
+    "Mixing",
+    __base__=_Mixing,
+    __doc__=_Mixing.__doc__,
+    __module__=__name__,
+    **{name: _optional(name, field) for name, field in SETTINGS.items()},
+)
 
 
 class Client(Section):

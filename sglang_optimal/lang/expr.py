@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang.lang.ir import SglGen
 
-from sglang_optimal.config import AlphaSettings
+from sglang_optimal.config import ALPHA_KEYS, AlphaSettings, check_known, takes_settings
 from sglang_optimal.lang.contexts import Context, checked
 
 
@@ -31,15 +31,12 @@ class MixedGen(SglGen):
         return f"MixedGen({self.name!r})"
 
 
+@takes_settings(ALPHA_KEYS)
 def mixed_gen(
     name: str | None = None,
     teacher_ctx: Context = None,
     student_ctx: Context = None,
     *,
-    alpha_method: str | None = None,
-    alpha_min: float | None = None,
-    alpha_max: float | None = None,
-    fixed_alpha: float | None = None,
     return_mixing_info: bool = True,
     max_tokens: int | None = None,
     min_tokens: int | None = None,
@@ -63,6 +60,7 @@ def mixed_gen(
     choices_method: Any = None,
     regex: str | None = None,
     json_schema: str | None = None,
+    **alpha: Any,
 ) -> MixedGen:
     """Generate from q* ∝ π_student^(1−α)·π_teacher^α, each model reading its own context.
 
@@ -74,16 +72,17 @@ def mixed_gen(
         teacher_ctx, student_ctx: what each model reads: text; chat messages, rendered on the server with that model's
             own chat template; for the student also token ids; or an expression of text, roles (``sgl.user(…) +
             sgl.assistant_begin()``), `state_text` and `state_var`. None: the text of this state so far.
-        alpha_method, alpha_min, alpha_max, fixed_alpha: over the server's defaults, see AlphaSettings.
         return_mixing_info: all series in the meta info, not alpha alone.
         max_tokens, …, json_schema: as in ``sgl.gen``; they act on the mixture.
+        **alpha: over the server's defaults: ``alpha_method``, ``alpha_min``, ``alpha_max``, ``fixed_alpha``, see
+            AlphaSettings.
 
     Raises:
         ValueError: names the argument and the fix. What only the server knows is refused there; the state then has it
             as ``s.error()``.
     """
-    given = {"alpha_method": alpha_method, "alpha_min": alpha_min, "alpha_max": alpha_max, "fixed_alpha": fixed_alpha}
-    given = {key: value for key, value in given.items() if value is not None}
+    check_known(alpha, ALPHA_KEYS, "mixed_gen")
+    given = {key: value for key, value in alpha.items() if value is not None}
     AlphaSettings().updated(given)
     if not isinstance(return_mixing_info, bool):
         raise ValueError(f"return_mixing_info: must be true or false, got {return_mixing_info!r}.")

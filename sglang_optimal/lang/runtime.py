@@ -11,7 +11,7 @@ import requests
 from sglang.lang.backend.runtime_endpoint import Runtime as SglRuntime
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 
-from sglang_optimal.config import MixingConfig
+from sglang_optimal.config import SETTINGS, MixingConfig
 
 
 class Runtime(SglRuntime):
@@ -49,7 +49,7 @@ class Runtime(SglRuntime):
         self.pid: int | None = None  # first: SGLang's __del__ reads it
         from sglang_optimal.launch_server import start_server_process
 
-        mixing = {name: arguments.pop(name) for name in _MIXING_KEYS if name in arguments}
+        mixing = {name: arguments.pop(name) for name in SETTINGS if name in arguments}
         config = MixingConfig.from_dict({**mixing, "student_model_path": str(student_model_path)}, "Runtime")
         arguments.setdefault("port", _free_port(30000))
         context = multiprocessing.get_context("spawn")
@@ -84,9 +84,6 @@ class Runtime(SglRuntime):
 
     def __exit__(self, *exc_info: object) -> None:
         self.shutdown()
-
-
-_MIXING_KEYS = tuple(key for key in MixingConfig.STUDENT_KEYS + MixingConfig.ALPHA_KEYS if key != "student_model_path")
 
 
 def _free_port(first: int) -> int:

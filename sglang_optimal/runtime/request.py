@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sglang_optimal.config import AlphaSettings, MixingConfig, check_known
+from sglang_optimal.config import ALPHA_KEYS, AlphaSettings, MixingConfig, check_known
 from sglang_optimal.runtime.messages import (
     characters,
     checked_messages,
@@ -24,7 +24,7 @@ MIXING_FIELDS = (
     STUDENT_FIELDS
     + TEACHER_FIELDS
     + ("student_system_prompt", "student_chat_template_kwargs", "return_mixing_info", "return_prompts")
-    + MixingConfig.ALPHA_KEYS
+    + ALPHA_KEYS
 )
 # Keys with these beginnings are meant for us: a typo must not quietly give plain teacher samples.
 _OUR_PREFIXES = ("student", "alpha", "fixed_alpha", "return_mixing", "return_prompts", "teacher")
@@ -242,13 +242,13 @@ def to_wire(
     for name in ("return_mixing_info", "return_prompts"):
         if fields.get(name) is not None and not isinstance(fields[name], bool):
             raise ValueError(f"{name}: must be true or false, got {fields[name]!r}.")
-    alpha = config.alpha.updated({k: fields[k] for k in MixingConfig.ALPHA_KEYS if k in fields})
+    alpha = config.alpha.updated({k: fields[k] for k in ALPHA_KEYS if k in fields})
     others = {k: v for k, v in custom_params.items() if k not in fields}
     return {
         **others,
         "student_input_ids": ids,
         "return_mixing_info": bool(fields.get("return_mixing_info")),
-        **dataclasses.asdict(alpha),
+        **alpha.model_dump(),
     }
 
 
@@ -256,7 +256,7 @@ def from_wire(custom_params: Any) -> StudentContext | None:
     """The student context of a request that ``to_wire`` has checked; None for a plain request."""
     if not isinstance(custom_params, dict) or custom_params.get("student_input_ids") is None:
         return None
-    alpha = AlphaSettings(**{k: custom_params.get(k) for k in MixingConfig.ALPHA_KEYS})
+    alpha = AlphaSettings(**{k: custom_params.get(k) for k in ALPHA_KEYS})
     return StudentContext(
         prompt_ids=array("q", custom_params["student_input_ids"]),
         alpha=alpha,

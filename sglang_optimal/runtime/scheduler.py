@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import sys
@@ -216,7 +215,7 @@ class MixedScheduler(Scheduler):
             "student_model_path": self.tp_worker.student.weights_path,
             "student_revision": self.mixing_config.student_revision,
             "student_weight_version": self.tp_worker.student.weight_version,
-            "alpha": dataclasses.asdict(self.mixing_config.alpha),
+            "alpha": self.mixing_config.alpha.model_dump(),
             "teacher_pool": {
                 "size": teacher.size,
                 "free": teacher.available_size(),

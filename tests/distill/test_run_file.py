@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from sglang_optimal.config import ALPHA_METHODS, DISTILL_SECTIONS, MixingConfig, load_yaml
+from sglang_optimal.config import ALPHA_METHODS, DISTILL_SECTIONS, SETTINGS, load_yaml
 from sglang_optimal.distill.cli import main
 from sglang_optimal.distill.config import DistillConfig, Mixing, json_schema, load_config, parse_config
 from sglang_optimal.distill.filters import FILTERS, FilterConfig
@@ -143,7 +143,7 @@ def test_every_key_is_documented():
 
 def test_same_sections_and_keys_as_the_server():
     assert set(DistillConfig.model_fields) == {*DISTILL_SECTIONS, "mixing", "server"}
-    assert set(Mixing.model_fields) == set(MixingConfig.STUDENT_KEYS + MixingConfig.ALPHA_KEYS)
+    assert set(Mixing.model_fields) == set(SETTINGS)
     methods = json_schema()["$defs"]["Mixing"]["properties"]["alpha_method"]["anyOf"][0]["enum"]
     assert tuple(methods) == ALPHA_METHODS
 
