@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sglang_optimal.config import MixingConfig
-from sglang_optimal.runtime.draft_length import FixedLength
+from sglang_optimal.runtime.speculative.adaptive_draft_length import FixedLength
 
 
 class Control:
@@ -40,13 +40,13 @@ class GivenLength(FixedLength):
 
 
 def _run(path: Path, config: MixingConfig, *args, **kwargs) -> None:
-    from sglang_optimal.runtime import speculative_worker
-    from sglang_optimal.runtime.scheduler import run_mixed_scheduler_process
+    from sglang_optimal.runtime.managers.scheduler import run_mixed_scheduler_process
+    from sglang_optimal.runtime.speculative import spec_worker as speculative_worker
 
     speculative_worker.FixedLength = functools.partial(GivenLength, path=path)
     run_mixed_scheduler_process(config, *args, **kwargs)
 
 
 def scheduler_process(path: Path, config: MixingConfig) -> Callable[..., None]:
-    """In place of ``sglang_optimal.runtime.scheduler.scheduler_process``."""
+    """In place of ``sglang_optimal.runtime.managers.scheduler.scheduler_process``."""
     return functools.partial(_run, path, config)

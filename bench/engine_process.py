@@ -57,7 +57,7 @@ def _serve(pipe, teacher: str, student: str | None, control: Path | None, argume
         engine = sglang.Engine(model_path=teacher, **arguments)
     else:
         from sglang_optimal import OptimalSampler
-        from sglang_optimal.runtime import scheduler
+        from sglang_optimal.runtime.managers import scheduler
 
         if control is not None:
             scheduler.scheduler_process = functools.partial(drafts_control.scheduler_process, control)

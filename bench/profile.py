@@ -43,7 +43,7 @@ from bench.common import (
 )
 from sglang_optimal import OptimalSampler
 from sglang_optimal.config import ALPHA_METHODS
-from sglang_optimal.runtime import scheduler
+from sglang_optimal.runtime.managers import scheduler
 
 MODES = ("two-model", "shared", "plain")
 

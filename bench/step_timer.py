@@ -27,8 +27,8 @@ import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_optimal.config import MixingConfig
-from sglang_optimal.runtime.scheduler import run_mixed_scheduler_process
-from sglang_optimal.runtime.shared_worker import SharedTpWorker
+from sglang_optimal.runtime.managers.scheduler import run_mixed_scheduler_process
+from sglang_optimal.runtime.managers.shared_tp_worker import SharedTpWorker
 
 STUDENT, TEACHER, BOTH = "student forward", "teacher forward", "forward of both"
 MIXING = "mixing"
@@ -162,14 +162,14 @@ class StepTimer:
         """Register the hooks; SGLang puts them on before it builds the scheduler."""
         scheduler = "sglang.srt.managers.scheduler.Scheduler"
         runner = "sglang.srt.model_executor.model_runner.ModelRunner"
-        step = "sglang_optimal.runtime.observer.MixingStep"
+        step = "sglang_optimal.runtime.sampling.sampling_observer.MixingStep"
         hooks: dict[str, Callable[..., Any]] = {
             f"{scheduler}.run_batch": self._run_batch,
             f"{scheduler}.process_batch_result": self._process_batch_result,
             f"{scheduler}.on_idle": self._on_idle,
             f"{scheduler}.get_next_batch_to_run": self._around(PREPARATION),
             f"{scheduler}.ingest_requests": self._around(REQUESTS),
-            "sglang_optimal.runtime.plan.Planner.plan": self._plan,
+            "sglang_optimal.runtime.managers.schedule_batch.Planner.plan": self._plan,
             f"{runner}.forward": self._forward,
             f"{runner}.sample": self._around(SAMPLER),
             f"{step}.mix_into": self._around(MIXING),
@@ -250,7 +250,7 @@ def run_timed_scheduler_process(path: Path, config: MixingConfig, server_args, p
 
 
 def scheduler_process(path: Path, config: MixingConfig) -> Callable[..., None]:
-    """In place of ``sglang_optimal.runtime.scheduler.scheduler_process``: what a process gets is pickled."""
+    """In place of ``sglang_optimal.runtime.managers.scheduler.scheduler_process``: what a process gets is pickled."""
     return functools.partial(run_timed_scheduler_process, path, config)
 
 

@@ -283,7 +283,7 @@ class OptimalSampler:
             raise ValueError("prompts: the engine runs with skip_tokenizer_init; give token ids.")
         if kind == "text":
             return tokenizer.encode(value)
-        from sglang_optimal.runtime.messages import checked_messages
+        from sglang_optimal.runtime.entrypoints.messages import checked_messages
 
         manager = self._running().tokenizer_manager
         return manager.chat_sides.teacher.ids(checked_messages(value, "prompts"), "prompts")
@@ -369,7 +369,7 @@ def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any
         teacher, config, {"log_level": "error", **server_args}, "OptimalSampler"
     )
     # After the check of SGLang's version, which comes before anything of SGLang is imported.
-    from sglang_optimal.runtime.engine import MixedEngine
+    from sglang_optimal.runtime.entrypoints.engine import MixedEngine
 
     return MixedEngine(parsed, config)
 

@@ -163,8 +163,9 @@ def serve(server_args, config: MixingConfig) -> None:
     """Run the server until it is stopped."""
     from sglang.srt.entrypoints.http_server import app, launch_server
 
-    from sglang_optimal.runtime import body_guard, launch
-    from sglang_optimal.runtime.tokenizer import tokenizer_manager_init
+    from sglang_optimal.runtime import launch
+    from sglang_optimal.runtime.entrypoints import body_guard
+    from sglang_optimal.runtime.managers.tokenizer_manager import tokenizer_manager_init
 
     kwargs: dict[str, Any] = {}
     if config.student_model_path is None:
@@ -173,8 +174,9 @@ def serve(server_args, config: MixingConfig) -> None:
 
             return run_server(server_args)
     else:
-        from sglang_optimal.runtime import openai_api, routes
-        from sglang_optimal.runtime.scheduler import scheduler_process
+        from sglang_optimal.runtime.entrypoints import http_server as routes
+        from sglang_optimal.runtime.entrypoints.openai import serving_chat as openai_api
+        from sglang_optimal.runtime.managers.scheduler import scheduler_process
 
         openai_api.install()
         routes.install()

@@ -16,7 +16,7 @@ import pytest
 from sglang_optimal import OptimalSampler, launch_server
 from sglang_optimal.config import ALPHA_METHODS, LARGEST_FIXED_ALPHA, MAX_DRAFT_TOKENS, SETTINGS, MixingConfig
 from sglang_optimal.runtime import launch
-from sglang_optimal.runtime.request import MIXING_FIELDS
+from sglang_optimal.runtime.entrypoints.protocol import MIXING_FIELDS
 from sglang_optimal.series import PROMPTS, SERIES
 
 REPOSITORY = Path(__file__).parents[1]
@@ -138,7 +138,7 @@ def test_flags_and_routes_of_a_server(monkeypatch):
     from fastapi import FastAPI
     from sglang.srt.entrypoints import http_server
 
-    from sglang_optimal.runtime import routes
+    from sglang_optimal.runtime.entrypoints import http_server as routes
 
     table = names(section(API, "## Running a server").partition("### ")[0])
     parsers = launch_server.mixing_parser(), launch_server.restart_parser()
@@ -160,7 +160,7 @@ def test_flags_and_routes_of_a_server(monkeypatch):
 
 
 def test_metrics(monkeypatch):
-    from sglang_optimal.runtime import metrics
+    from sglang_optimal.runtime.observability import metrics_collector as metrics
 
     made = []
 
@@ -180,7 +180,7 @@ def test_metrics(monkeypatch):
 
 
 def test_numbers():
-    from sglang_optimal.runtime.self_check import ALONE, EXACT, ROUNDED
+    from sglang_optimal.runtime.managers.self_check import ALONE, EXACT, ROUNDED
 
     api, drafts = flowing(API), MixingConfig.DRAFT_TOKENS
     assert f"(`speculative`: {drafts['speculative']}), or at most (`auto`: {drafts['auto']})" in api
@@ -192,7 +192,7 @@ def test_numbers():
 
 @pytest.mark.parametrize("pool,count", [(6000, 7), (400, 6)])
 def test_requests_of_the_self_check(pool, count):
-    from sglang_optimal.runtime.self_check import SelfCheck
+    from sglang_optimal.runtime.managers.self_check import SelfCheck
 
     sized = SimpleNamespace(size=pool)
     runner = SimpleNamespace(sampling_observer=None, token_to_kv_pool_allocator=sized)
@@ -311,7 +311,7 @@ def test_a_multimodal_model_for_text_alone(models, tmp_path):
 def test_what_applies_to_both_models(models):
     from sglang.srt.configs.model_config import ModelConfig
 
-    from sglang_optimal.runtime.architectures import student_model_config
+    from sglang_optimal.runtime.configs.model_config import student_model_config
 
     argv = ["--dtype", "float16", "--context-length", "77", "--json-model-override-args", '{"rope_theta": 123.0}']
     server_args, config = launch_server.parse([*models, *argv])
@@ -340,7 +340,7 @@ def test_what_does_not_go_into_a_mixed_request(field):
     """A plain one on the same server may have it; an empty one is absent."""
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    from sglang_optimal.runtime.tokenizer import _UNSUPPORTED, MixedTokenizerManager
+    from sglang_optimal.runtime.managers.tokenizer_manager import _UNSUPPORTED, MixedTokenizerManager
 
     manager = SimpleNamespace(
         mixing_config=MixingConfig(student_model_path="s"), common_vocab_size=64, student_context_length=100,
@@ -371,7 +371,7 @@ def test_what_does_not_go_into_a_mixed_request(field):
 )
 def test_a_last_message_of_the_assistant_is_continued(monkeypatch, last, continues):
     """On /generate and in OptimalSampler, which both come here."""
-    from sglang_optimal.runtime.chat_side import ChatSide
+    from sglang_optimal.runtime.entrypoints.openai.chat_side import ChatSide
 
     monkeypatch.setattr(ChatSide, "ids_of", lambda self, request, name: [request.continue_final_message])
     assert ChatSide(None).ids([{"role": "user", "content": "hi"}, last], "teacher_messages") == [continues]
@@ -405,7 +405,7 @@ def test_other_fields_of_the_offline_api():
 )
 def test_requests_that_take_one_token_a_step(change):
     """Where the student drafts."""
-    from sglang_optimal.runtime.speculative_worker import can_draft
+    from sglang_optimal.runtime.speculative.spec_worker import can_draft
 
     params = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
     request = {"grammar": None, "custom_logit_processor": None, "student": "its context"}

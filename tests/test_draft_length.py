@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from sglang_optimal.runtime.draft_length import BestLength, FixedLength
-from sglang_optimal.runtime.step_timer import StepTimer
+from sglang_optimal.runtime.speculative.adaptive_draft_length import BestLength, FixedLength
+from sglang_optimal.runtime.speculative.step_timer import StepTimer
 
 
 class Timer(StepTimer):

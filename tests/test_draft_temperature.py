@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sglang_optimal.mixing.truncation import Truncation
-from sglang_optimal.runtime.draft_temperature import EVERY, DraftTemperature
+from sglang_optimal.runtime.speculative.draft_temperature import EVERY, DraftTemperature
 
 
 def settings(rows: int, top_k: int = 1 << 30) -> Truncation:

@@ -6,7 +6,7 @@ import logging
 import types
 from array import array
 
-from sglang_optimal.runtime.observer import EqualSides
+from sglang_optimal.runtime.sampling.sampling_observer import EqualSides
 from sglang_optimal.series import SERIES
 
 

@@ -192,7 +192,7 @@ def test_waits_of_a_trace():
     steps = [event("user_annotation", "step", begin, 5) for begin in (0, 10, 20, 30, 40)]
     functions = [
         event("python_function", "sglang/srt/managers/scheduler.py(1): event_loop", -5, 100),
-        event("python_function", "/here/sglang_optimal/runtime/worker.py(2): forward", 21, 3),
+        event("python_function", "/here/sglang_optimal/runtime/managers/tp_worker.py(2): forward", 21, 3),
         event("python_function", "torch/cuda/streams.py(3): synchronize", 21.5, 2),
         event("python_function", "<built-in method item>", 21.6, 1),
     ]
@@ -216,7 +216,7 @@ def test_waits_of_a_trace():
         "pageable_to_device": 0.0,
         "calls": {"cudaEventSynchronize": 1.5},
         "from": {
-            "/here/sglang_optimal/runtime/worker.py(2): forward": 0.5,
+            "/here/sglang_optimal/runtime/managers/tp_worker.py(2): forward": 0.5,
             "sglang/srt/managers/scheduler.py(1): event_loop": 1.0,
         },
         "ours": 0.5,

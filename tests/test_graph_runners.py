@@ -7,7 +7,7 @@ import types
 import pytest
 from sglang.srt.model_executor.cuda_graph_buffer_registry import PaddingPolicy
 
-from sglang_optimal.runtime.graph_runners import fence_plans, prepare_graphs
+from sglang_optimal.runtime.model_executor.graph_runners import fence_plans, prepare_graphs
 
 
 class Device:

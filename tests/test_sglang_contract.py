@@ -627,7 +627,7 @@ def test_a_request_that_is_put_back_stays_mixed(monkeypatch):
     """Unless SGLang has refused it, and runs it on a dummy token to its end."""
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-    from sglang_optimal.runtime.scheduler import MixedScheduler, Scheduler
+    from sglang_optimal.runtime.managers.scheduler import MixedScheduler, Scheduler
 
     monkeypatch.setattr(Scheduler, "_add_request_to_queue", lambda self, req: None)
     scheduler = object.__new__(MixedScheduler)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sglang_optimal.runtime.step_timer import StepTimer
+from sglang_optimal.runtime.speculative.step_timer import StepTimer
 
 
 def test_steps_come_back_once_and_in_order():

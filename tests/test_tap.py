@@ -12,8 +12,8 @@ import pytest
 from sglang.srt import runtime_context
 from sglang.srt.managers.tokenizer_manager import _slice_streaming_output_meta_info
 
-from sglang_optimal.runtime.openai_api import _with_stream_series
-from sglang_optimal.runtime.tap import MIXING_TAP, MixingTap
+from sglang_optimal.runtime.entrypoints.openai.serving_chat import _with_stream_series
+from sglang_optimal.runtime.entrypoints.openai.stream_series import MIXING_TAP, MixingTap
 
 # (choice, its new tokens), in the order in which they come
 PIECES = [(0, [1]), (1, [101]), (0, [2, 3]), (0, []), (1, [102, 103, 104]), (0, [4]), (1, [105])]

@@ -16,9 +16,9 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 from torch import Tensor
 
-from sglang_optimal.runtime import truncation
-from sglang_optimal.runtime.plan import MixedRows
-from sglang_optimal.runtime.truncation import truncation_of
+from sglang_optimal.runtime.managers.schedule_batch import MixedRows
+from sglang_optimal.runtime.sampling import filters as truncation
+from sglang_optimal.runtime.sampling.filters import truncation_of
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="flashinfer's kernels run on a GPU")
 

@@ -17,7 +17,7 @@ Setup = Callable[[], None]
 
 
 def _run_mixed(setups: tuple[Setup, ...], config, *args, **kwargs) -> None:
-    from sglang_optimal.runtime.scheduler import run_mixed_scheduler_process
+    from sglang_optimal.runtime.managers.scheduler import run_mixed_scheduler_process
 
     for setup in setups:
         setup()
@@ -35,7 +35,7 @@ def _run_stock(setups: tuple[Setup, ...], *args, **kwargs) -> None:
 @contextlib.contextmanager
 def in_schedulers(*setups: Setup) -> Iterator[None]:
     """Engines of the package that start within call ``setups``, which are pickled, in their schedulers' processes."""
-    from sglang_optimal.runtime import scheduler
+    from sglang_optimal.runtime.managers import scheduler
 
     def process(config):
         return functools.partial(_run_mixed, setups, config)
@@ -60,7 +60,7 @@ def count_forwards() -> None:
     {"<folder of the model> prefill" or "… decode": {"graph": n, "eager": n}}."""
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-    from sglang_optimal.runtime.scheduler import MixedScheduler
+    from sglang_optimal.runtime.managers.scheduler import MixedScheduler
 
     counts: dict[str, dict[str, int]] = {}
     forward, state = ModelRunner.forward, MixedScheduler.get_internal_state

@@ -335,7 +335,7 @@ def resolve(server_args, config: MixingConfig) -> None:
     """
     from sglang.srt.arg_groups.overrides import resolving_view
 
-    from sglang_optimal.runtime.architectures import check_architectures
+    from sglang_optimal.runtime.configs.model_config import check_architectures
 
     try:
         # Until it is resolved, SGLang's model configurations refuse 'unquant'.

@@ -13,7 +13,7 @@ def register() -> None:
     from sglang.srt.layers.sampler import register_sampler_backend
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
 
-    from sglang_optimal.runtime import speculation
+    from sglang_optimal.runtime.speculative import spec_info as speculation
 
     steps = {
         "sampler": lambda: register_sampler_backend("optimal", _sampler),
@@ -27,12 +27,12 @@ def register() -> None:
 
 
 def _sampler():
-    from sglang_optimal.runtime.sampler import create_mixture_sampler
+    from sglang_optimal.runtime.sampling.sampler import create_mixture_sampler
 
     return create_mixture_sampler()
 
 
 def _radix_cache(ctx):
-    from sglang_optimal.runtime.radix_cache import create_mixed_radix_cache
+    from sglang_optimal.runtime.mem_cache.unified_radix_cache import create_mixed_radix_cache
 
     return create_mixed_radix_cache(ctx)

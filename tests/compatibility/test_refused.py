@@ -375,7 +375,7 @@ def test_a_failed_registration_is_said_again(monkeypatch):
     done: list[str] = []
     monkeypatch.setattr(plugin, "_registered", set())
     monkeypatch.setattr("sglang.srt.layers.sampler.register_sampler_backend", lambda name, _: done.append("sampler"))
-    monkeypatch.setattr("sglang_optimal.runtime.speculation.register", lambda: done.append("speculation"))
+    monkeypatch.setattr("sglang_optimal.runtime.speculative.spec_info.register", lambda: done.append("speculation"))
     with monkeypatch.context() as broken:
         broken.delattr(registry, "register_radix_cache_backend")
         for _ in range(2):

@@ -28,7 +28,9 @@ from sglang_optimal.distill.report import statistics, verdicts
 from sglang_optimal.distill.store import RecordStore, find_shards, read_rows
 from sglang_optimal.mixing import AlphaParams, mix
 from sglang_optimal.platforms import activate
-from sglang_optimal.runtime import failure, speculative_worker, student_kv
+from sglang_optimal.runtime.mem_cache import student_kv
+from sglang_optimal.runtime.model_executor import student_failure as failure
+from sglang_optimal.runtime.speculative import spec_worker as speculative_worker
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "sglang_optimal"
@@ -242,7 +244,7 @@ class Pools:
 
 
 def test_a_slot_that_nobody_owns_ends_an_idle_scheduler():
-    from sglang_optimal.runtime.invariants import MixedInvariantChecker
+    from sglang_optimal.runtime.managers.scheduler_components.invariant_checker import MixedInvariantChecker
 
     pools = Pools()
     checker = object.__new__(MixedInvariantChecker)
@@ -270,7 +272,7 @@ def test_sums_and_slots_of_a_busy_student():
 def test_the_admin_key_is_for_new_student_weights(key, allowed):
     from sglang.srt.utils.auth import decide_request_auth
 
-    from sglang_optimal.runtime import routes
+    from sglang_optimal.runtime.entrypoints import http_server as routes
 
     decision = decide_request_auth(
         method="POST",
@@ -292,9 +294,11 @@ WHOLE = ("distill/filters", "distill/report", "demo", "page")
 def test_every_module_is_named_in_its_room_and_is_there():
     section = page("docs/architecture.md").partition("## The rooms")[2].partition("\n## ")[0]
     rooms = dict(re.findall(r"^\*\*`(\w+)(?:/|\.py)`\*\*(.*?)(?=^\*\*`|\Z)", section, re.MULTILINE | re.DOTALL))
+    rooms["runtime"], _, tree = rooms["runtime"].partition("```")
     named = {f"{room}/{name}" for room, text in rooms.items() for name in re.findall(r"(?<!/)\b(\w+\.py)\b", text)}
     engine = {name.removeprefix("engine/") for name in named if name.startswith("engine/")} | {"engine.py"}
     named = {name for name in named if not name.startswith(("engine/", "tests/"))} | engine
+    named |= {f"runtime/{name}" for name in re.findall(r"^(\S+\.py) ", tree, re.MULTILINE)}
     modules = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")}
     whole = {name for name in modules if name.startswith(WHOLE)}
     assert named - {"runtime/engine.py", "runtime/launch_server.py"} == modules - whole

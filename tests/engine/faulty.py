@@ -12,15 +12,15 @@ import torch
 
 
 def faulty_scheduler_process(config):
-    """In place of `sglang_optimal.runtime.scheduler.scheduler_process`."""
+    """In place of `sglang_optimal.runtime.managers.scheduler.scheduler_process`."""
     return functools.partial(_run, config)
 
 
 def _run(config, *args, **kwargs) -> None:
-    from sglang_optimal.runtime.sampler import MixtureSampler
-    from sglang_optimal.runtime.scheduler import run_mixed_scheduler_process
-    from sglang_optimal.runtime.speculative_worker import SpeculativeWorker
-    from sglang_optimal.runtime.student import StudentWorker
+    from sglang_optimal.runtime.managers.scheduler import run_mixed_scheduler_process
+    from sglang_optimal.runtime.managers.student_tp_worker import StudentWorker
+    from sglang_optimal.runtime.sampling.sampler import MixtureSampler
+    from sglang_optimal.runtime.speculative.spec_worker import SpeculativeWorker
 
     student_forward = StudentWorker._forward
     sample = MixtureSampler.forward

@@ -9,7 +9,7 @@ import pytest
 from faulty import faulty_scheduler_process
 from harness import Case, check_all, check_greedy, check_pools, random_cases, random_ids, run, start
 
-from sglang_optimal.runtime import scheduler
+from sglang_optimal.runtime.managers import scheduler
 
 
 @pytest.fixture(scope="module", params=[{}, {"mixing_mode": "speculative", "draft_tokens": 2}], ids=["", "drafts"])

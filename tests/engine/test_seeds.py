@@ -62,7 +62,7 @@ def seeded_sampler(monkeypatch):
     """MixtureSampler as deterministic mode builds it, without an engine around it."""
     from sglang.srt.layers import sampler
 
-    from sglang_optimal.runtime.sampler import MixtureSampler
+    from sglang_optimal.runtime.sampling.sampler import MixtureSampler
 
     exec_context = SimpleNamespace(
         deterministic=SimpleNamespace(rl_on_policy_target=None, enable_deterministic_inference=True),
@@ -83,8 +83,8 @@ def sample(sampler, teacher, student, seeds, positions, alpha=None):
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
     from sglang_optimal.mixing import AlphaParams
-    from sglang_optimal.runtime.observer import MixingStep
-    from sglang_optimal.runtime.plan import MixedRows
+    from sglang_optimal.runtime.managers.schedule_batch import MixedRows
+    from sglang_optimal.runtime.sampling.sampling_observer import MixingStep
 
     n, vocab_size = teacher.shape
     info = SamplingBatchInfo(

@@ -12,7 +12,7 @@ from harness import start
 
 from gpu_like import faults, imitation
 from sglang_optimal import OptimalSampler
-from sglang_optimal.runtime import scheduler
+from sglang_optimal.runtime.managers import scheduler
 
 GRAPHS: dict[str, Any] = {"cuda_graph_bs_decode": [1, 2, 4, 8, 16]}
 """Few sizes, so that many batches are padded, and the largest ones run without a graph."""

@@ -73,10 +73,12 @@ def install() -> None:
     """In a scheduler process: make every fault possible."""
     from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 
-    from sglang_optimal.runtime import shared_worker, speculative_worker, student
-    from sglang_optimal.runtime.draft_temperature import DraftTemperature
-    from sglang_optimal.runtime.observer import MixingStep
-    from sglang_optimal.runtime.plan import MixedRows
+    from sglang_optimal.runtime.managers import shared_tp_worker as shared_worker
+    from sglang_optimal.runtime.managers import student_tp_worker as student
+    from sglang_optimal.runtime.managers.schedule_batch import MixedRows
+    from sglang_optimal.runtime.sampling.sampling_observer import MixingStep
+    from sglang_optimal.runtime.speculative import spec_worker as speculative_worker
+    from sglang_optimal.runtime.speculative.draft_temperature import DraftTemperature
 
     def as_they_are(output) -> Any:
         return output.logits_output
@@ -154,8 +156,8 @@ def _rows_by_list(self, tensor):
 def _stale_table(self, *args, **kwargs) -> None:
     from sglang.srt.managers.tp_worker import TpModelWorker
 
-    from sglang_optimal.runtime.observer import MixingObserver
-    from sglang_optimal.runtime.student_kv import SharedStudentKV, StudentRows
+    from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentRows
+    from sglang_optimal.runtime.sampling.sampling_observer import MixingObserver
 
     TpModelWorker.alloc_memory_pool(self, *args, **kwargs)
     runner = self.model_runner
@@ -166,8 +168,8 @@ def _stale_table(self, *args, **kwargs) -> None:
 
 def _view_of_first() -> None:
     """The student's logits of the first position are not cloned for the rows that are not drafted for."""
-    from sglang_optimal.runtime.speculative_worker import SpeculativeWorker
-    from sglang_optimal.runtime.student import StudentWorker
+    from sglang_optimal.runtime.managers.student_tp_worker import StudentWorker
+    from sglang_optimal.runtime.speculative.spec_worker import SpeculativeWorker
 
     right, forward = SpeculativeWorker._draft, StudentWorker.forward_decode
     given: list[Any] = []

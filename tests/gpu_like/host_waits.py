@@ -33,7 +33,7 @@ _active = False
 
 def install() -> None:
     """In a scheduler process, before the scheduler is made."""
-    from sglang_optimal.runtime.scheduler import MixedScheduler
+    from sglang_optimal.runtime.managers.scheduler import MixedScheduler
 
     run_batch, state = MixedScheduler.run_batch, MixedScheduler.get_internal_state
 
@@ -80,7 +80,7 @@ def install() -> None:
 def _self_check(self) -> str | None:
     """What the start-up's check finds with the fault that is in force now; None where nobody asks, "" for nothing."""
     from gpu_like import faults
-    from sglang_optimal.runtime.self_check import SelfCheck, SelfCheckError
+    from sglang_optimal.runtime.managers.self_check import SelfCheck, SelfCheckError
 
     if not faults.self_check_wanted():
         return None

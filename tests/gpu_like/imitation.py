@@ -28,7 +28,7 @@ ATTENTION = "GPU_LIKE_ATTENTION"
 
 
 def gpu_like_scheduler_process(config):
-    """In place of `sglang_optimal.runtime.scheduler.scheduler_process`."""
+    """In place of `sglang_optimal.runtime.managers.scheduler.scheduler_process`."""
     return functools.partial(_run, config)
 
 
@@ -40,7 +40,7 @@ def _run(config, *args, **kwargs) -> None:
     host_waits.install()
     if os.environ.get(ATTENTION) == "triton":
         flashinfer_indices.install()
-    from sglang_optimal.runtime.scheduler import run_mixed_scheduler_process
+    from sglang_optimal.runtime.managers.scheduler import run_mixed_scheduler_process
 
     run_mixed_scheduler_process(config, *args, **kwargs)
 

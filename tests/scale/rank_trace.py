@@ -10,16 +10,16 @@ TRACE = "RANK_TRACE_FOLDER"
 
 
 def traced_scheduler_process(config):
-    """In place of `sglang_optimal.runtime.scheduler.scheduler_process`."""
+    """In place of `sglang_optimal.runtime.managers.scheduler.scheduler_process`."""
     return functools.partial(_run, config)
 
 
 def _run(config, *args, **kwargs) -> None:
     from sglang.srt.runtime_context import get_parallel
 
-    from sglang_optimal.runtime.sampler import MixtureSampler
-    from sglang_optimal.runtime.scheduler import run_mixed_scheduler_process
-    from sglang_optimal.runtime.speculative_worker import SpeculativeWorker
+    from sglang_optimal.runtime.managers.scheduler import run_mixed_scheduler_process
+    from sglang_optimal.runtime.sampling.sampler import MixtureSampler
+    from sglang_optimal.runtime.speculative.spec_worker import SpeculativeWorker
 
     sample, speculate = MixtureSampler.forward, SpeculativeWorker._speculate
 

@@ -10,7 +10,7 @@ from oracle import MixedOracle
 from rank_trace import TRACE, traced_scheduler_process
 from tiny_models import build_tiny_tokenizer_model
 
-from sglang_optimal.runtime import scheduler
+from sglang_optimal.runtime.managers import scheduler
 
 SMALL = {"chunked_prefill_size": 16, "max_total_tokens": 400, "schedule_conservativeness": 0.05}
 

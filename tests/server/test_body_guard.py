@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from sglang_optimal.runtime.body_guard import misplaced
+from sglang_optimal.runtime.entrypoints.body_guard import misplaced
 
 GENERATE, CHAT, COMPLETION, RESPONSES, MESSAGES = (
     "/generate", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",

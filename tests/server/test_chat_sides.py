@@ -18,10 +18,11 @@ from tiny_models import SMALL_CHAT_TEMPLATE, smollm2_tokenizer_dir
 from transformers import AutoTokenizer
 
 from sglang_optimal.config import MixingConfig
-from sglang_optimal.runtime import chat_side, openai_api
-from sglang_optimal.runtime.chat_side import ChatSide
-from sglang_optimal.runtime.openai_api import MixedServingChat
-from sglang_optimal.runtime.tokenizer import ChatSides
+from sglang_optimal.runtime.entrypoints.openai import chat_side
+from sglang_optimal.runtime.entrypoints.openai import serving_chat as openai_api
+from sglang_optimal.runtime.entrypoints.openai.chat_side import ChatSide
+from sglang_optimal.runtime.entrypoints.openai.serving_chat import MixedServingChat
+from sglang_optimal.runtime.managers.tokenizer_manager import ChatSides
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 FAMILIES = (

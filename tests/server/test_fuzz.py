@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from serving import generate, wait_until_free
 
 from sglang_optimal.config import ALPHA_METHODS
-from sglang_optimal.runtime.request import MIXING_FIELDS
+from sglang_optimal.runtime.entrypoints.protocol import MIXING_FIELDS
 
 # -- what a client may send ------------------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ def test_api_key_on_every_route(client):
     """SGLang's and ours alike, but for what it leaves open on purpose."""
     from sglang.srt.entrypoints.http_server import app
 
-    from sglang_optimal.runtime import routes
+    from sglang_optimal.runtime.entrypoints import http_server as routes
 
     routes.install()
     paths = [

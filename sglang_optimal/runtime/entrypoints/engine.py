@@ -1,0 +1,62 @@
+"""SGLang's in-process engine, with a student."""
+
+from __future__ import annotations
+
+import weakref
+
+from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.utils import kill_process_tree
+
+from sglang_optimal.config import MixingConfig
+from sglang_optimal.loop_thread import LoopThread
+from sglang_optimal.runtime import launch
+from sglang_optimal.runtime.managers.scheduler import scheduler_process
+from sglang_optimal.runtime.managers.tokenizer_manager import tokenizer_manager_init
+
+_running: weakref.WeakSet[MixedEngine] = weakref.WeakSet()
+
+
+class MixedEngine(Engine):
+    """One of the engines of this process; each has a configuration of its own.
+
+    Args:
+        server_args: SGLang's, resolved (`launch.checked_server_args`).
+        config: the student and the defaults, settled.
+
+    Raises:
+        ValueError: SGLang's configuration of the process cannot serve this engine beside one that runs.
+        SelfCheckFailed: see `launch.self_check_heeded`.
+    """
+
+    def __init__(self, server_args, config: MixingConfig):
+        for other in _running:
+            if (other.mixing_config.longest_draft > 0) != (config.longest_draft > 0):
+                raise ValueError(
+                    "mixing_mode: an engine that drafts and one that does not cannot run in one process, where SGLang "
+                    "has one configuration; shut the first down, or start one of them in a process of its own."
+                )
+        self.mixing_config = config
+        self.init_tokenizer_manager_func = tokenizer_manager_init(config)
+        self.run_scheduler_process_func = scheduler_process(config)
+        with launch.self_check_heeded():
+            super().__init__(server_args=server_args)
+        self.loop = LoopThread()  # from any thread, and inside a notebook's running loop
+        _running.add(self)
+
+    def shutdown(self) -> None:
+        """End this engine's processes. SGLang would kill every child of the process: other engines' and the user's."""
+        if self in _running:
+            _running.discard(self)
+            self.loop.close()
+            self._end_processes()
+        super().shutdown()
+
+    def _end_processes(self) -> None:
+        launched = self._scheduler_init_result
+        launched.stop_grpc_server()
+        self.tokenizer_manager._subprocess_watchdog.stop()
+        self._terminate_weight_cache_daemons(self._weight_cache_daemon_procs)
+        self.send_to_rpc.close(linger=0)
+        for pid in launched.all_child_pids:
+            kill_process_tree(pid, wait_timeout=60)
+        self._attached = True  # as of an engine whose processes are another's: SGLang only cleans up in this process

@@ -1,0 +1,1 @@
+"""SGLang's OpenAI routes, for both sides of a chat."""

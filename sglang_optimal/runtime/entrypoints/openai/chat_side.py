@@ -1,0 +1,127 @@
+"""What one model reads of a chat: SGLang's own rendering, with that model's tokenizer and chat template.
+
+Both sides of a mixed request go this way on every route, so that equal messages give equal token ids whatever the
+request and the server's flags say about templates.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+from pydantic import ValidationError
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+from sglang.srt.parser.template_manager import TemplateManager
+from sglang.srt.runtime_context import get_serving
+
+# What a template raises, or an expression within, over messages that it was not made for.
+_REFUSALS = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, jinja2.TemplateError)
+
+
+class _StudentView:
+    """The tokenizer manager as SGLang's chat handler sees it, with the student's tokenizer and model in it."""
+
+    processor = None
+
+    def __init__(self, manager: Any, tokenizer: Any, model_config: Any, model_path: str):
+        self._manager = manager
+        self.tokenizer, self.model_config, self.model_path = tokenizer, model_config, model_path
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+
+class ChatSide:
+    """How one model reads chats.
+
+    Args:
+        serving: SGLang's handler of ``/v1/chat/completions`` over the model's tokenizer and templates.
+    """
+
+    def __init__(self, serving: OpenAIServingChat):
+        self.serving = serving
+
+    @classmethod
+    def of_teacher(cls, manager: Any, templates: TemplateManager) -> ChatSide:
+        """Args: SGLang's tokenizer manager and its templates."""
+        return cls(OpenAIServingChat(manager, templates))
+
+    @classmethod
+    def of_student(cls, manager: Any, tokenizer: Any, model_config: Any, model_path: str) -> ChatSide:
+        """The side of a student with a tokenizer of its own; the server's flags about templates hold for it too.
+
+        Raises:
+            ValueError: it has no template of the name that --hf-chat-template-name gives.
+        """
+        view = _StudentView(manager, tokenizer, model_config, model_path)
+        wanted, named = get_serving().hf_chat_template_name, tokenizer.chat_template
+        if wanted is not None and isinstance(named, dict) and wanted not in named:
+            raise ValueError(f"--hf-chat-template-name: the student has no template {wanted!r}: {', '.join(named)}.")
+        templates = TemplateManager()
+        templates.load_chat_template(view, get_serving().chat_template, model_path)
+        return cls(OpenAIServingChat(view, templates))
+
+    def ids(self, messages: list[dict[str, Any]], name: str, kwargs: dict[str, Any] | None = None) -> list[int]:
+        """Token ids of a conversation, ready for the assistant to go on; a last message of the assistant is continued.
+
+        Args:
+            messages: as `sglang_optimal.runtime.entrypoints.messages.checked_messages` returns them.
+            name: the field they came from, for the message of an error.
+            kwargs: extra variables for the template; ``tools`` are the chat's.
+
+        Raises:
+            ValueError: the model has no chat template, or it refuses the messages.
+        """
+        last = messages[-1]
+        continues = last["role"] == "assistant" and not last.get("tool_calls")
+        if continues:
+            if len(messages) == 1:
+                raise ValueError(f"{name}: needs a message before the assistant's.")
+            if not isinstance(last["content"], str):  # SGLang continues strings alone
+                messages = [*messages[:-1], {**last, "content": " ".join(part["text"] for part in last["content"])}]
+        variables = dict(kwargs or {})
+        values = {"messages": messages, "continue_final_message": continues, "tools": variables.pop("tools", None)}
+        return self.ids_of(as_request({**values, "chat_template_kwargs": variables or None}, name), name)
+
+    def ids_of(self, request: ChatCompletionRequest, name: str) -> list[int]:
+        """Token ids that SGLang's route would give this model for the request, which is changed.
+
+        Raises:
+            ValueError: as `ids`.
+        """
+        self._check_template(name)
+        try:
+            # The base class's: a subclass would take the request for a mixed one.
+            adapted, _ = OpenAIServingChat._convert_to_internal_request(self.serving, request)
+        except _REFUSALS as error:
+            raise ValueError(f"{name}: the model's chat template refused them: {error}") from error
+        if adapted.input_ids is None or adapted.contains_mm_input():
+            raise ValueError(f"{name}: only text is supported in a mixed request.")
+        return list(adapted.input_ids)
+
+    def _check_template(self, name: str) -> None:
+        serving, templates = self.serving, self.serving.template_manager
+        others = templates.chat_template_name, templates.python_chat_template, serving.chat_encoding_spec
+        if not serving.tokenizer_manager.tokenizer.chat_template and all(other is None for other in others):
+            raise ValueError(f"{name}: the model has no chat template; send text or token ids.")
+
+
+def as_request(values: dict[str, Any], name: str) -> ChatCompletionRequest:
+    """The request of SGLang's route with these values.
+
+    Raises:
+        ValueError: names the field ``name`` and what is wrong with its messages.
+    """
+    try:
+        return ChatCompletionRequest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        _, *place = first["loc"] or ("",)
+        # Beside keys and positions there are names of the classes that were tried.
+        keys = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place if _is_key(part))
+        raise ValueError(f"{name}{keys}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _is_key(part: str | int) -> bool:
+    return isinstance(part, int) or (part.isidentifier() and part.islower())

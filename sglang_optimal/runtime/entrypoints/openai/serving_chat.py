@@ -1,0 +1,213 @@
+"""Mixed requests on the OpenAI routes: the contexts of both sides from one chat, and the mixing series in the answer.
+
+A chat request is mixed when its ``custom_params`` (or ``session_params.mixing``) has a mixing field. The teacher reads
+``teacher_only_messages`` + ``messages``; the student reads ``messages``, or its own ``student_*`` field. SGLang's own
+code renders the messages of either side, with the request's tools and template variables. The series come back in
+``sglext.mixing``, one entry for each entry of ``choices``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, ChatCompletionResponse, CompletionResponse
+from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_serving
+
+from sglang_optimal.runtime.entrypoints.messages import (
+    checked_messages,
+    checked_template_kwargs,
+    joined,
+    with_system_prompt,
+)
+from sglang_optimal.runtime.entrypoints.openai.chat_side import as_request
+from sglang_optimal.runtime.entrypoints.openai.stream_series import MIXING_TAP, MixingTap, prompts_of, series_of
+from sglang_optimal.runtime.entrypoints.protocol import (
+    STUDENT_FIELDS,
+    RenderedPrompt,
+    check_has_student,
+    check_size_of,
+    mixing_fields,
+    take_carried,
+)
+
+_TEACHER_FIELDS = ("teacher_only_messages", "teacher_system_prompt")
+_STUDENT_FIELDS = ("student_messages", "student_system_prompt", "student_chat_template_kwargs")
+
+
+class MixedServingChat(OpenAIServingChat):
+    """SGLang's ``/v1/chat/completions`` for both sides of a mixed request."""
+
+    def _convert_to_internal_request(self, request: ChatCompletionRequest, raw_request=None):
+        custom, session = take_carried(request.custom_params, request.session_params)
+        if custom is not request.custom_params:
+            request = request.model_copy(update={"custom_params": custom, "session_params": session})
+        if _fields_of(request):
+            request = self._split_sides(request)
+        return super()._convert_to_internal_request(request, raw_request)
+
+    def _split_sides(self, request: ChatCompletionRequest) -> ChatCompletionRequest:
+        """A copy whose ``messages`` are the teacher's and whose ``custom_params`` hold the student's token ids.
+
+        Raises:
+            ValueError: names the field and the fix.
+        """
+        custom = dict(request.custom_params)
+        fields = _fields_of(request)
+        check_has_student(fields, self.tokenizer_manager.mixing_config)
+        if fields.get("teacher_messages") is not None:
+            raise ValueError("teacher_messages: only read by /generate; here the teacher's are messages.")
+        own = [name for name in STUDENT_FIELDS if fields.get(name) is not None]
+        self._check_input_ids(request, fields, own)
+        if request.chat_template_kwargs:
+            _checked_variables(request.chat_template_kwargs, "chat_template_kwargs")
+        shared = [message.model_dump(exclude_none=True) for message in request.messages]
+        messages = self._teacher_messages(request, shared, fields)
+        if own in ([], ["student_messages"]):
+            custom["student_input_ids"] = self._student_ids(request, shared, fields)
+            for name in _STUDENT_FIELDS:
+                custom.pop(name, None)
+        for name in _TEACHER_FIELDS:
+            custom.pop(name, None)
+        return request.model_copy(update={"messages": messages, "custom_params": custom})
+
+    @staticmethod
+    def _check_input_ids(request: ChatCompletionRequest, fields: dict[str, Any], own: list[str]) -> None:
+        """SGLang takes token ids in place of ``messages``; those are the teacher's alone."""
+        if request.input_ids is None:
+            return
+        for name in _TEACHER_FIELDS:
+            if fields.get(name) is not None:
+                raise ValueError(f"input_ids: takes the place of the teacher's messages; remove it or {name}.")
+        if not own:
+            raise ValueError(
+                "input_ids: would be read by the teacher alone; say what the student reads as well, with "
+                f"{', '.join(STUDENT_FIELDS)}, or remove it."
+            )
+
+    def _teacher_messages(self, request: ChatCompletionRequest, shared: list[dict], fields: dict[str, Any]) -> list:
+        messages = shared
+        if fields.get("teacher_only_messages") is not None:
+            own = checked_messages(fields["teacher_only_messages"], "teacher_only_messages")
+            messages = joined(own, checked_messages(shared, "messages"))
+        messages = with_system_prompt(messages, fields, "teacher_system_prompt")
+        if messages is shared:
+            return request.messages
+        return as_request({"messages": messages}, "teacher_only_messages").messages
+
+    def _student_ids(
+        self, request: ChatCompletionRequest, shared: list[dict], fields: dict[str, Any]
+    ) -> RenderedPrompt:
+        """What the student reads of the chat: as the teacher would, but for its own messages, system prompt and
+        template variables."""
+        manager, name = self.tokenizer_manager, "messages"
+        if manager.chat_sides is None:
+            raise ValueError("messages: the server runs with --skip-tokenizer-init; use /generate with token ids.")
+        messages = shared
+        if fields.get("student_messages") is not None:
+            name = "student_messages"
+            messages = checked_messages(fields[name], name)
+        messages = with_system_prompt(messages, fields, "student_system_prompt")
+        student = request.model_copy(deep=True, update={"stream": False, "custom_params": None, "input_ids": None})
+        if messages is not shared:
+            student.messages = as_request({"messages": messages}, name).messages
+        check_size_of(student.messages, manager.student_max_chars, name)
+        own = fields.get("student_chat_template_kwargs")
+        if own is not None:
+            own = _checked_variables(own, "student_chat_template_kwargs")
+            student.chat_template_kwargs = {**(student.chat_template_kwargs or {}), **own}
+        return RenderedPrompt(manager.chat_sides.student.ids_of(student, name), name)
+
+    def _build_chat_response(self, request, ret, created):
+        response = super()._build_chat_response(request, ret, created)
+        return _with_series(response, ret) if isinstance(response, ChatCompletionResponse) else response
+
+    def _generate_chat_stream(self, adapted_request, request, raw_request):
+        chunks = super()._generate_chat_stream
+        return _tapped_stream(chunks, request, adapted_request, request, raw_request)
+
+
+def _fields_of(request: Any) -> dict[str, Any]:
+    return mixing_fields(request.custom_params, others_read=bool(request.custom_logit_processor))
+
+
+def _checked_variables(value: Any, name: str) -> dict[str, Any]:
+    trusted = ("chat_template",) if get_serving().trust_request_chat_template else ()
+    return checked_template_kwargs(value, name, trusted)
+
+
+def _with_series(response: Any, outputs: list[dict[str, Any]]) -> Any:
+    """The response with ``sglext.mixing``, or itself for a plain request. Pydantic would drop a field that SGLang's
+    classes do not declare, so the mixed answer is a class of its own with the same content."""
+    series = [{**series_of(output["meta_info"]), **prompts_of(output["meta_info"])} for output in outputs]
+    if not any(series):
+        return response
+    ext = response.sglext.model_dump() if response.sglext is not None else {}
+    cls = MixedChatCompletionResponse if isinstance(response, ChatCompletionResponse) else MixedCompletionResponse
+    return cls.model_construct(**{**dict(response), "sglext": {**ext, "mixing": series}})
+
+
+class MixedChatCompletionResponse(ChatCompletionResponse):
+    sglext: dict[str, Any] | None = None
+
+
+class MixedCompletionResponse(CompletionResponse):
+    sglext: dict[str, Any] | None = None
+
+
+def _tapped_stream(chunks: Callable, openai_request, *args) -> AsyncIterator[str]:
+    """SGLang's server-sent events; those of a mixed request carry the series of the tokens they bring."""
+    events, fields = chunks(*args), _fields_of(openai_request)
+    return _with_stream_series(events) if fields else events
+
+
+async def _with_stream_series(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    tap = MixingTap()
+    async with contextlib.aclosing(events) as stream:
+        token = MIXING_TAP.set(tap)
+        try:
+            event = await anext(stream, None)  # starts the request, and so hands it the tap
+        finally:
+            MIXING_TAP.reset(token)
+        while event is not None:
+            yield _with_chunk_series(event, tap)
+            event = await anext(stream, None)
+
+
+def _with_chunk_series(event: str, tap: MixingTap) -> str:
+    if not event.startswith("data: {"):
+        return event
+    chunk = json.loads(event.removeprefix("data: "))
+    series = [tap.take(choice["index"]) if _has_news(choice) else {} for choice in chunk.get("choices") or ()]
+    if not any(series):
+        return event
+    chunk["sglext"] = {**(chunk.get("sglext") or {}), "mixing": series}
+    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+
+
+def _has_news(choice: dict[str, Any]) -> bool:
+    """Whether the chunk brings tokens; a chat stream opens with one that only names the role."""
+    if choice.get("finish_reason") is not None or "text" in choice:
+        return True
+    delta = choice.get("delta") or {}
+    return any(delta.get(name) for name in ("content", "reasoning_content", "tool_calls"))
+
+
+def _build_completion_response(original: Callable, serving, request, ret, created):
+    return _with_series(original(serving, request, ret, created), ret)
+
+
+def _generate_completion_stream(original: Callable, serving, adapted_request, request, raw_request):
+    return _tapped_stream(original, request, serving, adapted_request, request, raw_request)
+
+
+def install() -> None:
+    """Follow ``/v1/completions``. SGLang lets a server choose the class of its chat route, but not of this one."""
+    base = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion."
+    HookRegistry.register(base + "_build_completion_response", _build_completion_response, HookType.AROUND)
+    HookRegistry.register(base + "_generate_completion_stream", _generate_completion_stream, HookType.AROUND)
+    HookRegistry.apply_hooks()

@@ -1,0 +1,275 @@
+"""A mixed request: the fields a client may send in ``sampling_params.custom_params``, and what they become."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sglang_optimal.config import ALPHA_KEYS, AlphaSettings, MixingConfig, check_known
+from sglang_optimal.runtime.entrypoints.messages import (
+    characters,
+    checked_messages,
+    checked_template_kwargs,
+    with_system_prompt,
+)
+from sglang_optimal.series import CARRIER
+
+STUDENT_FIELDS = ("student_text", "student_input_ids", "student_messages")
+TEACHER_FIELDS = ("teacher_messages", "teacher_only_messages", "teacher_system_prompt", "teacher_chat_template_kwargs")
+"""Fields about the teacher's messages; none of them is left when the request reaches the scheduler."""
+MIXING_FIELDS = (
+    STUDENT_FIELDS
+    + TEACHER_FIELDS
+    + ("student_system_prompt", "student_chat_template_kwargs", "return_mixing_info", "return_prompts")
+    + ALPHA_KEYS
+)
+# Keys with these beginnings are meant for us: a typo must not quietly give plain teacher samples.
+_OUR_PREFIXES = ("student", "alpha", "fixed_alpha", "return_mixing", "return_prompts", "teacher")
+_TYPO, _SURE_TYPO = 0.8, 0.93
+"""From which likeness (`difflib`) on a key is one of ours misspelt: where nobody else reads custom_params, and where a
+custom logit processor of the client's own does."""
+
+_TEACHER_ONLY_WITH = {
+    "teacher_messages": "only /generate reads it, in place of text and input_ids.",
+    "teacher_only_messages": "only /v1/chat/completions reads it, beside messages.",
+    "teacher_system_prompt": "needs messages for the teacher: teacher_messages, or /v1/chat/completions.",
+    "teacher_chat_template_kwargs": "only read with teacher_messages; a chat request has chat_template_kwargs.",
+}
+
+
+@dataclasses.dataclass
+class StudentContext:
+    """The student's side of one request, kept on the scheduler's ``Req`` as ``req.student``.
+
+    Attributes:
+        prompt_ids: token ids of the student's prompt (S); the student reads S + the output tokens.
+        alpha: how alpha is chosen.
+        return_mixing_info: whether the client asked for every per-token series.
+        kv: the student's KV slots; None while the request holds none.
+    """
+
+    prompt_ids: array
+    alpha: AlphaSettings
+    return_mixing_info: bool = False
+    kv: Any = None
+
+
+class RenderedPrompt(list):
+    """Token ids of the student's prompt that came of something else than ``student_input_ids``.
+
+    source: the field they came from, for the messages of errors.
+    """
+
+    def __init__(self, ids: Sequence[int], source: str):
+        super().__init__(ids)
+        self.source = source
+
+
+def mixing_fields(custom_params: Any, *, others_read: bool = False) -> dict[str, Any]:
+    """The fields of ``custom_params`` that belong to mixing; empty for a plain request.
+
+    Args:
+        custom_params: as the client sent them.
+        others_read: whether the request has a custom logit processor, whose parameters they may be.
+
+    Raises:
+        ValueError: not a mapping, or a key that looks like ours is not known.
+    """
+    if custom_params is None:
+        return {}
+    if not isinstance(custom_params, dict):
+        raise ValueError(f"custom_params: must be a mapping with the fields, got {type(custom_params).__name__}.")
+    names = [name for name in custom_params if isinstance(name, str)]
+    ours = [name for name in names if name in MIXING_FIELDS]
+    if others_read:
+        looks_ours = [name for name in names if is_typo(name, _SURE_TYPO)]
+    else:
+        looks_ours = [name for name in names if name.startswith(_OUR_PREFIXES) or is_typo(name, _TYPO)]
+    check_known(dict.fromkeys([*ours, *looks_ours]), MIXING_FIELDS, "custom_params")
+    return {name: custom_params[name] for name in ours}
+
+
+def is_typo(name: str, likeness: float = _SURE_TYPO) -> bool:
+    """Whether ``name`` is nearly, and not quite, one of ours."""
+    return name not in MIXING_FIELDS and bool(difflib.get_close_matches(name.lower(), MIXING_FIELDS, 1, likeness))
+
+
+def take_carried(custom_params: Any, session_params: Any) -> tuple[Any, Any]:
+    """Move mixing fields that came in ``session_params`` to where they belong.
+
+    Returns:
+        (custom_params, session_params), as they would be had the fields come in the first; unchanged if they did.
+
+    Raises:
+        ValueError: names the field and the fix.
+    """
+    if not isinstance(session_params, dict) or CARRIER not in session_params:
+        return custom_params, session_params
+    fields = session_params[CARRIER]
+    if not isinstance(fields, dict) or not fields:
+        raise ValueError(f"session_params.{CARRIER}: must be a mapping with the mixing fields.")
+    check_known(fields, MIXING_FIELDS, f"session_params.{CARRIER}")
+    custom = dict(custom_params) if isinstance(custom_params, dict) else {}
+    for name in fields:
+        if name in custom:
+            raise ValueError(f"{name}: is in custom_params and in session_params.{CARRIER}; give it once.")
+    rest = {key: value for key, value in session_params.items() if key != CARRIER}
+    return {**custom, **fields}, rest or None
+
+
+def check_has_student(fields: dict[str, Any], config: MixingConfig) -> None:
+    """Raise ValueError for mixing fields sent to a server without a student."""
+    if config.student_model_path is None:
+        raise ValueError(
+            f"{next(iter(fields))}: this server has no student model; start it without --student-weights none to mix."
+        )
+
+
+def check_size(chars: int, max_chars: int, name: str) -> None:
+    """Refuse, before any tokenizer sees it, what no tokenization could fit into the context length.
+
+    Raises:
+        ValueError: names the field.
+    """
+    if chars > max_chars:
+        raise ValueError(f"{name}: {chars} characters are too long; at most {max_chars} can fit the context length.")
+
+
+def check_size_of(messages: Sequence[Any], max_chars: int, name: str) -> None:
+    """`check_size` of SGLang's own message objects."""
+    contents = ({"content": message.content} for message in messages if isinstance(message.content, str))
+    check_size(characters(list(contents)), max_chars, name)
+
+
+def take_teacher_messages(
+    custom_params: dict[str, Any], config: MixingConfig, max_chars: int
+) -> tuple[list[dict], dict[str, Any], dict[str, Any]] | None:
+    """Split off the messages that the teacher reads on ``/generate``.
+
+    Returns:
+        (messages, extra variables for the chat template, custom_params without the teacher's fields); None where the
+        request has no ``teacher_messages``.
+
+    Raises:
+        ValueError: names the field and the fix.
+    """
+    if not isinstance(custom_params, dict) or custom_params.get("teacher_messages") is None:
+        return None
+    fields = mixing_fields(custom_params)
+    check_has_student(fields, config)
+    messages, kwargs = messages_of(fields, "teacher", max_chars)
+    used = ("teacher_messages", "teacher_system_prompt", "teacher_chat_template_kwargs")
+    return messages, kwargs, {k: v for k, v in custom_params.items() if k not in used}
+
+
+def messages_of(fields: dict[str, Any], side: str, max_chars: int) -> tuple[list[dict], dict[str, Any]]:
+    """The messages of ``side`` with its own system prompt, and the extra variables for its chat template."""
+    messages = checked_messages(fields[f"{side}_messages"], f"{side}_messages")
+    messages = with_system_prompt(messages, fields, f"{side}_system_prompt")
+    check_size(characters(messages), max_chars, f"{side}_messages")
+    name = f"{side}_chat_template_kwargs"
+    return messages, checked_template_kwargs(fields.get(name) or {}, name)
+
+
+def to_wire(
+    custom_params: dict[str, Any],
+    config: MixingConfig,
+    *,
+    others_read: bool = False,
+    encode_text: Callable[[str], Sequence[int]],
+    encode_messages: Callable[[list[dict], dict], Sequence[int]],
+    vocab_size: int,
+    context_length: int,
+    max_chars: int,
+    max_new_tokens: int | None,
+) -> dict[str, Any] | None:
+    """Check a request's mixing fields and tokenize its student context (in the tokenizer manager).
+
+    Args:
+        custom_params: as the client sent them.
+        others_read: see `mixing_fields`.
+        encode_text, encode_messages: the student's tokenizer; and its chat template, with extra variables for it.
+        vocab_size: number of ids both models know; ids must lie in [0, vocab_size).
+        context_length: the student's context length, in tokens.
+        max_chars: characters that can fit into it at the most.
+        max_new_tokens: the request's limit, or None.
+
+    Returns:
+        New custom_params, with ``student_input_ids`` and every setting filled in; None for a plain request.
+
+    Raises:
+        ValueError: names the field and the fix.
+    """
+    fields = mixing_fields(custom_params, others_read=others_read)
+    if not fields:
+        return None
+    check_has_student(fields, config)
+    for name in TEACHER_FIELDS:
+        if fields.get(name) is not None:
+            raise ValueError(f"{name}: {_TEACHER_ONLY_WITH[name]}")
+    given = [name for name in STUDENT_FIELDS if fields.get(name) is not None]
+    if len(given) != 1:
+        what = "none was given" if not given else f"got {' and '.join(given)}"
+        raise ValueError(f"a mixed request needs exactly one of {', '.join(STUDENT_FIELDS)}; {what}.")
+    name = given[0]
+    value = fields[name]
+    if name == "student_text":
+        if not isinstance(value, str) or not value:
+            raise ValueError("student_text: must be a non-empty string.")
+        check_size(len(value), max_chars, name)
+        ids = list(encode_text(value))
+    elif name == "student_messages":
+        ids = list(encode_messages(*messages_of(fields, "student", max_chars)))
+    elif isinstance(value, RenderedPrompt):
+        name, ids = value.source, list(value)
+    else:
+        ids = _checked_ids(value, vocab_size, context_length)
+    if given[0] != "student_messages":
+        for extra in ("student_system_prompt", "student_chat_template_kwargs"):
+            if fields.get(extra) is not None:
+                raise ValueError(f"{extra}: only read with student_messages, not with {name}.")
+    if not ids:
+        raise ValueError(f"{name}: the student context has no tokens.")
+    wanted = len(ids) + max(max_new_tokens or 1, 1)
+    if wanted > context_length:
+        raise ValueError(
+            f"{name}: the student context is too long: {len(ids)} tokens and {max_new_tokens or 1} new ones exceed the "
+            f"student's context length of {context_length}. Shorten it or lower max_new_tokens."
+        )
+    for name in ("return_mixing_info", "return_prompts"):
+        if fields.get(name) is not None and not isinstance(fields[name], bool):
+            raise ValueError(f"{name}: must be true or false, got {fields[name]!r}.")
+    alpha = config.alpha.updated({k: fields[k] for k in ALPHA_KEYS if k in fields})
+    others = {k: v for k, v in custom_params.items() if k not in fields}
+    return {
+        **others,
+        "student_input_ids": ids,
+        "return_mixing_info": bool(fields.get("return_mixing_info")),
+        **alpha.model_dump(),
+    }
+
+
+def from_wire(custom_params: Any) -> StudentContext | None:
+    """The student context of a request that ``to_wire`` has checked; None for a plain request."""
+    if not isinstance(custom_params, dict) or custom_params.get("student_input_ids") is None:
+        return None
+    alpha = AlphaSettings(**{k: custom_params.get(k) for k in ALPHA_KEYS})
+    return StudentContext(
+        prompt_ids=array("q", custom_params["student_input_ids"]),
+        alpha=alpha,
+        return_mixing_info=bool(custom_params.get("return_mixing_info")),
+    )
+
+
+def _checked_ids(value: Any, vocab_size: int, context_length: int) -> list[int]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"student_input_ids: must be a list of token ids, got {type(value).__name__}.")
+    for position, token in enumerate(value[: context_length + 1]):  # a longer one is refused for its length
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise ValueError(f"student_input_ids[{position}]: must be an integer, got {token!r}.")
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"student_input_ids[{position}]: {token} is outside the vocabulary [0, {vocab_size}).")
+    return list(value)

@@ -1,0 +1,293 @@
+"""The scheduler subclass: one admission, one batch, one finish for both contexts of a mixed request."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from http import HTTPStatus
+
+import torch
+from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput, UpdateWeightFromDiskReqOutput
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_device
+from sglang.utils import TypeBasedDispatcher
+
+from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime.entrypoints.protocol import from_wire
+from sglang_optimal.runtime.managers.schedule_batch import Planner
+from sglang_optimal.runtime.managers.scheduler_components.invariant_checker import MixedInvariantChecker
+from sglang_optimal.runtime.managers.self_check import SelfCheck, SelfCheckError
+from sglang_optimal.runtime.managers.shared_tp_worker import SharedTpWorker
+from sglang_optimal.runtime.managers.tp_worker import MixedTpWorker
+from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentKV, student_of
+from sglang_optimal.runtime.model_executor.weight_updater import HELD, is_for_student
+
+logger = logging.getLogger(__name__)
+
+
+class MixedPrefillAdder(PrefillAdder):
+    """Admits a mixed request only when its student context fits too, and reserves it there."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.student_kv: StudentKV = self.tree_cache.student_kv
+        running = self.running_batch.reqs if self.running_batch is not None else []
+        # Tokens that admitted requests will still decode, estimated as SGLang does for the teacher's pool.
+        mixed = [req for req in running if student_of(req) is not None]
+        future = sum(self._get_running_request_total_token_offset(req) for req in mixed)
+        self._one_pool = isinstance(self.student_kv, SharedStudentKV)
+        self._student_future = future
+        if self._one_pool:
+            self.memory_budget.total_offset += future
+
+    def add_one_req(self, req: Req, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
+        if student_of(req) is None:
+            return super().add_one_req(req, has_chunked_req, truncation_align_size)
+        kv = self.student_kv
+        state = kv.match(req)
+        max_new = min(max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS)
+        if not self._one_pool and state.extend_len + max_new > kv.available() - self._student_future:
+            kv.unmatch(state)
+            return AddReqResult.NO_TOKEN
+        self._reserve(state.extend_len, max_new)
+        result = super().add_one_req(req, has_chunked_req, truncation_align_size)
+        if self.can_run_list and self.can_run_list[-1] is req:
+            kv.allocate(req, state)
+            self._reserve(-state.extend_len, 0)  # taken from the pool now
+            self._student_future += max_new
+            # The step computes the student's prompt as well: let it use up the same compute budget.
+            self.rem_input_tokens -= state.extend_len
+        else:
+            self._reserve(-state.extend_len, -max_new)
+            kv.unmatch(state)
+        return result
+
+    def _reserve(self, now: int, later: int) -> None:
+        """Tokens that the student takes from the teacher's budget, where both have one pool."""
+        if self._one_pool:
+            self.memory_budget.current_offset += now
+            self.memory_budget.total_offset += now + later
+
+
+class MixedScheduler(Scheduler):
+    """SGLang's scheduler with a student worker.
+
+    Args:
+        mixing_config: the student and the defaults.
+    """
+
+    def __init__(self, *args, mixing_config: MixingConfig, **kwargs):
+        self.mixing_config = mixing_config
+        super().__init__(*args, **kwargs)
+        self.self_check_report: dict[str, float | int] | None = None
+        if self.mixing_config.checks_itself(torch.accelerator.is_available()):
+            self.check_itself()
+
+    def check_itself(self) -> None:
+        """Compare what the mixing sees with what each model gives alone; on an idle scheduler.
+
+        Raises:
+            SystemExit: with status 2 where they differ; the reason is printed.
+        """
+        try:
+            self.self_check_report = SelfCheck(self).run()
+        except SelfCheckError as error:
+            print(f"sglang_optimal: error: self-check: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from error
+        logger.info("Self-check: both sides' logits are right: %s", self.self_check_report)
+
+    def init_tp_model_worker(self) -> None:
+        worker_class = SharedTpWorker if self.mixing_config.shared_weights else MixedTpWorker
+        self.tp_worker = worker_class(
+            self.mixing_config, server_args=self.server_args, gpu_id=get_device().gpu_id, nccl_port=self.nccl_port
+        )
+
+    def init_chunked_prefill(self) -> None:
+        super().init_chunked_prefill()
+        self.student_planner = Planner(self.tp_worker.student_kv, self.chunked_prefill_size)
+
+    def init_metrics_reporter(self) -> None:
+        super().init_metrics_reporter()
+        self.mixing_metrics = None
+        context = self.metrics_reporter.metrics_collector_context
+        if context.current_scheduler_metrics_enabled:
+            from sglang_optimal.runtime.observability.metrics_collector import MixingMetrics
+
+            observer = self.tp_worker.model_runner.sampling_observer
+            self.mixing_metrics = MixingMetrics(
+                context.collector.labels, self.tp_worker.student_kv, observer.equal_sides
+            )
+            observer.on_tokens = self.mixing_metrics.observe
+
+    def init_request_dispatcher(self) -> None:
+        super().init_request_dispatcher()
+        ours = TypeBasedDispatcher([(UpdateWeightFromDiskReqInput, self.update_weights_from_disk)])
+        ours += self._request_dispatcher
+        self._request_dispatcher = ours
+
+    def init_invariant_checker(self) -> None:
+        super().init_invariant_checker()
+        self.invariant_checker = MixedInvariantChecker.like(self.invariant_checker, self.tp_worker.student_kv)
+
+    def get_prefill_adder_class(self) -> type[PrefillAdder]:
+        return MixedPrefillAdder
+
+    def _create_generation_req(self, recv_req, *args, **kwargs) -> Req:
+        req = super()._create_generation_req(recv_req, *args, **kwargs)
+        req.student = from_wire(req.sampling_params.custom_params)
+        if req.student is not None and self.mixing_metrics is not None:
+            self.mixing_metrics.requests.inc()
+        return req
+
+    def init_req_max_new_tokens(self, req: Req) -> None:
+        super().init_req_max_new_tokens(req)
+        # Slots that a speculative step takes ahead, beyond the one for the next token.
+        ahead = get_alloc_reserve_per_decode() - 1 if self.mixing_config.longest_draft else 0
+        if ahead:
+            room = self.token_to_kv_pool_allocator.size - 1 - ahead - len(req.origin_input_ids)
+            if room < 1:
+                req.set_finish_with_abort(
+                    f"context too long: {len(req.origin_input_ids)} tokens and the {ahead + 1} that a speculative step "
+                    "takes ahead do not fit the KV pool."
+                )
+                return
+            req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room)
+        if student_of(req) is None:
+            return
+        longest = min(self.tp_worker.student_context_len - 1, self.tp_worker.student_kv.max_req_len(req) - ahead)
+        room = longest - len(req.student.prompt_ids) - 1
+        if room < 1:
+            req.set_finish_with_abort(
+                f"student context too long: {len(req.student.prompt_ids)} tokens, but the student's context length and "
+                f"KV pool allow {longest - 2}."
+            )
+            return
+        params = req.sampling_params
+        params.max_new_tokens = min(params.max_new_tokens, room)
+        params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+
+    def _add_request_to_queue(self, req: Req, *args, **kwargs) -> None:
+        # SGLang refuses a request by running it on one dummy token; it must not wait for room for its student context.
+        # One that was aborted by its client, and put back before that took effect, still samples a token, as it began.
+        if student_of(req) is not None and getattr(req.to_finish, "status_code", None) == HTTPStatus.BAD_REQUEST:
+            req.student = None
+        super()._add_request_to_queue(req, *args, **kwargs)
+
+    def run_batch(self, batch: ScheduleBatch, *args, **kwargs):
+        if batch.forward_mode.is_extend() or batch.spec_algorithm.is_none():
+            batch.student_plan = self.student_planner.plan(batch)
+        # else the speculative worker makes the plan: under overlap the lengths are not known yet
+        if self.mixing_metrics is not None:
+            self.mixing_metrics.refresh()
+        return super().run_batch(batch, *args, **kwargs)
+
+    def update_weights_from_disk(self, recv_req: UpdateWeightFromDiskReqInput) -> UpdateWeightFromDiskReqOutput:
+        """SGLang's update of the teacher, or, so marked, of the student alone."""
+        if not is_for_student(recv_req):
+            return self.weight_updater.update_weights_from_disk(recv_req)
+        kv = self.tp_worker.student_kv
+        if recv_req.flush_cache and kv.held:
+            message = f"{kv.held} {HELD}. Let them finish, abort or retract them, or update with flush_cache=false."
+            return UpdateWeightFromDiskReqOutput(success=False, message=message)
+        success, message = self.tp_worker.student.update_weights_from_disk(recv_req)
+        if success and recv_req.flush_cache:
+            kv.reset()
+        return UpdateWeightFromDiskReqOutput(success=success, message=message)
+
+    def on_idle(self) -> None:
+        super().on_idle()
+        if self.mixing_metrics is not None:
+            self.mixing_metrics.refresh()
+        if self.is_fully_idle():
+            self.invariant_checker.check_idle()
+
+    def get_internal_state(self, recv_req):
+        output = super().get_internal_state(recv_req)
+        teacher, tree = self.token_to_kv_pool_allocator, self.tree_cache
+        output.internal_state["mixing"] = {
+            "teacher_model_path": self.tp_worker.model_config.model_path,
+            "student_model_path": self.tp_worker.student.weights_path,
+            "student_revision": self.mixing_config.student_revision,
+            "student_weight_version": self.tp_worker.student.weight_version,
+            "alpha": self.mixing_config.alpha.model_dump(),
+            "teacher_pool": {
+                "size": teacher.size,
+                "free": teacher.available_size(),
+                "evictable": tree.evictable_size(),
+                "protected": tree.protected_size(),
+            },
+            "shared_weights": self.mixing_config.shared_weights,
+            "self_check": self.self_check_report,
+            "equal_sides_tokens": self.tp_worker.model_runner.sampling_observer.equal_sides.tokens,
+            "student_pool": self.tp_worker.student_kv.stats(),
+        }
+        return output
+
+
+def _check_decode_mem(original: Callable[..., bool], batch: ScheduleBatch, selected_indices=None) -> bool:
+    """Decode only what fits both pools. SGLang's retraction loop converges on this same check."""
+    if not original(batch, selected_indices):
+        return False
+    rows = range(len(batch.reqs)) if selected_indices is None else selected_indices
+    mixed = [i for i in rows if student_of(batch.reqs[i]) is not None]
+    if not mixed:
+        return True
+    # With pages of one token a student takes what its teacher does.
+    student, teacher = (batch.new_tokens_required_next_decode(part) for part in (mixed, list(rows)))
+    return batch.tree_cache.student_kv.can_decode(student, teacher)
+
+
+def _prepare_for_decode(original: Callable[[], None], batch: ScheduleBatch) -> None:
+    """Where a step takes slots ahead, both sides do at once: a request may end before the step is run."""
+    original(batch)
+    if not batch.spec_algorithm.is_none():
+        batch.tree_cache.student_kv.reserve([req for req in batch.reqs if student_of(req) is not None])
+
+
+def configured_scheduler(config: MixingConfig) -> type[MixedScheduler]:
+    """The class that SGLang makes its scheduler of, which it gives no arguments of ours."""
+
+    class ConfiguredScheduler(MixedScheduler):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, mixing_config=config, **kwargs)
+
+    return ConfiguredScheduler
+
+
+def _row_headroom(config: MixingConfig) -> Callable[[Callable[[], int]], int]:
+    """Tokens that a row of KV slots must hold beyond the context length: what a speculative step takes ahead."""
+    return lambda original: original() + 2 * (config.longest_draft + 1)
+
+
+def run_mixed_scheduler_process(config: MixingConfig, *args, **kwargs) -> None:
+    """Scheduler process with a student; the arguments after ``config`` are SGLang's ``run_scheduler_process``'s."""
+    from sglang.srt.managers import scheduler
+
+    from sglang_optimal.runtime import plugin
+
+    plugin.register()
+    # SGLang applies these when the process loads its plugins, before it builds the scheduler.
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", configured_scheduler(config), HookType.REPLACE)
+    HookRegistry.register(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem", _check_decode_mem, HookType.AROUND
+    )
+    HookRegistry.register(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_decode", _prepare_for_decode, HookType.AROUND
+    )
+    HookRegistry.register(
+        "sglang.srt.mem_cache.kv_cache_configurator.get_req_to_token_extra_context_len",
+        _row_headroom(config),
+        HookType.AROUND,
+    )
+    scheduler.run_scheduler_process(*args, **kwargs)
+
+
+def scheduler_process(config: MixingConfig) -> Callable[..., None]:
+    """The picklable process function to hand to SGLang's Engine or launch_server."""
+    return functools.partial(run_mixed_scheduler_process, config)

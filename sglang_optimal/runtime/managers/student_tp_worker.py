@@ -1,0 +1,221 @@
+"""The student: a second, complete model worker in the scheduler process, and the batches it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from array import array
+from collections.abc import Callable, Iterator
+
+import torch
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.eplb.expert_distribution import (
+    get_global_expert_distribution_recorder,
+    set_global_expert_distribution_recorder,
+)
+from sglang.srt.eplb.expert_location import get_global_expert_location_metadata, set_global_expert_location_metadata
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch
+from sglang.srt.model_executor.model_runner import ModelRunnerOutput
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime.configs.model_config import student_model_config
+from sglang_optimal.runtime.managers.schedule_batch import DecodePlan, PrefillChunk, PrefillPlan
+from sglang_optimal.runtime.model_executor.host_copy import sent
+from sglang_optimal.runtime.model_executor.weight_updater import checkpoint_layout, student_version, update_from_disk
+
+
+class StudentWorker(TpModelWorker):
+    """Loads the student beside the teacher, with pools, attention backend and CUDA graphs of its own."""
+
+    def __init__(self, config: MixingConfig, **worker_kwargs):
+        self._mixing = config
+        self.weights_path = config.student_model_path
+        self.weight_version: str | None = None
+        with _own_expert_layout():
+            super().__init__(**worker_kwargs)
+        # Now a model of the hub is in its cache.
+        self._layout = checkpoint_layout(self.weights_path, config.student_revision)
+
+    def _init_model_config(self) -> None:
+        mixing = self._mixing
+        self.model_config = student_model_config(self.server_args, mixing.student_model_path, mixing.student_revision)
+
+    def update_weights_from_disk(self, request: UpdateWeightFromDiskReqInput) -> tuple[bool, str]:
+        """New weights of the same shapes, in place. Returns (success, message); on failure the old weights stay."""
+        success, message = update_from_disk(
+            self.model_runner,
+            request.model_path,
+            self._layout,
+            request.load_format,
+            request.recapture_cuda_graph,
+            self._everywhere,
+        )
+        if success:
+            self.weights_path, self.weight_version = request.model_path, student_version(request)
+        return success, message
+
+    def _everywhere(self, success: bool) -> bool:
+        """Whether something went well on every rank."""
+        if get_parallel().tp_size == 1:
+            return success
+        every = torch.tensor(int(success))
+        torch.distributed.all_reduce(every, torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group)
+        return bool(every)
+
+    def forward_decode(
+        self, batch: ScheduleBatch, plan: DecodePlan, input_ids: torch.Tensor | None = None, *, view: bool = False
+    ) -> torch.Tensor:
+        """Run the mixed rows of a decode batch. Returns logits [n, V_student].
+
+        Args:
+            input_ids: [n] what they read; None: what the batch does.
+            view: whether the caller copies them before any model's next forward, which may overwrite them then.
+        """
+        part = decode_part(batch, plan, input_ids=input_ids)
+        return self._forward(part).logits_output.next_token_logits if view else self._logits(part)
+
+    def forward_prefill(self, batch: ScheduleBatch, plan: PrefillPlan) -> torch.Tensor:
+        """Prefill the student contexts, in pieces of at most the chunk size.
+
+        Returns:
+            logits [n, V_student] of each context's last token, in the order of ``plan.rows``.
+        """
+        return prefill_pieces(batch, plan, self._logits)
+
+    def _logits(self, part: ScheduleBatch) -> torch.Tensor:
+        return kept(self._forward(part)).next_token_logits
+
+    def _forward(self, part: ScheduleBatch) -> ModelRunnerOutput:
+        forward_batch = ForwardBatch.init_new(part, self.model_runner, return_hidden_states_before_norm=False)
+        return self.model_runner.forward(forward_batch)
+
+
+def kept(output: ModelRunnerOutput) -> LogitsProcessorOutput:
+    """What a forward gave, safe from the next forward of any model in this process.
+
+    A graph's output is a view of static buffers. The one of the logits is shared by all models of the process that have
+    the same vocabulary size (``GraphSharedOutput``), and the memory of graphs by all graphs.
+    """
+    logits_output = output.logits_output
+    if not output.can_run_graph:
+        return logits_output
+    tensors = {name: value for name, value in vars(logits_output).items() if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(logits_output, **{name: value.clone() for name, value in tensors.items()})
+
+
+@contextlib.contextmanager
+def _own_expert_layout() -> Iterator[None]:
+    """SGLang keeps one layout of the experts a process, which a model is loaded by; afterwards the teacher's is back.
+
+    What reads it in a forward (expert load balancing and its dispatch) is refused beside a student.
+    """
+    layout, recorder = get_global_expert_location_metadata(), get_global_expert_distribution_recorder()
+    set_global_expert_location_metadata(None, allow_overwrite=True)
+    try:
+        yield
+    finally:
+        set_global_expert_location_metadata(layout, allow_overwrite=True)
+        set_global_expert_distribution_recorder(recorder)
+
+
+def decode_part(
+    batch: ScheduleBatch, plan: DecodePlan, row_offset: int = 0, input_ids: torch.Tensor | None = None
+) -> ScheduleBatch:
+    """The student's decode batch of the mixed rows. ``row_offset``: added to the row numbers."""
+    rows = plan.rows
+    return decode_rows(
+        batch,
+        rows.reqs,
+        input_ids=rows.select(batch.input_ids) if input_ids is None else input_ids,
+        req_pool_indices=rows.select(batch.req_pool_indices) + row_offset,
+        seq_lens=plan.seq_lens,
+        seq_lens_cpu=plan.seq_lens_cpu,
+        out_cache_loc=plan.out_cache_loc,
+    )
+
+
+def decode_rows(
+    batch: ScheduleBatch,
+    reqs: list,
+    *,
+    input_ids: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    seq_lens_cpu: torch.Tensor | None,
+    out_cache_loc: torch.Tensor,
+) -> ScheduleBatch:
+    """A decode batch of any rows, in place of those of ``batch``; all tensors [n], lengths with the new token."""
+    part = _student_batch(batch, reqs)
+    part.input_ids = input_ids
+    part.req_pool_indices = req_pool_indices
+    part.req_pool_indices_cpu = None
+    part.seq_lens = seq_lens
+    part.seq_lens_cpu = seq_lens_cpu
+    part.seq_lens_sum = None
+    part.orig_seq_lens = seq_lens.to(torch.int32)
+    part.out_cache_loc = out_cache_loc
+    return part
+
+
+def prefill_part(batch: ScheduleBatch, piece: list[PrefillChunk], row_offset: int = 0) -> ScheduleBatch:
+    """The extend batch of one piece of the students' prompts. ``row_offset``: added to the row numbers."""
+    part = _student_batch(batch, [chunk.req for chunk in piece])
+    ends = [chunk.end for chunk in piece]
+    lens = [chunk.end - chunk.start for chunk in piece]
+    ids = array("q")
+    for chunk in piece:
+        ids.extend(chunk.ids[chunk.start : chunk.end])
+    part.input_ids = sent(ids, batch.device)[1]
+    part.req_pool_indices_cpu, part.req_pool_indices = sent([chunk.row + row_offset for chunk in piece], batch.device)
+    part.seq_lens_cpu, part.seq_lens = sent(ends, batch.device)
+    part.seq_lens_sum = sum(ends)
+    part.orig_seq_lens = part.seq_lens.to(torch.int32)
+    part.out_cache_loc = torch.cat([chunk.slots for chunk in piece])
+    part.prefix_lens = [chunk.start for chunk in piece]
+    part.extend_lens = lens
+    part.extend_num_tokens = sum(lens)
+    part.extend_logprob_start_lens = lens
+    return part
+
+
+def prefill_pieces(
+    batch: ScheduleBatch, plan: PrefillPlan, forward: Callable[[ScheduleBatch], torch.Tensor], row_offset: int = 0
+) -> torch.Tensor:
+    """Forward the pieces one after another. Returns logits [n, V] of each context's last token.
+
+    Args:
+        forward: gives logits that its next call leaves as they are.
+    """
+    finished: list[torch.Tensor] = []
+    for piece in plan.pieces:
+        logits = forward(prefill_part(batch, piece, row_offset))
+        # A context that goes on in the next piece is the last of this one.
+        done = len(piece) if piece[-1].last else len(piece) - 1
+        if done:
+            finished.append(logits[:done])
+    return finished[0] if len(finished) == 1 else torch.cat(finished)
+
+
+def _student_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:
+    """A shallow copy of the teacher's batch without what belongs to the teacher's rows or sampling."""
+    part = copy.copy(batch)
+    part.reqs = reqs
+    part.beam_tail = None
+    part.max_seq_len_host = None
+    part.input_embeds = part.replace_embeds = part.replace_positions = None
+    part.sampling_info = None
+    part.has_grammar = False
+    part.return_logprob = False
+    part.top_logprobs_nums = None
+    part.token_ids_logprobs = None
+    part.extend_input_logprob_token_ids = None
+    part.return_hidden_states_mode = CaptureHiddenMode.NULL
+    part.decoding_reqs = None
+    part.multimodal_inputs = [None] * len(reqs)
+    return part

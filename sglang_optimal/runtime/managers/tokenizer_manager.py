@@ -1,0 +1,375 @@
+"""The tokenizer manager: checks a mixed request and tokenizes its student context before the scheduler sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+from sglang.srt.entrypoints.engine import init_tokenizer_manager
+from sglang.srt.managers.io_struct import GenerateReqInput, LoRAUpdateOutput, UpdateWeightFromDiskReqInput
+from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
+from sglang.srt.runtime_context import get_device, get_model, get_serving
+from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime.configs.model_config import student_model_config
+from sglang_optimal.runtime.entrypoints.openai.chat_side import ChatSide
+from sglang_optimal.runtime.entrypoints.openai.stream_series import MIXING_TAP
+from sglang_optimal.runtime.entrypoints.protocol import (
+    STUDENT_FIELDS,
+    mixing_fields,
+    take_carried,
+    take_teacher_messages,
+    to_wire,
+)
+from sglang_optimal.runtime.managers.dead_ends import blame_request
+from sglang_optimal.runtime.managers.request_checks import (
+    check_batch,
+    check_ids,
+    check_request,
+    check_sampling,
+    client_errors,
+)
+from sglang_optimal.runtime.model_executor.weight_updater import HELD, LEAVING_SECONDS, is_for_student, mark_for_student
+from sglang_optimal.series import SERIES
+
+# Request features whose meaning for two contexts is not defined; refused rather than answered by the teacher alone.
+_UNSUPPORTED = (
+    "input_embeds",
+    "image_data",
+    "video_data",
+    "audio_data",
+    "session_params",
+    "session_id",
+    "lora_path",
+    "positional_embed_overrides",
+    "multi_item_delimiter_indices",
+    "watermark",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSides:
+    """How each model reads chats; one object where both are one model."""
+
+    teacher: ChatSide
+    student: ChatSide
+
+
+class MixedTokenizerManager(TokenizerManager):
+    """SGLang's tokenizer manager, for requests with two contexts.
+
+    Args:
+        mixing_config: the student and the defaults of this manager's engine; others may run in the process.
+
+    Attributes:
+        chat_sides: set after construction, when SGLang has read its templates; None without a student or a tokenizer.
+    """
+
+    chat_sides: ChatSides | None = None
+
+    def __init__(self, *args, mixing_config: MixingConfig, **kwargs):
+        self.mixing_config = mixing_config
+        super().__init__(*args, **kwargs)
+
+    def init_tokenizer_and_processor(self) -> None:
+        super().init_tokenizer_and_processor()
+        config = self.mixing_config
+        self.student_tokenizer = None
+        self.teacher_max_chars = self.student_max_chars = 0
+        if config.student_model_path is None:
+            return
+        model_config = student_model_config(self.server_args, config.student_model_path, config.student_revision)
+        self.student_model_config = model_config
+        self.student_context_length = model_config.context_len
+        self.common_vocab_size = min(self.model_config.vocab_size, model_config.vocab_size)
+        if self.tokenizer is not None:
+            self.student_tokenizer = self.tokenizer if self._one_tokenizer() else self._student_s_own_tokenizer()
+        self.teacher_max_chars = _max_chars(self.tokenizer, self.model_config.context_len)
+        self.student_max_chars = _max_chars(self.student_tokenizer, self.student_context_length)
+
+    def _one_tokenizer(self) -> bool:
+        config, model = self.mixing_config, get_model()
+        one_model = (config.student_model_path, config.student_revision) == (model.model_path, model.revision)
+        return config.shared_weights or one_model
+
+    def _student_s_own_tokenizer(self):
+        return get_tokenizer(
+            self.mixing_config.student_model_path,
+            tokenizer_mode=get_serving().tokenizer_mode,
+            trust_remote_code=get_model().trust_remote_code,
+            revision=self.mixing_config.student_revision,
+            tokenizer_backend=get_serving().tokenizer_backend,
+        )
+
+    def init_chat_sides(self, templates) -> None:
+        """``templates``: SGLang's, which it makes after this manager."""
+        config = self.mixing_config
+        if config.student_model_path is None or self.tokenizer is None:
+            return
+        teacher = student = ChatSide.of_teacher(self, templates)
+        if self.student_tokenizer is not self.tokenizer:
+            student = ChatSide.of_student(
+                self, self.student_tokenizer, self.student_model_config, config.student_model_path
+            )
+        self.chat_sides = ChatSides(teacher, student)
+
+    @property
+    def serving_chat_class(self):
+        if self.mixing_config.student_model_path is None:
+            return super().serving_chat_class
+        from sglang_optimal.runtime.entrypoints.openai.serving_chat import MixedServingChat
+
+        return MixedServingChat
+
+    def generate_request(self, obj, request=None):
+        if isinstance(obj, GenerateReqInput):
+            if not hasattr(obj, "is_single"):
+                # SGLang asks for it when the answer has ended, even if the request was refused before it looked at it;
+                # failing there would close a connection that has gone on to the next request.
+                obj.is_single = True
+            _unpack_carried(obj)
+            self._render_teacher_messages(obj)
+            check_batch(obj)
+        outputs = super().generate_request(obj, request)
+        tap = MIXING_TAP.get()
+        return outputs if tap is None else tap.follow(outputs)
+
+    async def update_student_weights_from_disk(
+        self, obj: UpdateWeightFromDiskReqInput, request=None
+    ) -> tuple[bool, str, int]:
+        """SGLang's ``update_weights_from_disk`` for the student: waits for running requests, then updates.
+
+        Returns:
+            (success, message, number of paused requests)
+        """
+        if self.mixing_config.student_model_path is None:
+            return False, "this server has no student model; start it without --student-weights none.", 0
+        if not isinstance(obj.model_path, str) or not obj.model_path:
+            return False, "model_path: must be a folder or a Hugging Face id.", 0
+        if obj.load_format not in (None, "auto", "safetensors"):
+            return False, "load_format: only safetensors are read; leave it out.", 0
+        obj.load_format = "safetensors"
+        mark_for_student(obj)
+        deadline = time.monotonic() + LEAVING_SECONDS
+        while True:
+            success, message, paused = await self.update_weights_from_disk(obj, request)
+            if success or HELD not in message or time.monotonic() > deadline:
+                return success, message, paused
+            await asyncio.sleep(0.05)
+
+    async def _wait_for_model_update_from_disk(self, obj: UpdateWeightFromDiskReqInput):
+        # What SGLang serves by name is the teacher.
+        teacher = self.model_path, self.served_model_name
+        result = await super()._wait_for_model_update_from_disk(obj)
+        if is_for_student(obj):
+            self.model_path, self.served_model_name = teacher
+        return result
+
+    def _render_teacher_messages(self, obj: GenerateReqInput) -> None:
+        """``teacher_messages`` become the request's token ids, before SGLang looks at its text."""
+        batch = isinstance(obj.sampling_params, list)
+        params = obj.sampling_params if batch else [obj.sampling_params]
+        customs = [p.get("custom_params") if isinstance(p, dict) else None for p in params]
+        config, limit = self.mixing_config, self.teacher_max_chars
+        parts = [take_teacher_messages(c, config, limit) if isinstance(c, dict) else None for c in customs]
+        if not any(parts):
+            return
+        if not all(parts):
+            raise ValueError(
+                f"teacher_messages: sampling_params[{parts.index(None)}] has none; give it in each or none."
+            )
+        if obj.text or obj.input_ids is not None or obj.input_embeds is not None:
+            raise ValueError("teacher_messages: takes the place of text and input_ids; send one of them.")
+        if self.tokenizer is None:
+            raise ValueError("teacher_messages: the server runs with --skip-tokenizer-init; send input_ids.")
+        side = self.chat_sides.teacher
+        ids = [side.ids(messages, "teacher_messages", kwargs) for messages, kwargs, _ in parts]
+        params = [{**p, "custom_params": rest} for p, (_, _, rest) in zip(params, parts, strict=True)]
+        obj.text = None
+        obj.input_ids, obj.sampling_params = (ids, params) if batch else (ids[0], params[0])
+
+    def _create_tokenized_object(self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, *args, **kwargs):
+        vocab_size = self.model_config.vocab_size
+        with client_errors():
+            if input_embeds is None and mm_inputs is None:  # a processor's placeholders may lie outside
+                check_ids(input_ids, vocab_size)
+            check_request(obj, vocab_size)
+            if isinstance(obj, GenerateReqInput):
+                if input_ids is not None and len(input_ids) == 0:
+                    # Stock SGLang ends over it; beside other requests it would be answered from their logits.
+                    raise ValueError("text: gives no tokens at all; send some text, or input_ids.")
+                self._prepare_mixing(obj, input_ids)
+            tokenized = super()._create_tokenized_object(
+                obj, input_text, input_ids, input_embeds, mm_inputs, *args, **kwargs
+            )
+            check_sampling(tokenized.sampling_params, vocab_size)
+        return tokenized
+
+    async def release_memory_occupation(self, obj, request=None):
+        self._check_memory_saver("release_memory_occupation")
+        return await super().release_memory_occupation(obj, request)
+
+    async def resume_memory_occupation(self, obj, request=None):
+        self._check_memory_saver("resume_memory_occupation")
+        return await super().resume_memory_occupation(obj, request)
+
+    async def load_lora_adapter(self, obj, request=None):
+        return self._no_adapters() or await super().load_lora_adapter(obj, request)
+
+    async def load_lora_adapter_from_tensors(self, obj, request=None):
+        return self._no_adapters() or await super().load_lora_adapter_from_tensors(obj, request)
+
+    async def unload_lora_adapter(self, obj, request=None):
+        return self._no_adapters() or await super().unload_lora_adapter(obj, request)
+
+    def _no_adapters(self) -> LoRAUpdateOutput | None:
+        """A refusal beside a student that is an adapter: its rows run with that one, in one of two places."""
+        if self.mixing_config.student_lora_path is None:
+            return None
+        message = "adapters cannot be loaded or unloaded beside --student-lora-path; start another server."
+        return LoRAUpdateOutput(success=False, error_message=message)
+
+    def _check_memory_saver(self, route: str) -> None:
+        """Refuse what would end the scheduler, or take the buffers of one of two models."""
+        if get_device().device == "cpu":
+            raise ValueError(f"{route}: the models are on the CPU, where there is nothing to release.")
+        config = self.mixing_config
+        if config.student_model_path is not None and not config.shared_weights:
+            raise ValueError(f"{route}: not supported beside a student with weights of its own.")
+
+    def _prepare_mixing(self, obj: GenerateReqInput, input_ids: list[int]) -> None:
+        params = obj.sampling_params or {}
+        custom = params.get("custom_params")
+        if self.mixing_config.student_lora_path is not None and params.get("beam_width") not in (None, 1):
+            # SGLang counts an adapter for each request, where beam search has more rows, and ends the process.
+            raise ValueError("beam_width: beam search is not supported beside --student-lora-path; remove it.")
+        others_read = bool(obj.custom_logit_processor)
+        if not mixing_fields(custom, others_read=others_read):
+            self._check_plain(obj)
+            return
+        has_student = self.mixing_config.student_model_path is not None
+        wire = to_wire(
+            custom,
+            self.mixing_config,
+            others_read=others_read,
+            encode_text=self._encode_student_text,
+            encode_messages=self._encode_student_messages,
+            vocab_size=self.common_vocab_size if has_student else 0,
+            context_length=self.student_context_length if has_student else 0,
+            max_chars=self.student_max_chars if has_student else 0,
+            max_new_tokens=params.get("max_new_tokens"),
+        )
+        for name in _UNSUPPORTED:
+            if _is_given(getattr(obj, name, None)):
+                raise ValueError(f"{name}: not supported in a mixed request; remove it or the student context.")
+        if params.get("beam_width") not in (None, 1):
+            raise ValueError("beam_width: beam search is not supported in a mixed request; remove one of the two.")
+        # A new dict: the requests of one batch may share theirs.
+        obj.sampling_params = {**params, "custom_params": wire}
+        if custom.get("return_prompts"):
+            obj.mixing_prompts = self._prompts(list(input_ids), wire["student_input_ids"])
+
+    def _prompts(self, teacher: list[int], student: list[int]) -> dict[str, list[int] | str]:
+        prompts: dict[str, list[int] | str] = {"teacher_prompt_ids": teacher, "student_prompt_ids": student}
+        if self.tokenizer is not None:
+            for side, tokenizer in (("teacher", self.tokenizer), ("student", self.student_tokenizer)):
+                prompts[f"{side}_prompt_text"] = tokenizer.decode(prompts[f"{side}_prompt_ids"])
+        return prompts
+
+    def _check_plain(self, obj: GenerateReqInput) -> None:
+        if self.mixing_config.plain_requests == "allow" or self.server_status == ServerStatus.Starting:
+            return  # SGLang warms the server up with a plain request
+        if isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX):
+            return
+        raise ValueError(
+            f"a mixed request needs one of {', '.join(STUDENT_FIELDS)} in custom_params (behind sglang-router, in "
+            "session_params.mixing); this server takes no plain requests (--plain-requests refuse)."
+        )
+
+    def _encode_student_text(self, text: str) -> list[int]:
+        return self._student_tokenizer("student_text").encode(text)
+
+    def _encode_student_messages(self, messages: list[dict], kwargs: dict) -> list[int]:
+        self._student_tokenizer("student_messages")
+        return self.chat_sides.student.ids(messages, "student_messages", kwargs)
+
+    def _student_tokenizer(self, field: str):
+        if self.student_tokenizer is None:
+            raise ValueError(f"{field}: the server runs with --skip-tokenizer-init; send student_input_ids.")
+        return self.student_tokenizer
+
+    def update_request_meta_info(self, meta_info, state, customized_info, index, finish_reason) -> None:
+        # SGLang pads plain requests with None when a mixed one shares the message; leave their meta_info as it was.
+        own = {
+            key: values
+            for key, values in customized_info.items()
+            if key not in SERIES
+            or key in state.customized_info_accumulated
+            or (values[index] and values[index][0] is not None)
+        }
+        super().update_request_meta_info(meta_info, state, own, index, finish_reason)
+        if finish_reason is not None:
+            meta_info.update(getattr(state.obj, "mixing_prompts", {}))
+
+    async def _handle_abort_finish_reason(self, out, state, *args, **kwargs):
+        # A request that leaves itself nothing to sample is a bad one, and no fault of the server's.
+        blame_request(out["meta_info"]["finish_reason"], state.obj.sampling_params)
+        return await super()._handle_abort_finish_reason(out, state, *args, **kwargs)
+
+
+def _unpack_carried(obj: GenerateReqInput) -> None:
+    """Mixing fields that came in ``session_params`` go to ``custom_params``, for each prompt of a batch."""
+    sessions = obj.session_params
+    if isinstance(sessions, dict) and isinstance(obj.sampling_params, list):
+        sessions = [sessions] * len(obj.sampling_params)
+    if not isinstance(sessions, list):
+        params = obj.sampling_params or {}
+        if not isinstance(params, dict):
+            return  # SGLang refuses it
+        custom, obj.session_params = take_carried(params.get("custom_params"), sessions)
+        if custom is not params.get("custom_params"):
+            obj.sampling_params = {**params, "custom_params": custom}
+        return
+    params = obj.sampling_params
+    params = params if isinstance(params, list) else [params or {}] * len(sessions)
+    if len(params) != len(sessions) or not all(isinstance(p, dict) for p in params):
+        return  # SGLang refuses it
+    taken = [take_carried(p.get("custom_params"), session) for p, session in zip(params, sessions, strict=True)]
+    obj.sampling_params = [
+        p if custom is p.get("custom_params") else {**p, "custom_params": custom}
+        for p, (custom, _) in zip(params, taken, strict=True)
+    ]
+    rest = [session for _, session in taken]
+    obj.session_params = rest if any(rest) else None
+
+
+def _is_given(value) -> bool:
+    """Whether a field says anything: empty lists and mappings, and those of nothing but None, are absent ones."""
+    if isinstance(value, dict):
+        return any(map(_is_given, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_is_given, value))
+    return value is not None
+
+
+def _max_chars(tokenizer, context_length: int) -> int:
+    """No text with more characters fits ``context_length`` tokens; generous, as some tokenizers drop characters."""
+    longest = 0 if tokenizer is None else max(map(len, tokenizer.get_vocab()), default=0)
+    return context_length * max(longest, 32)
+
+
+def _init(config: MixingConfig, server_args, port_args):
+    configured = functools.partial(MixedTokenizerManager, mixing_config=config)
+    manager, templates = init_tokenizer_manager(server_args, port_args, configured)
+    manager.init_chat_sides(templates)
+    return manager, templates
+
+
+def tokenizer_manager_init(config: MixingConfig) -> Callable:
+    """The function to hand to SGLang's Engine or launch_server as ``init_tokenizer_manager_func``."""
+    return functools.partial(_init, config)

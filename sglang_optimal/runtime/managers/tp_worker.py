@@ -1,0 +1,230 @@
+"""The scheduler's model worker: the teacher, with the student beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+from sglang.srt.layers.moe.utils import initialize_moe_config
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.runtime_context import (
+    get_context,
+    get_exec,
+    get_flags,
+    get_memory,
+    get_parallel,
+    get_schedule,
+    get_spec,
+)
+
+from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime.managers.schedule_batch import PrefillPlan
+from sglang_optimal.runtime.managers.student_tp_worker import StudentWorker
+from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
+from sglang_optimal.runtime.model_executor.graph_runners import fence_plans, prepare_graphs
+from sglang_optimal.runtime.model_executor.row_room import room_for_rows
+from sglang_optimal.runtime.model_executor.student_failure import no_logits, student_failure
+from sglang_optimal.runtime.sampling import sampler
+from sglang_optimal.runtime.sampling.sampling_observer import MixingObserver, MixingStep
+
+logger = logging.getLogger(__name__)
+
+_OURS = "sglang_optimal.ordinary_decoding"
+
+
+class MixedTpWorker(TpModelWorker):
+    """Runs the student's forward, then SGLang's own teacher forward and sampling.
+
+    The student goes first so that SGLang's write-after-read barrier, which follows the teacher's forward on the same
+    stream, covers both.
+    """
+
+    def __init__(self, config: MixingConfig, **worker_kwargs):
+        with sampler.beside_a_student(), _ordinary_decoding():
+            super().__init__(**worker_kwargs)
+            sampler.install(self.model_runner)
+            with _settings_of_the_teacher():
+                self.student = StudentWorker(config, random_seed=self.random_seed, **worker_kwargs)
+        # Which lets SGLang put off the sampling of a prefill, but not where a speculative worker waits for it.
+        self.enable_spec = config.longest_draft > 0
+        self.student_kv: StudentKV | None = None
+        self.vocab_size = min(self.model_config.vocab_size, self.student.model_config.vocab_size)
+        self.mixing_config = config
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def alloc_memory_pool(self, *args, **kwargs) -> None:
+        """Split one memory budget so that both pools hold the same number of tokens."""
+        with _ordinary_decoding():
+            self._alloc_both_pools(*args, **kwargs)
+
+    def _alloc_both_pools(self, *args, **kwargs) -> None:
+        user_limit = get_schedule().max_total_tokens
+        get_context().override("sglang_optimal.kv_split", max_total_tokens=None)
+        tokens = self._tokens_in_budget()
+        tokens = tokens if user_limit is None else min(tokens, user_limit)
+        get_context().override("sglang_optimal.kv_split", max_total_tokens=tokens)
+        super().alloc_memory_pool(*args, **kwargs)
+        runner = self.model_runner
+        # The student shares the scheduler's rows, so its row table must have the teacher's size.
+        get_context().override("sglang_optimal.kv_split", max_running_requests=runner.max_running_requests)
+        student_limit = self.mixing_config.student_max_total_tokens
+        if student_limit is not None:
+            get_context().override("sglang_optimal.kv_split", max_total_tokens=min(tokens, student_limit))
+        self.student.alloc_memory_pool()
+        get_context().override("sglang_optimal.kv_split", max_total_tokens=tokens)
+        pool, allocator = self.student.get_memory_pool()
+        if pool.size < runner.req_to_token_pool.size:
+            raise RuntimeError(
+                f"the student's KV pool of {allocator.size} tokens serves {pool.size} requests, the teacher's "
+                f"{runner.req_to_token_pool.size}; raise --mem-fraction-static or lower --max-running-requests."
+            )
+        self.model_runner.sampling_observer = MixingObserver()
+        self.student_kv = StudentKV(
+            pool,
+            allocator,
+            disable_radix_cache=get_memory().disable_radix_cache,
+            eviction_policy=get_memory().radix_eviction_policy,
+        )
+        if get_parallel().tp_rank == 0:
+            logger.info(
+                "KV pools: teacher %d tokens, student %d tokens (one budget, split for equal tokens)",
+                runner.max_total_num_tokens,
+                allocator.size,
+            )
+
+    def _tokens_in_budget(self) -> int:
+        """N such that N teacher tokens and N student tokens fill the budget that the teacher alone would get."""
+        alone = []
+        for worker in (self, self.student):
+            runner = worker.model_runner
+            runner.init_kv_cache_configurator()
+            budget = runner.kv_cache_configurator._profile_available_bytes(self.model_runner.pre_model_load_memory)
+            alone.append(runner.kv_cache_configurator.config_from_budget(budget).max_total_num_tokens)
+        teacher, student = alone
+        page = get_schedule().page_size
+        return max(teacher * student // (teacher + student) // page * page, page)
+
+    def init_attention_backends(self) -> None:
+        with self._ordinary_steps():
+            with room_for_rows(self.model_runner, self._rows_per_request):
+                super().init_attention_backends()
+            self.student.init_attention_backends()
+        for worker in (self, self.student):
+            fence_plans(worker.model_runner.attn_backend)
+
+    def init_cuda_graphs(self, capture_decode_cuda_graph: bool = True) -> None:
+        self._share_fusion_workspace()
+        with self._ordinary_steps():
+            with room_for_rows(self.model_runner, self._rows_per_request):
+                super().init_cuda_graphs(capture_decode_cuda_graph)
+            self.student.init_cuda_graphs(capture_decode_cuda_graph)
+        prepare_graphs(self.model_runner, self._rows_per_request)
+        prepare_graphs(self.student.model_runner, 1)
+
+    @property
+    def _rows_per_request(self) -> int:
+        """Rows of a request in the teacher's decode batches, at most."""
+        return 1 + self.mixing_config.longest_draft
+
+    @contextlib.contextmanager
+    def _ordinary_steps(self) -> Iterator[None]:
+        """Attention and graphs as without speculation, with page tables for what a step takes ahead of the context."""
+        drafts = self.mixing_config.longest_draft
+        if not drafts:
+            yield
+            return
+        spec, ahead = get_spec(), 2 * (drafts + 1)
+        steps, tokens = spec.speculative_num_steps, spec.speculative_num_draft_tokens
+        configs = (self.model_config, self.student.model_config)
+        with _ordinary_decoding():
+            get_context().override(_OURS, speculative_num_steps=None, speculative_num_draft_tokens=None)
+            for config in configs:
+                config.context_len += ahead
+            try:
+                yield
+            finally:
+                for config in configs:
+                    config.context_len -= ahead
+                get_context().override(_OURS, speculative_num_steps=steps, speculative_num_draft_tokens=tokens)
+
+    def _share_fusion_workspace(self) -> None:
+        """One workspace of fused all-reduces, large enough for both models before any graph remembers where it is.
+
+        SGLang has one a process; the larger model's warm-up would free the one in the other's graphs.
+        """
+        backend = get_exec().comm.flashinfer_allreduce_fusion_backend
+        if backend is None or get_parallel().tp_size == 1:
+            return
+        runners = (self.model_runner, self.student.model_runner)
+        if backend == "cutedsl" or len({runner.dtype == torch.float32 for runner in runners}) > 1:
+            raise RuntimeError(
+                f"--flashinfer-allreduce-fusion-backend {backend}: two models cannot share its workspace where it is "
+                "'cutedsl', or where one model alone is float32; choose another, or give both models one --dtype."
+            )
+        from sglang.srt.layers.flashinfer_comm_fusion import pre_initialize_workspaces
+        from sglang.srt.layers.layer_boundary import FUSE_ALLREDUCE_MAX_BATCH_SIZE
+
+        pre_initialize_workspaces(
+            max_token_num=FUSE_ALLREDUCE_MAX_BATCH_SIZE,
+            hidden_dim=max(runner.model_config.hidden_size for runner in runners),
+            dtype=self.model_runner.dtype,
+        )
+
+    @property
+    def student_runner(self):
+        """The student's model runner."""
+        return self.student.model_runner
+
+    @property
+    def student_context_len(self) -> int:
+        """The student's context length, in tokens."""
+        return self.student.model_config.context_len
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def forward_batch_generation(self, batch: ScheduleBatch | None, *args, **kwargs):
+        if batch is None or batch.sampling_info is None:
+            return super().forward_batch_generation(batch, *args, **kwargs)
+        step = batch.sampling_info.mixing = self._student_step(batch)
+        result = super().forward_batch_generation(batch, *args, **kwargs)
+        if step is not None:  # its tensors are the scheduler's to drop, but the forward's to read
+            result.extra_keep_alive_refs = [*(result.extra_keep_alive_refs or ()), batch.student_plan]
+        return result
+
+    def _student_step(self, batch: ScheduleBatch) -> MixingStep | None:
+        plan = getattr(batch, "student_plan", None)
+        if plan is None:
+            return None
+        step = MixingStep(rows=plan.rows, student_logits=None, vocab_size=self.vocab_size)
+        forward = self.student.forward_prefill if isinstance(plan, PrefillPlan) else self.student.forward_decode
+        try:
+            step.student_logits = forward(batch, plan)
+        except Exception as error:
+            step.failure = student_failure(error, plan.rows)
+            step.student_logits = no_logits(plan.rows, self.vocab_size, batch.device)
+        return step
+
+
+@contextlib.contextmanager
+def _settings_of_the_teacher() -> Iterator[None]:
+    """Load the student within: settings of the process that SGLang derives from a model stay the teacher's."""
+    if get_flags().moe.runner_backend is None:  # the teacher has no experts, but the student may
+        initialize_moe_config()
+    without_prefix_chunks = get_schedule().disable_chunked_prefix_cache
+    yield
+    get_context().override(_OURS, disable_chunked_prefix_cache=without_prefix_chunks)
+
+
+@contextlib.contextmanager
+def _ordinary_decoding() -> Iterator[None]:
+    """Models, pools and graphs as without speculation: a speculative step is made of ordinary decode batches."""
+    algorithm = get_spec().speculative_algorithm
+    get_context().override(_OURS, speculative_algorithm=None)
+    try:
+        yield
+    finally:
+        get_context().override(_OURS, speculative_algorithm=algorithm)

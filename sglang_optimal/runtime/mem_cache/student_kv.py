@@ -1,0 +1,462 @@
+"""The student's KV cache: its slots, its rows and its radix cache, released at the same events as the teacher's.
+
+The scheduler knows a mixed request once. The student's ``req_to_token_pool`` has the teacher's size, so a request uses
+the same row in both. At any time the student holds ``len(S) − len(T)`` more tokens than the teacher (S, T: the two
+prompts), a constant of the request, so its lengths are derived and never counted token by token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+
+import torch
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.allocation import alloc_token_slots
+from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.common import evict_from_tree_cache
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+
+from sglang_optimal.runtime.model_executor.host_copy import sent
+
+WORTH_BORROWING = 32
+"""Tokens. A prefix that both contexts of one fresh request share is computed once if it is at least this long: the
+student's forward then has to follow the teacher's instead of being part of it."""
+
+
+def student_of(req: Req):
+    """The request's StudentContext, or None for a plain request."""
+    return getattr(req, "student", None)
+
+
+def length_offset(req: Req) -> int:
+    """``len(S) − len(T)``: student length minus teacher length, the same at every step."""
+    return len(req.student.prompt_ids) - len(req.origin_input_ids)
+
+
+@dataclasses.dataclass
+class StudentKVState:
+    """What one request holds in the student's pool.
+
+    Attributes:
+        ids: the tokens to prefill: S + the output tokens so far (more than S only after a retraction).
+        prefix_len: how many of them the radix cache had.
+        start: where the student's own prefill begins; [prefix_len, start) is the teacher's to compute, whose context
+            begins with the same tokens, and the row points to its slots (shared weights only).
+        node, lock: the matched tree node and the lock on it.
+        slots: [len(ids) − start] KV slots for the rest.
+        protected_len: [0, protected_len) of the row is not the student's own: the tree's, or the teacher's.
+        reserved: slots of the row beyond its prompt that were taken ahead of the tokens (speculative steps only).
+        borrows: whether part of it is still the teacher's.
+        bound: whether the row is written. forwarded: whether the prefill was launched.
+        failed: a forward failed; what the slots hold must not enter the radix cache.
+    """
+
+    ids: array
+    prefix_len: int
+    start: int
+    node: object
+    lock: object
+    slots: torch.Tensor | None = None
+    protected_len: int = 0
+    reserved: int = 0
+    borrows: bool = False
+    bound: bool = False
+    forwarded: bool = False
+    failed: bool = False
+
+    @property
+    def extend_len(self) -> int:
+        return len(self.ids) - self.start
+
+
+class StudentRow:
+    """A request as the forward of its student sees it, where that runs with a LoRA adapter."""
+
+    def __init__(self, req: Req, lora_id: str):
+        self._req = req
+        self.lora_id = lora_id
+
+    def __getattr__(self, name: str):
+        return getattr(self._req, name)
+
+
+class StudentKV:
+    """Slots, rows and radix cache of the student.
+
+    Args:
+        req_to_token_pool, allocator: the student model runner's own pools.
+        disable_radix_cache, eviction_policy: as the teacher's.
+
+    Attributes:
+        row_offset: what to add to a request's row number to find its student's row in the model runner's table.
+    """
+
+    row_offset = 0
+
+    def __init__(self, req_to_token_pool, allocator, *, disable_radix_cache: bool, eviction_policy: str):
+        self.req_to_token_pool = req_to_token_pool
+        self.allocator = allocator
+        self.tree = self._make_tree(disable_radix_cache, eviction_policy)
+        self.size = allocator.size
+        self.holders: dict[int, Req] = {}  # by id(): requests that hold slots; without any, all are free or in the tree
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+
+    def _make_tree(self, disable: bool, eviction_policy: str) -> BasePrefixCache | None:
+        return RadixCache(
+            CacheInitParams(
+                disable=disable,
+                req_to_token_pool=self.req_to_token_pool,
+                token_to_kv_pool_allocator=self.allocator,
+                page_size=self.allocator.page_size,
+                eviction_policy=eviction_policy,
+            )
+        )
+
+    def attach(self, teacher_tree: BasePrefixCache) -> None:
+        """Told of the teacher's radix cache, once it exists."""
+
+    def as_student(self, req: Req) -> Req:
+        """The request as the student's forward is to see it."""
+        return req
+
+    # -- accounting ------------------------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> int:
+        """Number of requests that hold slots."""
+        return len(self.holders)
+
+    def available(self) -> int:
+        """Tokens that can be allocated, evicting if needed."""
+        return self.allocator.available_size() + self.tree.evictable_size()
+
+    def stats(self) -> dict[str, int]:
+        """Numbers of tokens: pool size, free, evictable and protected by the radix cache; requests holding slots;
+        prompt tokens so far and how many of them the radix cache had."""
+        return {
+            "size": self.size,
+            "free": self.allocator.available_size(),
+            "evictable": self.tree.evictable_size(),
+            "protected": self.tree.protected_size(),
+            "requests": self.held,
+            "prompt_tokens_total": self.prompt_tokens,
+            "cached_prompt_tokens_total": self.cached_tokens,
+        }
+
+    def leak_report(self) -> str | None:
+        """None when idle accounting is right: every slot is free or evictable and no request holds any."""
+        stats = self.stats()
+        if stats["free"] + stats["evictable"] == self.size and stats["protected"] == 0 and self.held == 0:
+            return None
+        return f"student KV pool leak while idle: {stats}"
+
+    def private_tokens(self) -> int:
+        """Tokens whose slots belong to one request, and to no radix cache."""
+        return sum(self._total(req) - req.student.kv.protected_len for req in self.holders.values())
+
+    def private_tokens_of_teacher(self) -> int:
+        """Those of them that lie in the teacher's pool."""
+        return 0
+
+    def busy_report(self, *, every_slot: bool) -> str | None:
+        """None when the accounting is right while requests run: every slot is free, in the tree, or one request's.
+
+        Args:
+            every_slot: look at the slots themselves, and not at their numbers alone (slow).
+        """
+        stats, private = self.stats(), self.private_tokens()
+        known = stats["free"] + stats["evictable"] + stats["protected"] + private
+        if known != self.size:
+            return f"student KV pool: {self.size - known} slots are missing while busy: {stats}, private {private}"
+        if not every_slot:
+            return None
+        owned = [self.allocator.get_all_free_pages().cpu()]
+        if stats["evictable"] + stats["protected"]:
+            owned.append(self.tree.all_values_flatten().cpu())
+        owned += [self._private_slots(req).cpu() for req in self.holders.values()]
+        slots, counts = torch.cat([part.to(torch.int64) for part in owned]).unique(return_counts=True)
+        if len(slots) == self.size and bool((counts == 1).all()):
+            return None
+        return f"student KV pool: slots with more than one owner: {slots[counts > 1].tolist()[:20]}; {stats}"
+
+    def _private_slots(self, req: Req) -> torch.Tensor:
+        state = req.student.kv
+        if not state.bound:
+            return state.slots
+        return self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, state.protected_len : self._total(req)]
+
+    def _total(self, req: Req) -> int:
+        """Length of the student's row: prefix and slots of its own."""
+        state = req.student.kv
+        # Not forwarded yet (waiting for the teacher's chunks): the row holds the prompt's slots and nothing else.
+        return req.kv.kv_allocated_len + length_offset(req) if state.forwarded else len(state.ids)
+
+    def can_decode(self, student: int, teacher: int) -> bool:
+        """Whether a step's ``student`` tokens fit, evicting if needed. ``teacher``: what it takes there, which has been
+        seen to fit."""
+        evict_from_tree_cache(self.tree, student)
+        return self.allocator.available_size() >= student
+
+    def max_req_len(self, req: Req) -> int:
+        """Longest student context, new tokens included, that the pool can ever hold for this request."""
+        return self.size - 1
+
+    # -- life of a request -----------------------------------------------------------------------------------------
+
+    def match(self, req: Req) -> StudentKVState:
+        """Match the request's student context in the radix cache and lock what was found. Allocates nothing."""
+        ids = req.student.prompt_ids + req.output_ids
+        key = self._key(req, ids[:-1])  # the last token is always forwarded: its logits are needed
+        result = self.tree.match_prefix(MatchPrefixParams(key=key))
+        node, prefix_len = result.last_device_node, result.device_prefix_len
+        start = prefix_len + self._borrowed(req, ids, prefix_len)
+        return StudentKVState(ids=ids, prefix_len=prefix_len, start=start, node=node, lock=self.tree.lock(node))
+
+    def _borrowed(self, req: Req, ids: array, prefix_len: int) -> int:
+        """How many tokens after the cached prefix the teacher computes for the student."""
+        return 0
+
+    def unmatch(self, state: StudentKVState) -> None:
+        """Undo ``match`` for a request that was not admitted."""
+        self.tree.unlock(state.lock)
+
+    def allocate(self, req: Req, state: StudentKVState) -> None:
+        """Take the slots for the whole student prompt. The caller has checked that they fit."""
+        state.slots = alloc_token_slots(self.tree, state.extend_len)
+        state.protected_len = state.start
+        state.borrows = state.start > state.prefix_len
+        req.student.kv = state
+        self.holders[id(req)] = req
+        self.prompt_tokens += len(state.ids)
+        self.cached_tokens += state.start
+
+    def bind(self, req: Req) -> None:
+        """Write the request's row, once the scheduler has given it one."""
+        state = req.student.kv
+        if state.bound:
+            return
+        row = req.kv.req_pool_idx
+        if state.prefix_len:
+            prefix = self.tree.path_device_indices(state.node)[: state.prefix_len]
+            self.req_to_token_pool.write((row, slice(0, state.prefix_len)), prefix.to(torch.int32))
+        self.req_to_token_pool.write((row, slice(state.start, len(state.ids))), state.slots.to(torch.int32))
+        state.bound = True
+
+    def borrow(self, req: Req) -> None:
+        """Point the row at the teacher's slots, once the teacher's row is complete."""
+
+    def decode_slots(self, rows: torch.Tensor, student_lens: torch.Tensor) -> torch.Tensor:
+        """One slot a request for the token at position ``student_lens − 1``; writes the rows.
+
+        Args:
+            rows: [n] int64 rows. student_lens: [n] int64 lengths including the new token.
+
+        Returns:
+            [n] int64 slots.
+        """
+        slots = alloc_token_slots(self.tree, rows.numel())
+        self.req_to_token_pool.write((rows, student_lens - 1), slots.to(torch.int32))
+        return slots
+
+    def reserve(self, reqs: list[Req]) -> None:
+        """Take as many slots ahead as the scheduler has just taken for the teachers, and write the rows."""
+        rows: list[int] = []
+        positions: list[int] = []
+        for req in reqs:
+            state = req.student.kv
+            start, end = len(state.ids) + state.reserved, self._total(req)
+            rows += [req.kv.req_pool_idx] * (end - start)
+            positions += range(start, end)
+            state.reserved += end - start
+        if not rows:
+            return
+        slots = alloc_token_slots(self.tree, len(rows)).to(torch.int32)
+        where = sent(rows + positions, slots.device)[1].view(2, -1)
+        self.req_to_token_pool.write((where[0], where[1]), slots)
+
+    def checkpoint(self, req: Req) -> None:
+        """After the prefill: put the prompt into the radix cache, so that others can share it at once."""
+        state = req.student.kv
+        if state is None or not state.forwarded or state.failed or self.tree.disable:
+            return
+        if state.protected_len >= len(state.ids):
+            return
+        if self._settle(req, state):
+            self._insert(req, state, len(state.ids))
+
+    def _settle(self, req: Req, state: StudentKVState) -> bool:
+        """What was the teacher's is now the tree's: point the row there and lock it. False if the tree lacks it."""
+        if not state.borrows:
+            return True
+        key = self._key(req, state.ids[: state.start])
+        result = self.tree.match_prefix(MatchPrefixParams(key=key))
+        if result.device_prefix_len < state.start:
+            return False
+        node = result.last_device_node
+        moved = slice(state.prefix_len, state.start)
+        slots = self.tree.path_device_indices(node)[moved].to(torch.int32)
+        self.req_to_token_pool.write((req.kv.req_pool_idx, moved), slots)
+        lock = self.tree.lock(node)
+        self.tree.unlock(state.lock)
+        state.node, state.lock, state.borrows = node, lock, False
+        return True
+
+    def release(self, req: Req, *, keep: bool) -> None:
+        """Give everything back; with ``keep`` the computed tokens stay in the radix cache."""
+        state = req.student.kv
+        if state is None:
+            return
+        total = self._total(req)
+        req.student.kv = None
+        del self.holders[id(req)]
+        if not state.bound:
+            self.allocator.free_segment(state.slots, start_pos=state.start)
+            self.tree.unlock(state.lock)
+            return
+        if keep and state.forwarded and not state.failed and not self.tree.disable:
+            computed = min(req.owned_kv_len() + length_offset(req), total)
+            if computed > state.protected_len and self._settle(req, state):
+                state.ids = (req.student.prompt_ids + req.output_ids)[:computed]
+                self._insert(req, state, computed)
+        row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        if total > state.protected_len:
+            self.allocator.free_segment(row[state.protected_len : total].to(torch.int64), start_pos=state.protected_len)
+        self.tree.unlock(state.lock)
+
+    def reset(self) -> None:
+        """Drop everything; only when no request holds slots (``/flush_cache``)."""
+        self.tree.reset()
+        self.allocator.clear()
+
+    # -- radix tree ------------------------------------------------------------------------------------------------
+
+    def _key(self, req: Req, ids: array) -> RadixKey:
+        return RadixKey(ids, self._extra_key(req), cache_salt=req.cache_salt)
+
+    def _extra_key(self, req: Req) -> str | None:
+        """What beside the tokens the KV depends on."""
+        return req.extra_key
+
+    def _insert(self, req: Req, state: StudentKVState, length: int) -> None:
+        """Insert the first ``length`` tokens; duplicates of what the tree has are freed and the row points to the
+        tree's slots; the lock moves to the deeper node."""
+        row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        key = self._key(req, state.ids[:length])
+        values = row[:length].to(torch.int64, copy=True)
+        node = self._insert_key(key, values, state.protected_len)
+        slots = self.tree.path_device_indices(node)
+        moved = slice(state.protected_len, length)
+        self.req_to_token_pool.write((req.kv.req_pool_idx, moved), slots[moved].to(torch.int32))
+        lock = self.tree.lock(node)
+        self.tree.unlock(state.lock)
+        state.node, state.lock, state.protected_len = node, lock, length
+
+    def _insert_key(self, key: RadixKey, values: torch.Tensor, protected_len: int):
+        """Insert into the tree, free what it had already beyond ``protected_len``, and return the last node."""
+        params = InsertParams(key=key, value=values, inserted_len=protected_len, prev_prefix_len=protected_len)
+        known = self.tree.insert(params).prefix_len
+        if known > protected_len:
+            self.allocator.free_segment(values[protected_len:known], start_pos=protected_len)
+        return self.tree.match_prefix(MatchPrefixParams(key=key)).last_device_node
+
+
+class SharedStudentKV(StudentKV):
+    """The student's KV where both sides have one model: slots from the teacher's pool, and the teacher's radix cache,
+    so that a prefix which both contexts have is stored once.
+
+    Args:
+        rows: the student's half of the table of rows, see `StudentRows`.
+        allocator: the teacher's.
+        lora_id: SGLang's id of the student's adapter; None: the student is the teacher.
+    """
+
+    def __init__(self, rows: StudentRows, allocator, lora_id: str | None = None):
+        self.lora_id = lora_id
+        self.row_offset = rows.offset
+        super().__init__(rows, allocator, disable_radix_cache=False, eviction_policy="lru")
+
+    def _make_tree(self, disable: bool, eviction_policy: str) -> None:
+        return None  # comes with `attach`
+
+    def attach(self, teacher_tree: BasePrefixCache) -> None:
+        self.tree = teacher_tree
+
+    def _borrowed(self, req: Req, ids: array, prefix_len: int) -> int:
+        if self.lora_id is not None:  # the same tokens have another KV there
+            return 0
+        teacher = req.origin_input_ids + req.output_ids
+        longest = min(len(ids) - 1, len(teacher))
+        common = longest
+        if ids[:longest] != teacher[:longest]:
+            common = next((i for i in range(longest) if ids[i] != teacher[i]), longest)
+        return common - prefix_len if common - prefix_len >= WORTH_BORROWING else 0
+
+    def borrow(self, req: Req) -> None:
+        state = req.student.kv
+        if not state.borrows:
+            return
+        shared = slice(state.prefix_len, state.start)
+        self.req_to_token_pool.write(
+            (req.kv.req_pool_idx, shared), self.req_to_token_pool.teacher[req.kv.req_pool_idx, shared]
+        )
+
+    def as_student(self, req: Req) -> Req:
+        return req if self.lora_id is None else StudentRow(req, self.lora_id)
+
+    def _extra_key(self, req: Req) -> str | None:
+        # As SGLang does for the requests of an adapter.
+        return req.extra_key if self.lora_id is None else (req.extra_key or "") + self.lora_id
+
+    def leak_report(self) -> str | None:
+        # SGLang checks the pool itself, which is one.
+        return None if self.held == 0 else f"student KV leak while idle: {self.held} requests hold slots"
+
+    def private_tokens_of_teacher(self) -> int:
+        return self.private_tokens()
+
+    def busy_report(self, *, every_slot: bool) -> str | None:
+        return None  # SGLang's own report, which is told of them
+
+    def can_decode(self, student: int, teacher: int) -> bool:
+        evict_from_tree_cache(self.tree, teacher + student)
+        return self.allocator.available_size() >= teacher + student
+
+    def max_req_len(self, req: Req) -> int:
+        # T + S + 2 n tokens in one pool: the n that fits, as a length of the student's context.
+        both = len(req.origin_input_ids) + len(req.student.prompt_ids)
+        return len(req.student.prompt_ids) + max((self.size - 2 - both) // 2, 0)
+
+    def reset(self) -> None:
+        """The teacher's own reset clears the pool and the tree."""
+
+    def _insert_key(self, key: RadixKey, values: torch.Tensor, protected_len: int):
+        # This kind of tree frees duplicates itself.
+        params = InsertParams(key=key, value=values, inserted_len=protected_len, prev_prefix_len=protected_len)
+        return self.tree.insert(params).last_device_node
+
+
+class StudentRows:
+    """A second table of rows behind the teacher's, in the same tensor, so that one forward can read rows of both.
+
+    Takes the place of the pool's table, of which several of SGLang's objects keep a reference (the translator of KV
+    indices, attention backends): made before any of them is.
+
+    Attributes:
+        offset: what to add to a request's row number to find its student's row.
+        teacher, req_to_token: [rows, max context] views of the teacher's and the student's half.
+    """
+
+    def __init__(self, req_to_token_pool):
+        table = req_to_token_pool.req_to_token
+        self.offset = table.shape[0]
+        self.size = req_to_token_pool.size
+        # The pool itself goes on handing out rows of its own half only.
+        req_to_token_pool.req_to_token = table.new_zeros((2 * self.offset, table.shape[1]))
+        self.teacher = req_to_token_pool.req_to_token[: self.offset]
+        self.req_to_token = req_to_token_pool.req_to_token[self.offset :]
+
+    def write(self, indices, values: torch.Tensor) -> None:
+        self.req_to_token[indices] = values

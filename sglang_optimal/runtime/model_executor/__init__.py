@@ -1,0 +1,1 @@
+"""What touches a model runner: graphs, weights, failures."""

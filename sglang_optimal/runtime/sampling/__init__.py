@@ -1,0 +1,1 @@
+"""The mixing itself, as a sampler and an observer of sampling."""

@@ -1,0 +1,262 @@
+"""The mixing of one step: from both models' logits to the sampled token's extras.
+
+SGLang calls in this order: ``before_grammar`` (penalties, grammar mask and bias go to the student's logits too), the
+sampler (mixes, see sampler.py), ``after_sample`` (gathers what clients may ask for). The extras travel to the host with
+the sampled tokens, in one asynchronous copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import torch
+from sglang.srt.managers.auxiliary_output import CommittedTokens
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+from sglang_optimal.mixing import Mixture, mix, token_logprobs
+from sglang_optimal.runtime.managers.dead_ends import NOTHING_LEFT
+from sglang_optimal.runtime.managers.schedule_batch import MixedRows
+from sglang_optimal.series import SERIES
+
+logger = logging.getLogger(__name__)
+
+_KL_STUDENT, _KL_TEACHER = SERIES.index("kl_to_student"), SERIES.index("kl_to_teacher")
+
+
+@dataclasses.dataclass
+class MixingStep:
+    """One batch's mixed rows on their way through SGLang's sampling.
+
+    Attributes:
+        rows: which rows of the batch, and their settings.
+        student_logits: [n, V_student].
+        vocab_size: number of ids both models have; the mixture's support is [0, vocab_size).
+        failure: why there are no student logits (they are NaN then, and the rows end with this message); else None.
+    """
+
+    rows: MixedRows
+    student_logits: torch.Tensor
+    vocab_size: int
+    teacher_logits: torch.Tensor | None = None
+    temperatures: torch.Tensor | None = None
+    mixture: Mixture | None = None
+    failure: str | None = None
+
+    def apply_logit_transforms(self, width: int, info: SamplingBatchInfo) -> None:
+        """Penalties, grammar mask and logit bias, applied to the student's logits as SGLang does to the teacher's."""
+        penalized = info.penalizer_orchestrator is not None and info.penalizer_orchestrator.is_required
+        if not (
+            penalized
+            or info.acc_additive_penalties is not None
+            or info.acc_scaling_penalties is not None
+            or info.grammar_mask is not None
+            or info.logit_bias is not None
+        ):
+            return
+        logits = self.student_logits.float()
+        # SGLang's transforms take the whole batch at the teacher's width.
+        full = logits.new_zeros((len(info), width))
+        known = logits[:, : self.vocab_size]
+        if self.rows.index is None:
+            full[:, : self.vocab_size] = known
+        else:
+            full[self.rows.index, : self.vocab_size] = known
+        info.apply_logits_bias(full)
+        self.student_logits = self.rows.select(full)
+
+    def mix_into(self, logits: torch.Tensor, info: SamplingBatchInfo) -> torch.Tensor:
+        """Replace the mixed rows of the teacher's ``logits`` [B, V] by the mixture's; returns what to sample from.
+
+        The teacher's own rows are kept for the logprobs of the sampled token.
+        """
+        v = self.vocab_size
+        width = logits.shape[-1]
+        teacher = self.rows.select(logits)
+        self.teacher_logits = teacher[:, :v]
+        self.temperatures = self.rows.select(info.temperatures)
+        self.student_logits = self.student_logits[:, :v]
+        # Where only one model knows an id, it stays masked.
+        mixed = torch.empty((len(teacher), width), dtype=torch.float32, device=logits.device)
+        mixed[:, v:] = -torch.inf
+        self.mixture = mix(
+            self.teacher_logits,
+            self.student_logits,
+            self.temperatures,
+            self.rows.alpha,
+            ess_ratio=self.rows.info,
+            out=mixed[:, :v],
+        )
+        make_samplable(mixed, self.mixture)
+        if self.rows.index is None:
+            return mixed.to(logits.dtype)
+        return logits.index_copy_(0, self.rows.index, mixed.to(logits.dtype))
+
+    def extras(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[n, len(SERIES)] float32 for the sampled tokens [B]."""
+        token_ids = self.rows.select(token_ids).long()
+        return series(self.mixture, self.teacher_logits, self.student_logits, self.temperatures, token_ids)
+
+
+def series(
+    m: Mixture, teacher_logits: torch.Tensor, student_logits: torch.Tensor, temperature: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """The values of ``SERIES`` for one token of each row, [n, len(SERIES)] float32; arguments as `token_logprobs`."""
+    teacher, student, mixture = token_logprobs(m, teacher_logits, student_logits, temperature, ids)
+    ess = m.ess_ratio if m.ess_ratio is not None else torch.full_like(m.alpha, torch.nan)
+    return torch.stack([m.alpha, teacher, student, mixture, m.kl_to_student, m.kl_to_teacher, ess], dim=-1)
+
+
+def make_samplable(mixed: torch.Tensor, mixture: Mixture) -> None:
+    """Rows that no mixture came of get finite logits [n, V], in place.
+
+    Sampling from NaN would end the whole process. The statistics stay as they are, which ends the request.
+    """
+    bad = ~(mixture.alpha + mixture.kl_to_student + mixture.kl_to_teacher).isfinite()
+    # The look is free on a CPU; elsewhere it would wait for the device, which the pass does not.
+    if mixed.device.type != "cpu" or bool(bad.any()):
+        mixed.masked_fill_(bad.unsqueeze(-1), 0.0)
+
+
+class MixingObserver:
+    """SGLang's SamplingObserver for batches with mixed rows.
+
+    Attributes:
+        on_tokens: told the values of every sampled token.
+        on_sides: told the requests and both sides' logits [n, V] that a token of each is sampled from; only while the
+            self-check runs.
+        equal_sides: notices sides that are the same although they should not be.
+    """
+
+    on_tokens: Callable[[list[list[float]]], None] | None = None
+    on_sides: Callable[[list[Req], torch.Tensor, torch.Tensor], None] | None = None
+
+    def __init__(self) -> None:
+        self.equal_sides = EqualSides()
+
+    def is_active(self, sampling_info: SamplingBatchInfo) -> bool:
+        return getattr(sampling_info, "mixing", None) is not None
+
+    def before_grammar(self, logits: torch.Tensor, sampling_info: SamplingBatchInfo) -> MixingStep:
+        sampling_info.mixing.apply_logit_transforms(logits.shape[-1], sampling_info)
+        return sampling_info.mixing
+
+    def after_sample(self, state: MixingStep, token_ids: torch.Tensor) -> MixingDeviceOutput:
+        values = state.extras(token_ids).unsqueeze(1)
+        if self.on_sides is not None:
+            self.on_sides(state.rows.reqs, state.teacher_logits, state.student_logits)
+        # Free both models' logits now: the step lives on with the batch for two more iterations.
+        state.teacher_logits = state.student_logits = state.mixture = None
+        return MixingDeviceOutput(state.rows.host, values, self, state.failure)
+
+
+class EqualSides:
+    """Counts tokens of which both sides gave exactly the same distribution although they read different contexts.
+
+    That many in a row come of a fault, not of two models that agree: of logits that are one model's twice.
+
+    Attributes:
+        tokens: how many there were.
+    """
+
+    _MANY, _SHARE = 512, 0.95
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._seen = 0
+        self._warned = False
+
+    def add(self, req: Req, values: Sequence[float]) -> None:
+        """Told the values of ``SERIES`` for one token."""
+        if req.student.prompt_ids == req.origin_input_ids:
+            return
+        self._seen += 1
+        self.tokens += values[_KL_STUDENT] == 0.0 == values[_KL_TEACHER]
+        if not self._warned and self._seen >= self._MANY and self.tokens >= self._SHARE * self._seen:
+            self._warned = True
+            logger.warning(
+                "%d of %d mixed tokens had the same distribution on both sides although the contexts differ: the "
+                "mixture may be one model alone. Start again with --mixing-self-check on, or --disable-cuda-graph.",
+                self.tokens,
+                self._seen,
+            )
+
+
+@dataclasses.dataclass
+class MixingDeviceOutput:
+    """Extras on the device: ``values`` [n, w, len(SERIES)] of up to w tokens for each of the batch's ``host_rows``."""
+
+    host_rows: list[int]
+    values: torch.Tensor
+    observer: MixingObserver
+    failure: str | None = None
+
+    def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> MixingHostOutput:
+        return MixingHostOutput(self.host_rows, copy_tensor(self.values), self.observer, self.failure)
+
+
+@dataclasses.dataclass
+class MixingHostOutput:
+    """Extras on the host; handed to each request together with the tokens they belong to."""
+
+    host_rows: list[int]
+    values: torch.Tensor
+    observer: MixingObserver
+    failure: str | None = None
+
+    def consume(self, batch: ScheduleBatch, commits: Sequence[CommittedTokens | None]) -> None:
+        sampled = []
+        for row, values in zip(self.host_rows, self.values.tolist(), strict=True):
+            commit = commits[row]
+            if commit is None:  # chunk in flight, or a request that had already finished
+                continue
+            # Fewer than were sampled where a stop condition ended the request among them.
+            sampled += self._take(batch.reqs[row], commit.output_index, values[: len(commit.token_ids)])
+        if sampled and self.observer.on_tokens is not None:
+            self.observer.on_tokens(sampled)
+
+    def _take(self, req: Any, start: int, tokens: list[list[float]]) -> list[list[float]]:
+        """Add the values of a request's tokens from position ``start`` on; returns those it keeps."""
+        for position, values in enumerate(tokens):
+            problem = self._problem(values)
+            if problem is not None:
+                _end(req, start + position, problem)
+                return tokens[:position]
+            if req.customized_info is None:
+                req.customized_info = {}
+            self.observer.equal_sides.add(req, values)
+            names = SERIES if req.student.return_mixing_info else SERIES[:1]
+            for name, value in zip(names, values, strict=False):
+                req.customized_info.setdefault(name, []).append(value)
+        return tokens
+
+    def _problem(self, values: list[float]) -> str | None:
+        """Why there is no mixture that this token could have come from; None when there is."""
+        alpha, teacher, student, _, kl_to_student, kl_to_teacher, _ = values
+        if math.isfinite(alpha) and math.isfinite(kl_to_student) and math.isfinite(kl_to_teacher):
+            return None
+        if self.failure is not None:
+            return self.failure
+        if math.isinf(kl_to_student):
+            return f"{NOTHING_LEFT}: the models, grammar, logit_bias and min_new_tokens together mask them all."
+        for side, logprob in (("student", student), ("teacher", teacher)):  # NaN of the student spreads to both
+            if math.isnan(logprob):
+                return f"the {side}'s logits are not finite: NaN or infinity in its weights or its numbers."
+        return "the mixture is not finite; fixed_alpha may be too large."
+
+
+def _end(req: Req, length: int, problem: str) -> None:
+    """End a request with an error (HTTP 500) and ``length`` tokens; what it decoded does not enter the radix caches."""
+    logger.error("request %r: %s", req.rid, problem)
+    reason = FINISH_ABORT(problem, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+    if req.finished():
+        req.finished_reason = reason
+    else:
+        req.to_finish = reason
+    req.finished_len = length
+    req.skip_radix_cache_insert = True

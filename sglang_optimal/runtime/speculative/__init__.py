@@ -1,0 +1,1 @@
+"""The student drafts, the mixture decides."""

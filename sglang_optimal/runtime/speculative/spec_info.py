@@ -1,0 +1,80 @@
+"""Speculative mixing as one of SGLang's speculative algorithms: what its scheduler asks of one.
+
+The scheduler's part (several tokens a step, KV slots ahead of them, the lengths that come back under overlap) is
+SGLang's own. The seam misses a few members that it calls on its built-in algorithms, which are added here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from sglang.srt.speculative.spec_info import SpecInput, SpecInputType, SpeculativeAlgorithm
+from sglang.srt.speculative.spec_registry import CustomSpecAlgo
+
+from sglang_optimal.runtime.launch import ALGORITHM
+
+
+class MixingAlgorithm(CustomSpecAlgo):
+    """The student drafts, the mixture of both models decides."""
+
+    def has_draft_kv(self) -> bool:
+        return False  # in the teacher's pool; the student has its own
+
+    def need_topk(self) -> bool:
+        return False
+
+    def carries_draft_hidden_states(self) -> bool:
+        return False
+
+    def create_future_map(
+        self, device, req_to_token_pool, needs_cpu_seq_lens: bool = True, needs_confidence_relay: bool = False
+    ):
+        from sglang.srt.managers.overlap_utils import FutureMap
+
+        return FutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
+
+
+def register() -> None:
+    """Register ``--speculative-algorithm OPTIMAL``."""
+    SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True, spec_class=MixingAlgorithm)(_worker_class)
+
+
+def _worker_class(server_args):
+    from sglang_optimal.runtime.speculative.spec_worker import SpeculativeWorker
+
+    return SpeculativeWorker
+
+
+@dataclasses.dataclass
+class LastTokens(SpecInput):
+    """What one step leaves to the next: the last token of each request, whose KV neither model has yet.
+
+    Attributes:
+        bonus_tokens: [B]; None under overlap, until the step that reads them begins.
+        future_indices: [B] under overlap, where they will be found; else None.
+    """
+
+    bonus_tokens: torch.Tensor | None = None
+    future_indices: torch.Tensor | None = None
+    # SGLang's relay of drafts between steps reads these; there is nothing to relay.
+    topk_p: torch.Tensor | None = None
+    topk_index: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__(SpecInputType.EAGLE_DRAFT)
+
+    def filter_batch(self, new_indices: torch.Tensor, new_indices_cpu: list[int] | None = None) -> None:
+        """Keep the given rows."""
+        if self.future_indices is not None:
+            self.future_indices = self.future_indices[new_indices]
+        else:
+            self.bonus_tokens = self.bonus_tokens[new_indices]
+
+    def merge_batch(self, other: LastTokens) -> None:
+        """Add the rows of ``other`` behind."""
+        if self.future_indices is not None:
+            self.future_indices = torch.cat([self.future_indices, other.future_indices])
+        else:
+            self.bonus_tokens = torch.cat([self.bonus_tokens, other.bonus_tokens])

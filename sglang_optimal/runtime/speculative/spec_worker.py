@@ -1,0 +1,326 @@
+"""The speculative worker: the student drafts k tokens, one forward of the teacher verifies k + 1 positions.
+
+Every position that is verified is a row of its own in one decode batch: the same request, one token longer than the row
+before. A layer writes the KV of all rows before its attention reads any, so each row sees exactly its own past. Any
+attention backend that decodes can therefore verify, with the decode graphs it has, and rows may have different numbers
+of drafts: a request that cannot be drafted for takes part with one row, as in lockstep.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.platforms import current_platform
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+from sglang_optimal.mixing import mix
+from sglang_optimal.mixing.speculation import verify, verify_greedy
+from sglang_optimal.mixing.truncation import Truncation
+from sglang_optimal.runtime.managers.schedule_batch import DecodePlan, DraftRows, MixedRows
+from sglang_optimal.runtime.managers.student_tp_worker import decode_rows
+from sglang_optimal.runtime.mem_cache.student_kv import student_of
+from sglang_optimal.runtime.model_executor.host_copy import sent
+from sglang_optimal.runtime.model_executor.student_failure import student_failure
+from sglang_optimal.runtime.sampling.filters import truncation_of
+from sglang_optimal.runtime.sampling.sampling_observer import MixingStep, make_samplable, series
+from sglang_optimal.runtime.speculative.adaptive_draft_length import BestLength, FixedLength
+from sglang_optimal.runtime.speculative.draft_temperature import DraftTemperature
+from sglang_optimal.runtime.speculative.spec_info import LastTokens
+from sglang_optimal.runtime.speculative.step_timer import StepTimer
+from sglang_optimal.runtime.speculative.verify import Accepted, Draft
+
+logger = logging.getLogger(__name__)
+
+
+def can_draft(req: Req) -> bool:
+    """Whether more than one token of a request may come from one step.
+
+    A grammar and penalties change with every token, and custom processors may; such requests go on in lockstep.
+    """
+    params = req.sampling_params
+    return (
+        student_of(req) is not None
+        and req.grammar is None
+        and params.frequency_penalty == 0
+        and params.presence_penalty == 0
+        and params.repetition_penalty == 1
+        and params.min_new_tokens == 0
+        and req.custom_logit_processor is None
+    )
+
+
+class SpeculativeWorker(BaseSpecWorker):
+    """What SGLang's scheduler runs in place of the teacher's worker, which it holds."""
+
+    def __init__(self, server_args, gpu_id: int, nccl_port: int, target_worker):
+        super().__init__()
+        self._target_worker = target_worker
+        self.device = target_worker.model_runner.device
+        config = target_worker.mixing_config
+        self.lengths = FixedLength(config.longest_draft)
+        if config.mixing_mode == "auto":
+            self.lengths = BestLength(config.longest_draft, StepTimer(self.device), agree=self._agreed_length)
+        self.temperature = DraftTemperature(self.device)
+        self._launched: collections.deque[tuple[int, list[int]]] = collections.deque()
+        self._cached: tuple[list, DraftRows] | None = None
+        self._too_many = 1 << 60  # positions to verify in one step, for the memory there is
+
+    @property
+    def draft_worker(self) -> None:
+        """None: the student's weights and pools belong to the target worker."""
+        return None
+
+    @property
+    def spec_v2_attn_backends(self) -> tuple:
+        target = self.target_worker
+        return target.model_runner.attn_backend, target.student.model_runner.attn_backend
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def forward_batch_generation(self, batch: ScheduleBatch, on_publish=None, pp_proxy_tensors=None):
+        """One step; ``on_publish`` is told the requests' new lengths as early as they are known."""
+        if not batch.forward_mode.is_decode():
+            result = self.target_worker.forward_batch_generation(batch)
+            return self._finish(batch, result, batch.seq_lens, result.next_token_ids, on_publish)
+        rows = self._rows(batch)
+        last = batch.spec_info.bonus_tokens.long()
+        host = [] if rows.drafted is None else rows.drafted.host
+        with self.lengths.step(len(host)) if host else contextlib.nullcontext(0) as length:
+            if length and len(host) * (length + 1) < self._too_many:
+                try:
+                    result = self._speculate(batch, rows, last, length, on_publish)
+                    self._launched.append((length, host))
+                    return result
+                except torch.OutOfMemoryError as error:
+                    self._without_memory(error, len(host) * (length + 1))
+            self._launched.append((0, host))
+            return self._lockstep(batch, rows, last, on_publish)
+
+    def _without_memory(self, error: torch.OutOfMemoryError, positions: int) -> None:
+        """A step's distributions did not fit beside the models; none so large is tried again.
+
+        Nothing has been published or committed yet, and lockstep writes the same KV once more.
+        """
+        if get_parallel().tp_size > 1:
+            raise error  # the other ranks go on with the step
+        self._too_many = positions
+        current_platform.empty_cache()
+        logger.warning(
+            "Not enough memory to verify %d positions in a step; larger steps go on in lockstep from now on. Lower "
+            "--mem-fraction-static or --draft-tokens to have them drafted for: %s",
+            positions,
+            error,
+        )
+
+    def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
+        """The scheduler has the result of the oldest decode step that it has not had yet."""
+        length, host = self._launched.popleft()
+        if length:
+            self.lengths.observe(length, [num_correct_drafts_per_req[i] for i in host])
+
+    def _rows(self, batch: ScheduleBatch) -> DraftRows:
+        # As in Planner: the list of requests is a new one whenever it changes.
+        if self._cached is None or self._cached[0] is not batch.reqs:
+            kv = self.target_worker.student_kv
+            host = [i for i, req in enumerate(batch.reqs) if student_of(req) is not None]
+            drafted = [i for i in host if can_draft(batch.reqs[i])]
+            mixed = MixedRows.build(batch, host, kv) if host else None
+            if drafted == host:
+                rows = DraftRows(mixed, mixed, None)
+            else:
+                inner = sent([host.index(i) for i in drafted], batch.device)[1]
+                rows = DraftRows(mixed, MixedRows.build(batch, drafted, kv) if drafted else None, inner)
+            self._cached = batch.reqs, rows
+        return self._cached[1]
+
+    def _finish(self, batch, result, new_seq_lens, last, on_publish) -> GenerationBatchResult:
+        if on_publish is not None:
+            on_publish(new_seq_lens)
+        result.new_seq_lens = new_seq_lens
+        result.next_draft_input = LastTokens(bonus_tokens=last)
+        return result
+
+    def _lockstep(self, batch: ScheduleBatch, rows: DraftRows, last: torch.Tensor, on_publish) -> GenerationBatchResult:
+        """One token for each request."""
+        batch = self._as_decode(batch, last)
+        batch.student_plan = None if rows.mixed is None else self._plan(batch, rows.mixed, 0)
+        result = self.target_worker.forward_batch_generation(batch)
+        result.accept_lens = torch.ones(len(batch.reqs), dtype=torch.int32, device=batch.device)
+        result.speculative_num_draft_tokens = 1
+        logprobs = result.logits_output.next_token_logprobs
+        if logprobs is not None:
+            result.logits_output.next_token_logprobs = logprobs.unsqueeze(1)  # [B, tokens of the step]
+        return self._finish(batch, result, batch.seq_lens, result.next_token_ids, on_publish)
+
+    @staticmethod
+    def _as_decode(batch: ScheduleBatch, last: torch.Tensor) -> ScheduleBatch:
+        """The same rows as an ordinary decode batch."""
+        batch = copy.copy(batch)
+        batch.input_ids = last
+        batch.seq_lens = batch.seq_lens + 1
+        batch.seq_lens_cpu = None if batch.seq_lens_cpu is None else batch.seq_lens_cpu + 1
+        batch.seq_lens_sum = None
+        batch.orig_seq_lens = batch.seq_lens.to(torch.int32)
+        batch.out_cache_loc = _slots(batch.req_to_token_pool, batch.req_pool_indices, batch.seq_lens)
+        batch.spec_info = None
+        batch.spec_algorithm = SpeculativeAlgorithm.NONE
+        return batch
+
+    def _plan(self, batch: ScheduleBatch, rows: MixedRows, ahead: int) -> DecodePlan:
+        """The student's decode step ``ahead`` tokens after that of ``batch``, which holds an ordinary decode batch."""
+        seq_lens, cpu = rows.student_lens(batch, ahead)
+        pool = self.target_worker.student_kv.req_to_token_pool
+        slots = _slots(pool, rows.select(batch.req_pool_indices), seq_lens)
+        return DecodePlan(rows=rows, seq_lens=seq_lens, seq_lens_cpu=cpu, out_cache_loc=slots)
+
+    def _speculate(
+        self, batch: ScheduleBatch, rows: DraftRows, last: torch.Tensor, length: int, on_publish
+    ) -> GenerationBatchResult:
+        """Up to ``length`` + 1 tokens for each request that can be drafted for, one for the others."""
+        batch = self._as_decode(batch, last)
+        target, drafted = self.target_worker, rows.drafted
+        size, n, v, width = len(batch.reqs), len(drafted.host), target.vocab_size, length + 1
+        bias = batch.sampling_info.logit_bias
+        bias = None if bias is None else drafted.select(bias)[:, :v]
+        truncation = truncation_of(batch.sampling_info, drafted)
+
+        draft = self._draft(batch, rows, length, self.temperature.sharpened(truncation), bias)
+        forward = self._verify_forward(batch, drafted, draft.tokens)
+        logits = forward.logits_output.next_token_logits
+        first = None if n == size else self._first_tokens(batch, rows, draft, logits[:size])
+        teacher = logits if first is None else torch.cat([drafted.select(logits[:size]), logits[size:]])
+        teacher = teacher[:, :v]
+        if bias is not None:
+            teacher = teacher + bias.repeat(width, 1)
+        student, every = draft.logits.view(width * n, v), truncation.repeat(width)
+        mixture = mix(teacher, student, every.temperature, drafted.alpha.repeat(width), ess_ratio=drafted.info)
+        make_samplable(mixture.logits, mixture)
+        if truncation.greedy:
+            tokens, accepted = verify_greedy(mixture.logits.argmax(-1).view(width, n), draft.tokens)
+        else:
+            chances = every.probs(mixture.logits).view(width, n, v)
+            if draft.failure is None:
+                self.temperature.observe(draft.logits[0], chances[0], truncation)
+            tokens, accepted = verify(chances, draft.chances, draft.tokens)
+        tokens, accepted = self._agreed(tokens), self._agreed(accepted)
+
+        values = series(mixture, teacher, student, every.temperature, tokens.reshape(-1))
+        step = Accepted(rows, tokens, accepted, values.view(width, n, -1), mixture.logits.view(width, n, v))
+        observer = target.model_runner.sampling_observer
+        if observer.on_sides is not None:
+            step.show(observer.on_sides, teacher.view(width, n, v), draft.logits)
+        result = step.result(batch, first, observer, draft.failure)
+        result.can_run_cuda_graph = forward.can_run_graph
+        lens = result.accept_lens
+        last = result.next_token_ids.view(size, width).gather(1, (lens - 1).long().unsqueeze(1)).squeeze(1)
+        return self._finish(batch, result, batch.seq_lens - 1 + lens, last, on_publish)
+
+    @contextlib.contextmanager
+    def always_drafting(self) -> Iterator[None]:
+        """Within, each step drafts as much as one may; what that shows of lengths and temperatures is forgotten."""
+        lengths, temperature = self.lengths, self.temperature
+        self.lengths = FixedLength(self.target_worker.mixing_config.longest_draft)
+        self.temperature = DraftTemperature(self.device)
+        try:
+            yield
+        finally:
+            self.lengths, self.temperature = lengths, temperature
+
+    # -- parts of a step -------------------------------------------------------------------------------------------
+
+    def _draft(
+        self, batch: ScheduleBatch, rows: DraftRows, length: int, truncation: Truncation, bias: torch.Tensor | None
+    ) -> Draft:
+        """``length`` + 1 forwards of the student, each on what it drew from the one before."""
+        target, drafted = self.target_worker, rows.drafted
+        n, v = len(drafted.host), target.vocab_size
+        draft = Draft.empty(length, n, v, batch.device, greedy=truncation.greedy)
+        try:
+            for ahead in range(length + 1):
+                # The first forward has the rows that are not drafted for as well.
+                part = rows.mixed if ahead == 0 else drafted
+                ids = part.select(batch.input_ids) if ahead == 0 else draft.tokens[ahead - 1]
+                logits = target.student.forward_decode(batch, self._plan(batch, part, ahead), ids, view=True)
+                if ahead == 0 and rows.inner is not None:
+                    draft.first = logits.clone()
+                    logits = logits.index_select(0, rows.inner)
+                draft.logits[ahead] = logits[:, :v] if bias is None else logits[:, :v] + bias
+                if ahead < length:
+                    draft.tokens[ahead] = self._agreed(draft.propose(ahead, truncation))
+        except torch.OutOfMemoryError:
+            raise  # the step may go on in lockstep
+        except Exception as error:
+            draft.failure = student_failure(error, rows.mixed)
+            draft.spoil(len(rows.mixed.host))
+        return draft
+
+    def _verify_forward(self, batch: ScheduleBatch, drafted: MixedRows, drafts: torch.Tensor):
+        """The teacher's forward of all rows of ``batch``, then of the drafted rows once for each draft [k, n]."""
+        k, n = drafts.shape
+        pool_rows = torch.cat([batch.req_pool_indices, drafted.select(batch.req_pool_indices).repeat(k)])
+        seq_lens = torch.cat([batch.seq_lens, _ahead(drafted.select(batch.seq_lens), k)])
+        cpu = batch.seq_lens_cpu
+        part = decode_rows(
+            batch,
+            [*batch.reqs, *[batch.reqs[i] for i in drafted.host] * k],
+            input_ids=torch.cat([batch.input_ids, drafts.reshape(-1)]),
+            req_pool_indices=pool_rows,
+            seq_lens=seq_lens,
+            seq_lens_cpu=None if cpu is None else torch.cat([cpu, _ahead(drafted.select_host(cpu), k)]),
+            out_cache_loc=_slots(batch.req_to_token_pool, pool_rows, seq_lens),
+        )
+        runner = self.target_worker.model_runner
+        return runner.forward(ForwardBatch.init_new(part, runner, return_hidden_states_before_norm=False))
+
+    def _first_tokens(
+        self, batch: ScheduleBatch, rows: DraftRows, draft: Draft, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, LogitsProcessorOutput]:
+        """What lockstep samples for all requests: the tokens [B] of those that are not drafted for, and more of them.
+
+        Args:
+            logits: [B, V] the teacher's, which stay as they are.
+        """
+        runner, info = self.target_worker.model_runner, batch.sampling_info
+        info.mixing = None
+        if rows.inner is not None:  # else only plain requests are left
+            info.mixing = MixingStep(rows.mixed, draft.first, self.target_worker.vocab_size, failure=draft.failure)
+        output = LogitsProcessorOutput(next_token_logits=logits.clone())
+        forward_batch = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
+        return runner.sample(output, forward_batch), output
+
+    def _agreed(self, values: torch.Tensor) -> torch.Tensor:
+        """The first rank's, on every rank."""
+        group = get_parallel().tp_group
+        return group.broadcast(values, src=0) if group.world_size > 1 else values
+
+    @staticmethod
+    def _agreed_length(length: int) -> int:
+        """The first rank's choice, on every rank."""
+        group = get_parallel().tp_group
+        if group.world_size > 1:
+            choice = torch.tensor(length)
+            torch.distributed.broadcast(choice, src=group.ranks[0], group=group.cpu_group)
+            return int(choice)
+        return length
+
+
+def _ahead(seq_lens: torch.Tensor, k: int) -> torch.Tensor:
+    """[k · n] the lengths [n] with one token more, with two, … with k."""
+    more = torch.arange(1, k + 1, device=seq_lens.device, dtype=seq_lens.dtype)
+    return (seq_lens + more.unsqueeze(1)).view(-1)
+
+
+def _slots(pool, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+    """[n] the KV slots of the tokens at position ``seq_lens − 1``."""
+    return pool.req_to_token[rows, seq_lens - 1].to(torch.int64)

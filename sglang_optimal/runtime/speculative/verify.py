@@ -1,0 +1,178 @@
+"""What a speculative step drafts, and what it hands to SGLang when it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.logprob_processor import compute_spec_logprobs
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.utils import GenerationBatchResult
+
+from sglang_optimal.mixing.speculation import draw
+from sglang_optimal.mixing.truncation import Truncation
+from sglang_optimal.runtime.managers.schedule_batch import DraftRows
+from sglang_optimal.runtime.sampling.sampling_observer import MixingDeviceOutput, MixingObserver
+
+
+@dataclasses.dataclass
+class Draft:
+    """What the student drafted for n rows.
+
+    Attributes:
+        tokens: [k, n] int64. logits: [k+1, n, v] float32, the student's at each position, bias added.
+        chances: [k, n, v] float32, what the tokens were drawn from; None where all rows are greedy.
+        first: [m, V_student], its logits at the first position for all m mixed rows; None where n = m.
+        failure: why there is nothing; else None.
+    """
+
+    tokens: torch.Tensor
+    logits: torch.Tensor
+    chances: torch.Tensor | None
+    first: torch.Tensor | None = None
+    failure: str | None = None
+
+    @classmethod
+    def empty(cls, k: int, n: int, v: int, device, *, greedy: bool) -> Draft:
+        return cls(
+            tokens=torch.zeros((k, n), dtype=torch.int64, device=device),
+            logits=torch.empty((k + 1, n, v), device=device),
+            chances=None if greedy else torch.empty((k, n, v), device=device),
+        )
+
+    def propose(self, position: int, truncation: Truncation) -> torch.Tensor:
+        """Tokens [n] drawn from the student's logits at ``position`` with ``truncation``."""
+        logits = self.logits[position]
+        if self.chances is None:
+            return logits.argmax(-1)
+        chances = truncation.probs(logits.nan_to_num(0.0, 0.0) if _not_finite(logits) else logits)
+        self.chances[position] = chances
+        return draw(chances)
+
+    def spoil(self, mixed: int) -> None:
+        """Leave nothing that could be taken for a distribution, after a failure; ``mixed``: number of mixed rows."""
+        self.tokens.zero_()
+        self.logits.fill_(torch.nan)
+        if self.chances is not None:
+            self.chances.fill_(1.0 / self.chances.shape[-1])
+        self.first = torch.full((mixed, self.logits.shape[-1]), torch.nan, device=self.logits.device)
+
+
+@dataclasses.dataclass
+class Accepted:
+    """What the mixture made of a draft.
+
+    Attributes:
+        rows: which rows of the batch.
+        tokens: [w, n] int64, accepted: [n] int64; the first ``accepted`` + 1 tokens of a row count.
+        values: [w, n, len(SERIES)] float32.
+        logits: [w, n, v], the mixture's.
+    """
+
+    rows: DraftRows
+    tokens: torch.Tensor
+    accepted: torch.Tensor
+    values: torch.Tensor
+    logits: torch.Tensor
+
+    def show(self, on_sides, teacher: torch.Tensor, student: torch.Tensor) -> None:
+        """Tell ``MixingObserver.on_sides`` of both sides' logits [w, n, v] where a token came of them."""
+        # Where mixed rows go on in lockstep beside them, it has been told of all first positions.
+        for ahead in range(0 if self.rows.inner is None else 1, len(self.tokens)):
+            rows = (self.accepted >= ahead).nonzero().view(-1)
+            reqs = [self.rows.drafted.reqs[i] for i in rows.tolist()]
+            on_sides(reqs, teacher[ahead][rows], student[ahead][rows])
+
+    def result(
+        self,
+        batch: ScheduleBatch,
+        first: tuple[torch.Tensor, LogitsProcessorOutput] | None,
+        observer: MixingObserver,
+        failure: str | None,
+    ) -> GenerationBatchResult:
+        """SGLang's result of a speculative step, w tokens wide.
+
+        Args:
+            first: tokens [B] and output of the requests that were not drafted for; None when all were.
+        """
+        width, size = len(self.tokens), len(batch.reqs)
+        rows, index = self.rows.drafted, self.rows.drafted.index
+        tokens, lens, values = self.tokens.T, self.accepted + 1, self.values.transpose(0, 1)
+        if first is not None:
+            ids, output = first
+            some = tokens
+            tokens = tokens.new_zeros((size, width))
+            tokens[:, 0] = ids
+            tokens[index] = some
+            lens = lens.new_ones(size).index_copy_(0, index, lens)
+            rows = self.rows.mixed
+            if self.rows.inner is not None:
+                lockstep = output.auxiliary_device_output.values
+                some = values
+                values = lockstep.new_zeros((len(rows.host), width, lockstep.shape[-1]))
+                values[:, :1] = lockstep
+                values[self.rows.inner] = some
+        output = LogitsProcessorOutput(next_token_logits=None)
+        if batch.return_logprob:
+            self._write_logprobs(output, batch, None if first is None else first[1])
+        output.auxiliary_device_output = MixingDeviceOutput(rows.host, values, observer, failure)
+        return GenerationBatchResult(
+            logits_output=output,
+            next_token_ids=tokens.reshape(-1).to(torch.int32),
+            accept_lens=lens.to(torch.int32),
+            speculative_num_draft_tokens=width,
+        )
+
+    def _write_logprobs(
+        self, output: LogitsProcessorOutput, batch: ScheduleBatch, first: LogitsProcessorOutput | None
+    ) -> None:
+        """The log-probabilities that requests asked for, w for each, by SGLang's own functions."""
+        width, n, v = self.logits.shape
+        rows, info = self.rows.drafted, batch.sampling_info
+        part = SimpleNamespace(
+            seq_lens=rows.host,
+            sampling_info=SimpleNamespace(
+                is_all_greedy=info.is_all_greedy, temperatures=rows.select(info.temperatures)
+            ),
+            top_logprobs_nums=[batch.top_logprobs_nums[i] for i in rows.host],
+            token_ids_logprobs=[batch.token_ids_logprobs[i] for i in rows.host],
+        )
+        own = LogitsProcessorOutput(next_token_logits=self.logits.transpose(0, 1).reshape(n * width, v))
+        compute_spec_logprobs(part, own, self.tokens.T.reshape(-1), chain_stride=width)
+        if first is None:
+            for name in _LOGPROB_LISTS:
+                setattr(output, name, getattr(own, name))
+            output.next_token_logprobs = own.next_token_logprobs
+            return
+        size = len(batch.reqs)
+        logprobs = own.next_token_logprobs.new_zeros((size, width))
+        logprobs[:, 0] = first.next_token_logprobs
+        logprobs[rows.index] = own.next_token_logprobs
+        output.next_token_logprobs = logprobs
+        nothing = logprobs.new_empty(0)
+        for name in _LOGPROB_LISTS:
+            mine, theirs = getattr(own, name), getattr(first, name)
+            if mine is None and theirs is None:
+                continue
+            merged: list = [nothing] * (size * width)
+            if theirs is not None:
+                merged[::width] = theirs
+            for position, row in enumerate(rows.host):
+                if mine is not None:
+                    merged[row * width : (row + 1) * width] = mine[position * width : (position + 1) * width]
+            setattr(output, name, merged)
+
+
+_LOGPROB_LISTS = (
+    "next_token_top_logprobs_val",
+    "next_token_top_logprobs_idx",
+    "next_token_token_ids_logprobs_val",
+    "next_token_token_ids_logprobs_idx",
+)
+
+
+def _not_finite(logits: torch.Tensor) -> bool:
+    """Whether to look after NaN; a device is not asked, which would wait for it."""
+    return logits.device.type != "cpu" or bool(logits.isnan().any())
