@@ -162,7 +162,7 @@ class StepTimer:
         """Register the hooks; SGLang puts them on before it builds the scheduler."""
         scheduler = "sglang.srt.managers.scheduler.Scheduler"
         runner = "sglang.srt.model_executor.model_runner.ModelRunner"
-        step = "sglang_optimal.runtime.sampling.sampling_observer.MixingStep"
+        step = "sglang_optimal.runtime.sampling.sampler.MixingStep"
         hooks: dict[str, Callable[..., Any]] = {
             f"{scheduler}.run_batch": self._run_batch,
             f"{scheduler}.process_batch_result": self._process_batch_result,

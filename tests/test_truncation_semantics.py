@@ -16,7 +16,7 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import TOP_K_ALL
 from torch import Tensor
 
-from sglang_optimal.runtime.managers.schedule_batch import MixedRows
+from sglang_optimal.runtime.core import MixedRows
 from sglang_optimal.runtime.sampling import filters as truncation
 from sglang_optimal.runtime.sampling.filters import truncation_of
 

@@ -83,8 +83,8 @@ def sample(sampler, teacher, student, seeds, positions, alpha=None):
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
     from sglang_optimal.mixing import AlphaParams
-    from sglang_optimal.runtime.managers.schedule_batch import MixedRows
-    from sglang_optimal.runtime.sampling.sampling_observer import MixingStep
+    from sglang_optimal.runtime.core import MixedRows
+    from sglang_optimal.runtime.sampling.sampler import MixingStep
 
     n, vocab_size = teacher.shape
     info = SamplingBatchInfo(

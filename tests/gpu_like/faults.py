@@ -73,10 +73,11 @@ def install() -> None:
     """In a scheduler process: make every fault possible."""
     from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 
+    from sglang_optimal.runtime.core import MixedRows
+    from sglang_optimal.runtime.managers import schedule_batch
     from sglang_optimal.runtime.managers import shared_tp_worker as shared_worker
     from sglang_optimal.runtime.managers import student_tp_worker as student
-    from sglang_optimal.runtime.managers.schedule_batch import MixedRows
-    from sglang_optimal.runtime.sampling.sampling_observer import MixingStep
+    from sglang_optimal.runtime.sampling.sampler import MixingStep
     from sglang_optimal.runtime.speculative import spec_worker as speculative_worker
     from sglang_optimal.runtime.speculative.draft_temperature import DraftTemperature
 
@@ -90,7 +91,8 @@ def install() -> None:
     _fault("list-index", MixingStep, "apply_logit_transforms", _list_index)
     _fault("rows-by-list", MixedRows, "select_host", _rows_by_list)
     _fault(STALE_TABLE, shared_worker.SharedTpWorker, "alloc_memory_pool", _stale_table)
-    _fault("requests-for-rows", shared_worker, "rows_of", lambda batch: len(batch.reqs))
+    for module in (shared_worker, schedule_batch):
+        _fault("requests-for-rows", module, "rows_of", lambda batch: len(batch.reqs))
     _fault("old-ids", DecodeCudaGraphRunner, "load_batch", _with_old_ids(DecodeCudaGraphRunner.load_batch))
     _fault("no-memory", speculative_worker, "series", _no_memory)
     _fault("student-raises", shared_worker.SharedTpWorker, "_forward_both", _raises)

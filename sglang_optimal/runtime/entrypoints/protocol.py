@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_optimal.config import ALPHA_KEYS, AlphaSettings, MixingConfig, check_known
+from sglang_optimal.runtime.core import StudentContext
 from sglang_optimal.runtime.entrypoints.messages import (
     characters,
     checked_messages,
@@ -38,23 +38,6 @@ _TEACHER_ONLY_WITH = {
     "teacher_system_prompt": "needs messages for the teacher: teacher_messages, or /v1/chat/completions.",
     "teacher_chat_template_kwargs": "only read with teacher_messages; a chat request has chat_template_kwargs.",
 }
-
-
-@dataclasses.dataclass
-class StudentContext:
-    """The student's side of one request, kept on the scheduler's ``Req`` as ``req.student``.
-
-    Attributes:
-        prompt_ids: token ids of the student's prompt (S); the student reads S + the output tokens.
-        alpha: how alpha is chosen.
-        return_mixing_info: whether the client asked for every per-token series.
-        kv: the student's KV slots; None while the request holds none.
-    """
-
-    prompt_ids: array
-    alpha: AlphaSettings
-    return_mixing_info: bool = False
-    kv: Any = None
 
 
 class RenderedPrompt(list):

@@ -1,128 +1,18 @@
-"""What the student has to do for one scheduled batch, worked out before the forward is launched."""
+"""Every ScheduleBatch that is derived from the scheduled one, and what the student does for it."""
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from array import array
+from collections.abc import Callable
 
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 
-from sglang_optimal.mixing import AlphaParams
-from sglang_optimal.runtime.mem_cache.student_kv import StudentKV, length_offset, student_of
+from sglang_optimal.runtime.core import DecodePlan, MixedRows, PrefillChunk, PrefillPlan, student_of
+from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
 from sglang_optimal.runtime.model_executor.host_copy import sent
-
-
-@dataclasses.dataclass
-class MixedRows:
-    """The mixed rows of a batch and their settings; unchanged from step to step while the batch has the same requests.
-
-    Attributes:
-        reqs: the requests, as their students' forward sees them.
-        host: row numbers. host_index: the same as a tensor, [n] int64 on the host.
-        index: the same on the device, or None when every row is mixed.
-        offsets, offsets_cpu: [n] int64, student length minus teacher length.
-        alpha: per-row settings.
-        info: whether any row asked for all per-token series.
-    """
-
-    reqs: list[Req]
-    host: list[int]
-    host_index: torch.Tensor
-    index: torch.Tensor | None
-    offsets: torch.Tensor
-    offsets_cpu: torch.Tensor
-    alpha: AlphaParams
-    info: bool
-
-    @classmethod
-    def build(cls, batch: ScheduleBatch, host: list[int], kv: StudentKV) -> MixedRows:
-        reqs = [batch.reqs[i] for i in host]
-        settings = [req.student.alpha for req in reqs]
-        device = batch.device
-        offsets_cpu, offsets = sent([length_offset(req) for req in reqs], device)
-        host_index, index = sent(host, device)
-        return cls(
-            reqs=[kv.as_student(req) for req in reqs],
-            host=host,
-            host_index=host_index,
-            index=None if len(host) == len(batch.reqs) else index,
-            offsets=offsets,
-            offsets_cpu=offsets_cpu,
-            alpha=AlphaParams.from_lists(
-                [s.alpha_method for s in settings],
-                [s.alpha_min for s in settings],
-                [s.alpha_max for s in settings],
-                [0.5 if s.fixed_alpha is None else s.fixed_alpha for s in settings],
-                device,
-            ),
-            info=any(req.student.return_mixing_info for req in reqs),
-        )
-
-    def select(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The mixed rows of a tensor [B, …]; the tensor itself when all are."""
-        return tensor if self.index is None else tensor.index_select(0, self.index)
-
-    def select_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same of a tensor on the host."""
-        return tensor if self.index is None else tensor.index_select(0, self.host_index)
-
-    def student_lens(self, batch: ScheduleBatch, ahead: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Lengths of the students' rows [n] in a decode batch, ``ahead`` tokens after its own: on the device, on the
-        host (None where the batch has none there)."""
-        cpu = batch.seq_lens_cpu
-        if cpu is not None:
-            cpu = self.select_host(cpu) + self.offsets_cpu + ahead
-        return self.select(batch.seq_lens) + self.offsets + ahead, cpu
-
-
-@dataclasses.dataclass
-class DraftRows:
-    """The rows of a speculative decode batch.
-
-    Attributes:
-        mixed: all mixed rows; None without any. drafted: those that can be drafted for; None without any.
-        inner: [n] int64, the drafted ones among the mixed; None when they are the same.
-    """
-
-    mixed: MixedRows | None
-    drafted: MixedRows | None
-    inner: torch.Tensor | None
-
-
-@dataclasses.dataclass
-class DecodePlan:
-    """One decode step of the student. seq_lens: [n] including the new token; out_cache_loc: [n] its slots."""
-
-    rows: MixedRows
-    seq_lens: torch.Tensor
-    seq_lens_cpu: torch.Tensor
-    out_cache_loc: torch.Tensor
-
-
-@dataclasses.dataclass
-class PrefillChunk:
-    """Tokens [start, end) of one student context; last: the context is complete after it."""
-
-    req: Req
-    row: int
-    ids: array
-    start: int
-    end: int
-    slots: torch.Tensor
-    last: bool
-
-
-@dataclasses.dataclass
-class PrefillPlan:
-    """The student contexts that complete with this batch; each piece is one forward.
-
-    after_teacher: whether they read KV that the teacher's forward of this batch writes.
-    """
-
-    rows: MixedRows
-    pieces: list[list[PrefillChunk]]
-    after_teacher: bool
 
 
 class Planner:
@@ -191,3 +81,132 @@ class Planner:
                 start = end
             state.forwarded = True
         return pieces
+
+
+def decode_part(
+    batch: ScheduleBatch, plan: DecodePlan, row_offset: int = 0, input_ids: torch.Tensor | None = None
+) -> ScheduleBatch:
+    """The student's decode batch of the mixed rows. ``row_offset``: added to the row numbers."""
+    rows = plan.rows
+    return decode_rows(
+        batch,
+        rows.reqs,
+        input_ids=rows.select(batch.input_ids) if input_ids is None else input_ids,
+        req_pool_indices=rows.select(batch.req_pool_indices) + row_offset,
+        seq_lens=plan.seq_lens,
+        seq_lens_cpu=plan.seq_lens_cpu,
+        out_cache_loc=plan.out_cache_loc,
+    )
+
+
+def decode_rows(
+    batch: ScheduleBatch,
+    reqs: list,
+    *,
+    input_ids: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    seq_lens_cpu: torch.Tensor | None,
+    out_cache_loc: torch.Tensor,
+) -> ScheduleBatch:
+    """A decode batch of any rows, in place of those of ``batch``; all tensors [n], lengths with the new token."""
+    part = _student_batch(batch, reqs)
+    part.input_ids = input_ids
+    part.req_pool_indices = req_pool_indices
+    part.req_pool_indices_cpu = None
+    part.seq_lens = seq_lens
+    part.seq_lens_cpu = seq_lens_cpu
+    part.seq_lens_sum = None
+    part.orig_seq_lens = seq_lens.to(torch.int32)
+    part.out_cache_loc = out_cache_loc
+    return part
+
+
+def prefill_part(batch: ScheduleBatch, piece: list[PrefillChunk], row_offset: int = 0) -> ScheduleBatch:
+    """The extend batch of one piece of the students' prompts. ``row_offset``: added to the row numbers."""
+    part = _student_batch(batch, [chunk.req for chunk in piece])
+    ends = [chunk.end for chunk in piece]
+    lens = [chunk.end - chunk.start for chunk in piece]
+    ids = array("q")
+    for chunk in piece:
+        ids.extend(chunk.ids[chunk.start : chunk.end])
+    part.input_ids = sent(ids, batch.device)[1]
+    part.req_pool_indices_cpu, part.req_pool_indices = sent([chunk.row + row_offset for chunk in piece], batch.device)
+    part.seq_lens_cpu, part.seq_lens = sent(ends, batch.device)
+    part.seq_lens_sum = sum(ends)
+    part.orig_seq_lens = part.seq_lens.to(torch.int32)
+    part.out_cache_loc = torch.cat([chunk.slots for chunk in piece])
+    part.prefix_lens = [chunk.start for chunk in piece]
+    part.extend_lens = lens
+    part.extend_num_tokens = sum(lens)
+    part.extend_logprob_start_lens = lens
+    return part
+
+
+def prefill_pieces(
+    batch: ScheduleBatch, plan: PrefillPlan, forward: Callable[[ScheduleBatch], torch.Tensor], row_offset: int = 0
+) -> torch.Tensor:
+    """Forward the pieces one after another. Returns logits [n, V] of each context's last token.
+
+    Args:
+        forward: gives logits that its next call leaves as they are.
+    """
+    finished: list[torch.Tensor] = []
+    for piece in plan.pieces:
+        logits = forward(prefill_part(batch, piece, row_offset))
+        # A context that goes on in the next piece is the last of this one.
+        done = len(piece) if piece[-1].last else len(piece) - 1
+        if done:
+            finished.append(logits[:done])
+    return finished[0] if len(finished) == 1 else torch.cat(finished)
+
+
+def _student_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:
+    """A shallow copy of the teacher's batch without what belongs to the teacher's rows or sampling."""
+    part = copy.copy(batch)
+    part.reqs = reqs
+    part.beam_tail = None
+    part.max_seq_len_host = None
+    part.input_embeds = part.replace_embeds = part.replace_positions = None
+    part.sampling_info = None
+    part.has_grammar = False
+    part.return_logprob = False
+    part.top_logprobs_nums = None
+    part.token_ids_logprobs = None
+    part.extend_input_logprob_token_ids = None
+    part.return_hidden_states_mode = CaptureHiddenMode.NULL
+    part.decoding_reqs = None
+    part.multimodal_inputs = [None] * len(reqs)
+    return part
+
+
+def rows_of(batch: ScheduleBatch) -> int:
+    """Rows of a forward of ``batch``: one for each request, and behind them those of beam search."""
+    return len(batch.seq_lens)
+
+
+def _request_of_each_row(batch: ScheduleBatch) -> list[Req]:
+    reqs = list(batch.reqs)
+    for entry in () if batch.beam_tail is None else batch.beam_tail.entries:
+        reqs += [batch.reqs[entry.leader_idx]] * (entry.end - entry.start)
+    return reqs
+
+
+def joined(batch: ScheduleBatch, part: ScheduleBatch) -> ScheduleBatch:
+    """One batch with the rows of ``batch`` and then those of ``part``; nothing of the sampling."""
+    both = copy.copy(part)
+    both.reqs = [*_request_of_each_row(batch), *part.reqs]
+    assert len(both.reqs) == rows_of(batch) + rows_of(part), "a row without a request"
+    for name in ("input_ids", "req_pool_indices", "seq_lens", "orig_seq_lens", "out_cache_loc", "seq_lens_cpu"):
+        setattr(both, name, torch.cat([getattr(batch, name), getattr(part, name)]))
+    if part.req_pool_indices_cpu is not None and batch.req_pool_indices_cpu is not None:
+        both.req_pool_indices_cpu = torch.cat([batch.req_pool_indices_cpu, part.req_pool_indices_cpu])
+    else:
+        both.req_pool_indices_cpu = None
+    both.seq_lens_sum = None if part.seq_lens_sum is None else batch.seq_lens_sum + part.seq_lens_sum
+    both.multimodal_inputs = [None] * len(both.reqs)
+    if batch.forward_mode.is_extend():
+        for name in ("prefix_lens", "extend_lens", "extend_logprob_start_lens"):
+            setattr(both, name, [*getattr(batch, name), *getattr(part, name)])
+        both.extend_num_tokens = batch.extend_num_tokens + part.extend_num_tokens
+    return both

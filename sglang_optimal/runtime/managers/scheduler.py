@@ -11,7 +11,7 @@ from http import HTTPStatus
 import torch
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput, UpdateWeightFromDiskReqOutput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
+from sglang.srt.managers.schedule_policy import PrefillAdder
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -19,60 +19,17 @@ from sglang.srt.runtime_context import get_device
 from sglang.utils import TypeBasedDispatcher
 
 from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime.core import student_of
 from sglang_optimal.runtime.entrypoints.protocol import from_wire
 from sglang_optimal.runtime.managers.schedule_batch import Planner
+from sglang_optimal.runtime.managers.schedule_policy import MixedPrefillAdder
 from sglang_optimal.runtime.managers.scheduler_components.invariant_checker import MixedInvariantChecker
 from sglang_optimal.runtime.managers.self_check import SelfCheck, SelfCheckError
 from sglang_optimal.runtime.managers.shared_tp_worker import SharedTpWorker
 from sglang_optimal.runtime.managers.tp_worker import MixedTpWorker
-from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentKV, student_of
 from sglang_optimal.runtime.model_executor.weight_updater import HELD, is_for_student
 
 logger = logging.getLogger(__name__)
-
-
-class MixedPrefillAdder(PrefillAdder):
-    """Admits a mixed request only when its student context fits too, and reserves it there."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.student_kv: StudentKV = self.tree_cache.student_kv
-        running = self.running_batch.reqs if self.running_batch is not None else []
-        # Tokens that admitted requests will still decode, estimated as SGLang does for the teacher's pool.
-        mixed = [req for req in running if student_of(req) is not None]
-        future = sum(self._get_running_request_total_token_offset(req) for req in mixed)
-        self._one_pool = isinstance(self.student_kv, SharedStudentKV)
-        self._student_future = future
-        if self._one_pool:
-            self.memory_budget.total_offset += future
-
-    def add_one_req(self, req: Req, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
-        if student_of(req) is None:
-            return super().add_one_req(req, has_chunked_req, truncation_align_size)
-        kv = self.student_kv
-        state = kv.match(req)
-        max_new = min(max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS)
-        if not self._one_pool and state.extend_len + max_new > kv.available() - self._student_future:
-            kv.unmatch(state)
-            return AddReqResult.NO_TOKEN
-        self._reserve(state.extend_len, max_new)
-        result = super().add_one_req(req, has_chunked_req, truncation_align_size)
-        if self.can_run_list and self.can_run_list[-1] is req:
-            kv.allocate(req, state)
-            self._reserve(-state.extend_len, 0)  # taken from the pool now
-            self._student_future += max_new
-            # The step computes the student's prompt as well: let it use up the same compute budget.
-            self.rem_input_tokens -= state.extend_len
-        else:
-            self._reserve(-state.extend_len, -max_new)
-            kv.unmatch(state)
-        return result
-
-    def _reserve(self, now: int, later: int) -> None:
-        """Tokens that the student takes from the teacher's budget, where both have one pool."""
-        if self._one_pool:
-            self.memory_budget.current_offset += now
-            self.memory_budget.total_offset += now + later
 
 
 class MixedScheduler(Scheduler):

@@ -25,10 +25,11 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_optimal.mixing import AlphaParams, mix
-from sglang_optimal.runtime.managers.schedule_batch import PrefillChunk
-from sglang_optimal.runtime.managers.student_tp_worker import prefill_part
+from sglang_optimal.runtime.core import PrefillChunk
+from sglang_optimal.runtime.managers.schedule_batch import prefill_part
 from sglang_optimal.runtime.mem_cache.student_kv import WORTH_BORROWING
-from sglang_optimal.runtime.sampling.sampling_observer import EqualSides, make_samplable, series
+from sglang_optimal.runtime.sampling.sampler import make_samplable, series
+from sglang_optimal.runtime.sampling.sampling_observer import EqualSides
 from sglang_optimal.series import SERIES
 
 EXACT = 0.02

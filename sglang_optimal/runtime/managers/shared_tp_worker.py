@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 from collections.abc import Iterator
 
 import torch
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
-from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunnerOutput
@@ -18,15 +17,17 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.platforms.torch_cpu import ignore_pinned_memory
+from sglang_optimal.runtime.core import DecodePlan, PrefillPlan
 from sglang_optimal.runtime.launch import STUDENT_ADAPTER
-from sglang_optimal.runtime.managers.schedule_batch import DecodePlan, PrefillPlan
-from sglang_optimal.runtime.managers.student_tp_worker import decode_part, kept, prefill_part, prefill_pieces
+from sglang_optimal.runtime.managers.schedule_batch import decode_part, joined, prefill_part, prefill_pieces, rows_of
+from sglang_optimal.runtime.managers.student_tp_worker import kept
 from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentRows
 from sglang_optimal.runtime.model_executor.graph_runners import prepare_graphs
 from sglang_optimal.runtime.model_executor.row_room import room_for_rows
 from sglang_optimal.runtime.model_executor.student_failure import no_logits, student_failure
 from sglang_optimal.runtime.sampling import sampler
-from sglang_optimal.runtime.sampling.sampling_observer import MixingObserver, MixingStep
+from sglang_optimal.runtime.sampling.sampler import MixingStep
+from sglang_optimal.runtime.sampling.sampling_observer import MixingObserver
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class SharedTpWorker(TpModelWorker):
 
     def _forward_both(self, batch: ScheduleBatch, part: ScheduleBatch, step: MixingStep) -> ModelRunnerOutput:
         """One forward of the scheduled rows and the students'; returns the former's part of what it gave."""
-        output = self._forward_one(self._forward_batch(_joined(batch, part)))
+        output = self._forward_one(self._forward_batch(joined(batch, part)))
         logits = output.logits_output.next_token_logits
         scheduled = rows_of(batch)
         if len(logits) != scheduled + rows_of(part):  # else somebody would get another's
@@ -162,38 +163,6 @@ class SharedTpWorker(TpModelWorker):
 
     def _logits(self, part: ScheduleBatch) -> torch.Tensor:
         return kept(self._forward_one(self._forward_batch(part))).next_token_logits
-
-
-def rows_of(batch: ScheduleBatch) -> int:
-    """Rows of a forward of ``batch``: one for each request, and behind them those of beam search."""
-    return len(batch.seq_lens)
-
-
-def _request_of_each_row(batch: ScheduleBatch) -> list[Req]:
-    reqs = list(batch.reqs)
-    for entry in () if batch.beam_tail is None else batch.beam_tail.entries:
-        reqs += [batch.reqs[entry.leader_idx]] * (entry.end - entry.start)
-    return reqs
-
-
-def _joined(batch: ScheduleBatch, part: ScheduleBatch) -> ScheduleBatch:
-    """One batch with the rows of ``batch`` and then those of ``part``; nothing of the sampling."""
-    both = copy.copy(part)
-    both.reqs = [*_request_of_each_row(batch), *part.reqs]
-    assert len(both.reqs) == rows_of(batch) + rows_of(part), "a row without a request"
-    for name in ("input_ids", "req_pool_indices", "seq_lens", "orig_seq_lens", "out_cache_loc", "seq_lens_cpu"):
-        setattr(both, name, torch.cat([getattr(batch, name), getattr(part, name)]))
-    if part.req_pool_indices_cpu is not None and batch.req_pool_indices_cpu is not None:
-        both.req_pool_indices_cpu = torch.cat([batch.req_pool_indices_cpu, part.req_pool_indices_cpu])
-    else:
-        both.req_pool_indices_cpu = None
-    both.seq_lens_sum = None if part.seq_lens_sum is None else batch.seq_lens_sum + part.seq_lens_sum
-    both.multimodal_inputs = [None] * len(both.reqs)
-    if batch.forward_mode.is_extend():
-        for name in ("prefix_lens", "extend_lens", "extend_logprob_start_lens"):
-            setattr(both, name, [*getattr(batch, name), *getattr(part, name)])
-        both.extend_num_tokens = batch.extend_num_tokens + part.extend_num_tokens
-    return both
 
 
 class SharedStudent:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from sglang.srt.distributed import get_tp_group
@@ -19,14 +17,14 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
-from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.configs.model_config import student_model_config
-from sglang_optimal.runtime.managers.schedule_batch import DecodePlan, PrefillChunk, PrefillPlan
-from sglang_optimal.runtime.model_executor.host_copy import sent
+from sglang_optimal.runtime.core import DecodePlan, PrefillPlan
+from sglang_optimal.runtime.managers.schedule_batch import decode_part, prefill_pieces
 from sglang_optimal.runtime.model_executor.weight_updater import checkpoint_layout, student_version, update_from_disk
 
 
@@ -122,100 +120,3 @@ def _own_expert_layout() -> Iterator[None]:
     finally:
         set_global_expert_location_metadata(layout, allow_overwrite=True)
         set_global_expert_distribution_recorder(recorder)
-
-
-def decode_part(
-    batch: ScheduleBatch, plan: DecodePlan, row_offset: int = 0, input_ids: torch.Tensor | None = None
-) -> ScheduleBatch:
-    """The student's decode batch of the mixed rows. ``row_offset``: added to the row numbers."""
-    rows = plan.rows
-    return decode_rows(
-        batch,
-        rows.reqs,
-        input_ids=rows.select(batch.input_ids) if input_ids is None else input_ids,
-        req_pool_indices=rows.select(batch.req_pool_indices) + row_offset,
-        seq_lens=plan.seq_lens,
-        seq_lens_cpu=plan.seq_lens_cpu,
-        out_cache_loc=plan.out_cache_loc,
-    )
-
-
-def decode_rows(
-    batch: ScheduleBatch,
-    reqs: list,
-    *,
-    input_ids: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    seq_lens_cpu: torch.Tensor | None,
-    out_cache_loc: torch.Tensor,
-) -> ScheduleBatch:
-    """A decode batch of any rows, in place of those of ``batch``; all tensors [n], lengths with the new token."""
-    part = _student_batch(batch, reqs)
-    part.input_ids = input_ids
-    part.req_pool_indices = req_pool_indices
-    part.req_pool_indices_cpu = None
-    part.seq_lens = seq_lens
-    part.seq_lens_cpu = seq_lens_cpu
-    part.seq_lens_sum = None
-    part.orig_seq_lens = seq_lens.to(torch.int32)
-    part.out_cache_loc = out_cache_loc
-    return part
-
-
-def prefill_part(batch: ScheduleBatch, piece: list[PrefillChunk], row_offset: int = 0) -> ScheduleBatch:
-    """The extend batch of one piece of the students' prompts. ``row_offset``: added to the row numbers."""
-    part = _student_batch(batch, [chunk.req for chunk in piece])
-    ends = [chunk.end for chunk in piece]
-    lens = [chunk.end - chunk.start for chunk in piece]
-    ids = array("q")
-    for chunk in piece:
-        ids.extend(chunk.ids[chunk.start : chunk.end])
-    part.input_ids = sent(ids, batch.device)[1]
-    part.req_pool_indices_cpu, part.req_pool_indices = sent([chunk.row + row_offset for chunk in piece], batch.device)
-    part.seq_lens_cpu, part.seq_lens = sent(ends, batch.device)
-    part.seq_lens_sum = sum(ends)
-    part.orig_seq_lens = part.seq_lens.to(torch.int32)
-    part.out_cache_loc = torch.cat([chunk.slots for chunk in piece])
-    part.prefix_lens = [chunk.start for chunk in piece]
-    part.extend_lens = lens
-    part.extend_num_tokens = sum(lens)
-    part.extend_logprob_start_lens = lens
-    return part
-
-
-def prefill_pieces(
-    batch: ScheduleBatch, plan: PrefillPlan, forward: Callable[[ScheduleBatch], torch.Tensor], row_offset: int = 0
-) -> torch.Tensor:
-    """Forward the pieces one after another. Returns logits [n, V] of each context's last token.
-
-    Args:
-        forward: gives logits that its next call leaves as they are.
-    """
-    finished: list[torch.Tensor] = []
-    for piece in plan.pieces:
-        logits = forward(prefill_part(batch, piece, row_offset))
-        # A context that goes on in the next piece is the last of this one.
-        done = len(piece) if piece[-1].last else len(piece) - 1
-        if done:
-            finished.append(logits[:done])
-    return finished[0] if len(finished) == 1 else torch.cat(finished)
-
-
-def _student_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:
-    """A shallow copy of the teacher's batch without what belongs to the teacher's rows or sampling."""
-    part = copy.copy(batch)
-    part.reqs = reqs
-    part.beam_tail = None
-    part.max_seq_len_host = None
-    part.input_embeds = part.replace_embeds = part.replace_positions = None
-    part.sampling_info = None
-    part.has_grammar = False
-    part.return_logprob = False
-    part.top_logprobs_nums = None
-    part.token_ids_logprobs = None
-    part.extend_input_logprob_token_ids = None
-    part.return_hidden_states_mode = CaptureHiddenMode.NULL
-    part.decoding_reqs = None
-    part.multimodal_inputs = [None] * len(reqs)
-    return part

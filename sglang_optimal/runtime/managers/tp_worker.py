@@ -21,14 +21,15 @@ from sglang.srt.runtime_context import (
 )
 
 from sglang_optimal.config import MixingConfig
-from sglang_optimal.runtime.managers.schedule_batch import PrefillPlan
+from sglang_optimal.runtime.core import PrefillPlan
 from sglang_optimal.runtime.managers.student_tp_worker import StudentWorker
 from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
 from sglang_optimal.runtime.model_executor.graph_runners import fence_plans, prepare_graphs
 from sglang_optimal.runtime.model_executor.row_room import room_for_rows
 from sglang_optimal.runtime.model_executor.student_failure import no_logits, student_failure
 from sglang_optimal.runtime.sampling import sampler
-from sglang_optimal.runtime.sampling.sampling_observer import MixingObserver, MixingStep
+from sglang_optimal.runtime.sampling.sampler import MixingStep
+from sglang_optimal.runtime.sampling.sampling_observer import MixingObserver
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ prompts), a constant of the request, so its lengths are derived and never counte
 
 from __future__ import annotations
 
-import dataclasses
 from array import array
 
 import torch
@@ -18,57 +17,12 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
+from sglang_optimal.runtime.core import StudentKVState, length_offset
 from sglang_optimal.runtime.model_executor.host_copy import sent
 
 WORTH_BORROWING = 32
 """Tokens. A prefix that both contexts of one fresh request share is computed once if it is at least this long: the
 student's forward then has to follow the teacher's instead of being part of it."""
-
-
-def student_of(req: Req):
-    """The request's StudentContext, or None for a plain request."""
-    return getattr(req, "student", None)
-
-
-def length_offset(req: Req) -> int:
-    """``len(S) − len(T)``: student length minus teacher length, the same at every step."""
-    return len(req.student.prompt_ids) - len(req.origin_input_ids)
-
-
-@dataclasses.dataclass
-class StudentKVState:
-    """What one request holds in the student's pool.
-
-    Attributes:
-        ids: the tokens to prefill: S + the output tokens so far (more than S only after a retraction).
-        prefix_len: how many of them the radix cache had.
-        start: where the student's own prefill begins; [prefix_len, start) is the teacher's to compute, whose context
-            begins with the same tokens, and the row points to its slots (shared weights only).
-        node, lock: the matched tree node and the lock on it.
-        slots: [len(ids) − start] KV slots for the rest.
-        protected_len: [0, protected_len) of the row is not the student's own: the tree's, or the teacher's.
-        reserved: slots of the row beyond its prompt that were taken ahead of the tokens (speculative steps only).
-        borrows: whether part of it is still the teacher's.
-        bound: whether the row is written. forwarded: whether the prefill was launched.
-        failed: a forward failed; what the slots hold must not enter the radix cache.
-    """
-
-    ids: array
-    prefix_len: int
-    start: int
-    node: object
-    lock: object
-    slots: torch.Tensor | None = None
-    protected_len: int = 0
-    reserved: int = 0
-    borrows: bool = False
-    bound: bool = False
-    forwarded: bool = False
-    failed: bool = False
-
-    @property
-    def extend_len(self) -> int:
-        return len(self.ids) - self.start
 
 
 class StudentRow:

@@ -11,7 +11,8 @@ from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from sglang_optimal.runtime.mem_cache.student_kv import StudentKV, student_of
+from sglang_optimal.runtime.core import student_of
+from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
 
 
 class MixedRadixCache(UnifiedRadixCache):

@@ -7,7 +7,7 @@ import logging
 import torch
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_optimal.runtime.managers.schedule_batch import MixedRows
+from sglang_optimal.runtime.core import MixedRows
 
 logger = logging.getLogger(__name__)
 

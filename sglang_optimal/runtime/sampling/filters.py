@@ -7,7 +7,7 @@ from sglang.srt.runtime_context import get_exec
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from sglang_optimal.mixing.truncation import Kernels, Truncation
-from sglang_optimal.runtime.managers.schedule_batch import MixedRows
+from sglang_optimal.runtime.core import MixedRows
 
 
 def truncation_of(info: SamplingBatchInfo, rows: MixedRows) -> Truncation:

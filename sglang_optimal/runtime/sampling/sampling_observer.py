@@ -19,108 +19,13 @@ from sglang.srt.managers.auxiliary_output import CommittedTokens
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-from sglang_optimal.mixing import Mixture, mix, token_logprobs
 from sglang_optimal.runtime.managers.dead_ends import NOTHING_LEFT
-from sglang_optimal.runtime.managers.schedule_batch import MixedRows
+from sglang_optimal.runtime.sampling.sampler import MixingStep
 from sglang_optimal.series import SERIES
 
 logger = logging.getLogger(__name__)
 
 _KL_STUDENT, _KL_TEACHER = SERIES.index("kl_to_student"), SERIES.index("kl_to_teacher")
-
-
-@dataclasses.dataclass
-class MixingStep:
-    """One batch's mixed rows on their way through SGLang's sampling.
-
-    Attributes:
-        rows: which rows of the batch, and their settings.
-        student_logits: [n, V_student].
-        vocab_size: number of ids both models have; the mixture's support is [0, vocab_size).
-        failure: why there are no student logits (they are NaN then, and the rows end with this message); else None.
-    """
-
-    rows: MixedRows
-    student_logits: torch.Tensor
-    vocab_size: int
-    teacher_logits: torch.Tensor | None = None
-    temperatures: torch.Tensor | None = None
-    mixture: Mixture | None = None
-    failure: str | None = None
-
-    def apply_logit_transforms(self, width: int, info: SamplingBatchInfo) -> None:
-        """Penalties, grammar mask and logit bias, applied to the student's logits as SGLang does to the teacher's."""
-        penalized = info.penalizer_orchestrator is not None and info.penalizer_orchestrator.is_required
-        if not (
-            penalized
-            or info.acc_additive_penalties is not None
-            or info.acc_scaling_penalties is not None
-            or info.grammar_mask is not None
-            or info.logit_bias is not None
-        ):
-            return
-        logits = self.student_logits.float()
-        # SGLang's transforms take the whole batch at the teacher's width.
-        full = logits.new_zeros((len(info), width))
-        known = logits[:, : self.vocab_size]
-        if self.rows.index is None:
-            full[:, : self.vocab_size] = known
-        else:
-            full[self.rows.index, : self.vocab_size] = known
-        info.apply_logits_bias(full)
-        self.student_logits = self.rows.select(full)
-
-    def mix_into(self, logits: torch.Tensor, info: SamplingBatchInfo) -> torch.Tensor:
-        """Replace the mixed rows of the teacher's ``logits`` [B, V] by the mixture's; returns what to sample from.
-
-        The teacher's own rows are kept for the logprobs of the sampled token.
-        """
-        v = self.vocab_size
-        width = logits.shape[-1]
-        teacher = self.rows.select(logits)
-        self.teacher_logits = teacher[:, :v]
-        self.temperatures = self.rows.select(info.temperatures)
-        self.student_logits = self.student_logits[:, :v]
-        # Where only one model knows an id, it stays masked.
-        mixed = torch.empty((len(teacher), width), dtype=torch.float32, device=logits.device)
-        mixed[:, v:] = -torch.inf
-        self.mixture = mix(
-            self.teacher_logits,
-            self.student_logits,
-            self.temperatures,
-            self.rows.alpha,
-            ess_ratio=self.rows.info,
-            out=mixed[:, :v],
-        )
-        make_samplable(mixed, self.mixture)
-        if self.rows.index is None:
-            return mixed.to(logits.dtype)
-        return logits.index_copy_(0, self.rows.index, mixed.to(logits.dtype))
-
-    def extras(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[n, len(SERIES)] float32 for the sampled tokens [B]."""
-        token_ids = self.rows.select(token_ids).long()
-        return series(self.mixture, self.teacher_logits, self.student_logits, self.temperatures, token_ids)
-
-
-def series(
-    m: Mixture, teacher_logits: torch.Tensor, student_logits: torch.Tensor, temperature: torch.Tensor, ids: torch.Tensor
-) -> torch.Tensor:
-    """The values of ``SERIES`` for one token of each row, [n, len(SERIES)] float32; arguments as `token_logprobs`."""
-    teacher, student, mixture = token_logprobs(m, teacher_logits, student_logits, temperature, ids)
-    ess = m.ess_ratio if m.ess_ratio is not None else torch.full_like(m.alpha, torch.nan)
-    return torch.stack([m.alpha, teacher, student, mixture, m.kl_to_student, m.kl_to_teacher, ess], dim=-1)
-
-
-def make_samplable(mixed: torch.Tensor, mixture: Mixture) -> None:
-    """Rows that no mixture came of get finite logits [n, V], in place.
-
-    Sampling from NaN would end the whole process. The statistics stay as they are, which ends the request.
-    """
-    bad = ~(mixture.alpha + mixture.kl_to_student + mixture.kl_to_teacher).isfinite()
-    # The look is free on a CPU; elsewhere it would wait for the device, which the pass does not.
-    if mixed.device.type != "cpu" or bool(bad.any()):
-        mixed.masked_fill_(bad.unsqueeze(-1), 0.0)
 
 
 class MixingObserver:

@@ -27,13 +27,12 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang_optimal.mixing import mix
 from sglang_optimal.mixing.speculation import verify, verify_greedy
 from sglang_optimal.mixing.truncation import Truncation
-from sglang_optimal.runtime.managers.schedule_batch import DecodePlan, DraftRows, MixedRows
-from sglang_optimal.runtime.managers.student_tp_worker import decode_rows
-from sglang_optimal.runtime.mem_cache.student_kv import student_of
+from sglang_optimal.runtime.core import DecodePlan, DraftRows, MixedRows, student_of
+from sglang_optimal.runtime.managers.schedule_batch import decode_rows
 from sglang_optimal.runtime.model_executor.host_copy import sent
 from sglang_optimal.runtime.model_executor.student_failure import student_failure
 from sglang_optimal.runtime.sampling.filters import truncation_of
-from sglang_optimal.runtime.sampling.sampling_observer import MixingStep, make_samplable, series
+from sglang_optimal.runtime.sampling.sampler import MixingStep, make_samplable, series
 from sglang_optimal.runtime.speculative.adaptive_draft_length import BestLength, FixedLength
 from sglang_optimal.runtime.speculative.draft_temperature import DraftTemperature
 from sglang_optimal.runtime.speculative.spec_info import LastTokens

@@ -13,7 +13,7 @@ from sglang.srt.managers.utils import GenerationBatchResult
 
 from sglang_optimal.mixing.speculation import draw
 from sglang_optimal.mixing.truncation import Truncation
-from sglang_optimal.runtime.managers.schedule_batch import DraftRows
+from sglang_optimal.runtime.core import DraftRows
 from sglang_optimal.runtime.sampling.sampling_observer import MixingDeviceOutput, MixingObserver
 
 

@@ -18,12 +18,7 @@ from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_serving
 
-from sglang_optimal.runtime.entrypoints.messages import (
-    checked_messages,
-    checked_template_kwargs,
-    joined,
-    with_system_prompt,
-)
+from sglang_optimal.runtime.entrypoints.messages import checked_messages, checked_template_kwargs, with_system_prompt
 from sglang_optimal.runtime.entrypoints.openai.chat_side import as_request
 from sglang_optimal.runtime.entrypoints.openai.stream_series import MIXING_TAP, MixingTap, prompts_of, series_of
 from sglang_optimal.runtime.entrypoints.protocol import (
@@ -34,6 +29,7 @@ from sglang_optimal.runtime.entrypoints.protocol import (
     mixing_fields,
     take_carried,
 )
+from sglang_optimal.runtime.managers.schedule_batch import joined
 
 _TEACHER_FIELDS = ("teacher_only_messages", "teacher_system_prompt")
 _STUDENT_FIELDS = ("student_messages", "student_system_prompt", "student_chat_template_kwargs")

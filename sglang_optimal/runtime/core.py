@@ -1,0 +1,204 @@
+"""What rides on SGLang's objects: the state of a mixed request, and a batch's part for the student.
+
+- ``Req.student``: a `StudentContext`; None for a plain request. Set by the scheduler when the request arrives, and dies
+  with it.
+- ``Req.student.kv``: a `StudentKVState`. Set by `StudentKV.allocate` when the request is admitted; dies at its finish,
+  abort or retraction, when the slots are given back.
+- ``ScheduleBatch.student_plan``: a `PrefillPlan` or `DecodePlan`. Set before a forward by the scheduler or, where the
+  student drafts, by the speculative worker; a forward's result keeps it alive until the device has read it.
+- ``ScheduleBatch.spec_info``: a `MixingDraftInput` (speculative/spec_info.py). What one step with drafts leaves to the
+  next, which reads it.
+- ``SamplingBatchInfo.mixing``: a `MixingStep` (sampling/sampler.py); None without mixed rows. Set by the worker before
+  its forward; dies with the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+from sglang_optimal.config import AlphaSettings
+from sglang_optimal.mixing import AlphaParams
+from sglang_optimal.runtime.model_executor.host_copy import sent
+
+if TYPE_CHECKING:
+    from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
+
+
+@dataclasses.dataclass
+class StudentContext:
+    """The student's side of one request.
+
+    Attributes:
+        prompt_ids: token ids of the student's prompt (S); the student reads S + the output tokens.
+        alpha: how alpha is chosen.
+        return_mixing_info: whether the client asked for every per-token series.
+        kv: the student's KV slots; None while the request holds none.
+    """
+
+    prompt_ids: array
+    alpha: AlphaSettings
+    return_mixing_info: bool = False
+    kv: StudentKVState | None = None
+
+
+@dataclasses.dataclass
+class StudentKVState:
+    """What one request holds in the student's pool.
+
+    Attributes:
+        ids: the tokens to prefill: S + the output tokens so far (more than S only after a retraction).
+        prefix_len: how many of them the radix cache had.
+        start: where the student's own prefill begins; [prefix_len, start) is the teacher's to compute, whose context
+            begins with the same tokens, and the row points to its slots (shared weights only).
+        node, lock: the matched tree node and the lock on it.
+        slots: [len(ids) − start] KV slots for the rest.
+        protected_len: [0, protected_len) of the row is not the student's own: the tree's, or the teacher's.
+        reserved: slots of the row beyond its prompt that were taken ahead of the tokens (speculative steps only).
+        borrows: whether part of it is still the teacher's.
+        bound: whether the row is written. forwarded: whether the prefill was launched.
+        failed: a forward failed; what the slots hold must not enter the radix cache.
+    """
+
+    ids: array
+    prefix_len: int
+    start: int
+    node: object
+    lock: object
+    slots: torch.Tensor | None = None
+    protected_len: int = 0
+    reserved: int = 0
+    borrows: bool = False
+    bound: bool = False
+    forwarded: bool = False
+    failed: bool = False
+
+    @property
+    def extend_len(self) -> int:
+        return len(self.ids) - self.start
+
+
+def student_of(req: Req):
+    """The request's StudentContext, or None for a plain request."""
+    return getattr(req, "student", None)
+
+
+def length_offset(req: Req) -> int:
+    """``len(S) − len(T)``: student length minus teacher length, the same at every step."""
+    return len(req.student.prompt_ids) - len(req.origin_input_ids)
+
+
+@dataclasses.dataclass
+class MixedRows:
+    """The mixed rows of a batch and their settings; unchanged from step to step while the batch has the same requests.
+
+    Attributes:
+        reqs: the requests, as their students' forward sees them.
+        host: row numbers. host_index: the same as a tensor, [n] int64 on the host.
+        index: the same on the device, or None when every row is mixed.
+        offsets, offsets_cpu: [n] int64, student length minus teacher length.
+        alpha: per-row settings.
+        info: whether any row asked for all per-token series.
+    """
+
+    reqs: list[Req]
+    host: list[int]
+    host_index: torch.Tensor
+    index: torch.Tensor | None
+    offsets: torch.Tensor
+    offsets_cpu: torch.Tensor
+    alpha: AlphaParams
+    info: bool
+
+    @classmethod
+    def build(cls, batch: ScheduleBatch, host: list[int], kv: StudentKV) -> MixedRows:
+        reqs = [batch.reqs[i] for i in host]
+        settings = [req.student.alpha for req in reqs]
+        device = batch.device
+        offsets_cpu, offsets = sent([length_offset(req) for req in reqs], device)
+        host_index, index = sent(host, device)
+        return cls(
+            reqs=[kv.as_student(req) for req in reqs],
+            host=host,
+            host_index=host_index,
+            index=None if len(host) == len(batch.reqs) else index,
+            offsets=offsets,
+            offsets_cpu=offsets_cpu,
+            alpha=AlphaParams.from_lists(
+                [s.alpha_method for s in settings],
+                [s.alpha_min for s in settings],
+                [s.alpha_max for s in settings],
+                [0.5 if s.fixed_alpha is None else s.fixed_alpha for s in settings],
+                device,
+            ),
+            info=any(req.student.return_mixing_info for req in reqs),
+        )
+
+    def select(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mixed rows of a tensor [B, …]; the tensor itself when all are."""
+        return tensor if self.index is None else tensor.index_select(0, self.index)
+
+    def select_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same of a tensor on the host."""
+        return tensor if self.index is None else tensor.index_select(0, self.host_index)
+
+    def student_lens(self, batch: ScheduleBatch, ahead: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Lengths of the students' rows [n] in a decode batch, ``ahead`` tokens after its own: on the device, on the
+        host (None where the batch has none there)."""
+        cpu = batch.seq_lens_cpu
+        if cpu is not None:
+            cpu = self.select_host(cpu) + self.offsets_cpu + ahead
+        return self.select(batch.seq_lens) + self.offsets + ahead, cpu
+
+
+@dataclasses.dataclass
+class DraftRows:
+    """The rows of a speculative decode batch.
+
+    Attributes:
+        mixed: all mixed rows; None without any. drafted: those that can be drafted for; None without any.
+        inner: [n] int64, the drafted ones among the mixed; None when they are the same.
+    """
+
+    mixed: MixedRows | None
+    drafted: MixedRows | None
+    inner: torch.Tensor | None
+
+
+@dataclasses.dataclass
+class DecodePlan:
+    """One decode step of the student. seq_lens: [n] including the new token; out_cache_loc: [n] its slots."""
+
+    rows: MixedRows
+    seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor
+    out_cache_loc: torch.Tensor
+
+
+@dataclasses.dataclass
+class PrefillChunk:
+    """Tokens [start, end) of one student context; last: the context is complete after it."""
+
+    req: Req
+    row: int
+    ids: array
+    start: int
+    end: int
+    slots: torch.Tensor
+    last: bool
+
+
+@dataclasses.dataclass
+class PrefillPlan:
+    """The student contexts that complete with this batch; each piece is one forward.
+
+    after_teacher: whether they read KV that the teacher's forward of this batch writes.
+    """
+
+    rows: MixedRows
+    pieces: list[list[PrefillChunk]]
+    after_teacher: bool
