@@ -240,7 +240,7 @@ class Pools:
 
         rows = ReqToTokenPool(4, 16, "cpu", False)
         self.allocator = TokenToKVPoolAllocator(16, torch.float32, "cpu", None, False)
-        self.kv = student_kv.StudentKV(rows, self.allocator, disable_radix_cache=False, eviction_policy="lru")
+        self.kv = student_kv.SeparateStudentKV(rows, self.allocator, disable_radix_cache=False, eviction_policy="lru")
 
 
 def test_a_slot_that_nobody_owns_ends_an_idle_scheduler():
@@ -258,14 +258,16 @@ def test_a_slot_that_nobody_owns_ends_an_idle_scheduler():
 
 
 def test_sums_and_slots_of_a_busy_student():
+    from sglang_optimal.runtime.managers.scheduler_components.invariant_checker import busy_report
+
     pools = Pools()
-    assert pools.kv.busy_report(every_slot=True) is None
+    assert busy_report(pools.kv, every_slot=True) is None
     lost = pools.allocator.alloc(2)
-    assert "2 slots are missing while busy" in pools.kv.busy_report(every_slot=False)
+    assert "2 slots are missing while busy" in busy_report(pools.kv, every_slot=False)
     pools.allocator.free(lost[:1])
     pools.allocator.free(lost[:1])  # the sums are right again
-    assert pools.kv.busy_report(every_slot=False) is None
-    assert f"slots with more than one owner: {lost[:1].tolist()}" in pools.kv.busy_report(every_slot=True)
+    assert busy_report(pools.kv, every_slot=False) is None
+    assert f"slots with more than one owner: {lost[:1].tolist()}" in busy_report(pools.kv, every_slot=True)
 
 
 @pytest.mark.parametrize(("key", "allowed"), [("admin", True), ("user", False), (None, False)])

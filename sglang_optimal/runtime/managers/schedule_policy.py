@@ -6,7 +6,7 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
 
 from sglang_optimal.runtime.core import student_of
-from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentKV
+from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
 
 
 class MixedPrefillAdder(PrefillAdder):
@@ -19,7 +19,7 @@ class MixedPrefillAdder(PrefillAdder):
         # Tokens that admitted requests will still decode, estimated as SGLang does for the teacher's pool.
         mixed = [req for req in running if student_of(req) is not None]
         future = sum(self._get_running_request_total_token_offset(req) for req in mixed)
-        self._one_pool = isinstance(self.student_kv, SharedStudentKV)
+        self._one_pool = self.student_kv.one_pool
         self._student_future = future
         if self._one_pool:
             self.memory_budget.total_offset += future

@@ -23,7 +23,7 @@ from sglang.srt.runtime_context import (
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.core import PrefillPlan
 from sglang_optimal.runtime.managers.student_tp_worker import StudentWorker
-from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
+from sglang_optimal.runtime.mem_cache.student_kv import SeparateStudentKV, StudentKV
 from sglang_optimal.runtime.model_executor.graph_runners import fence_plans, prepare_graphs
 from sglang_optimal.runtime.model_executor.row_room import room_for_rows
 from sglang_optimal.runtime.model_executor.student_failure import no_logits, student_failure
@@ -84,7 +84,7 @@ class MixedTpWorker(TpModelWorker):
                 f"{runner.req_to_token_pool.size}; raise --mem-fraction-static or lower --max-running-requests."
             )
         self.model_runner.sampling_observer = MixingObserver()
-        self.student_kv = StudentKV(
+        self.student_kv = SeparateStudentKV(
             pool,
             allocator,
             disable_radix_cache=get_memory().disable_radix_cache,

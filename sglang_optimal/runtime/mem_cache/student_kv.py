@@ -7,7 +7,9 @@ prompts), a constant of the request, so its lengths are derived and never counte
 
 from __future__ import annotations
 
+import abc
 from array import array
+from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import Req
@@ -36,41 +38,35 @@ class StudentRow:
         return getattr(self._req, name)
 
 
-class StudentKV:
-    """Slots, rows and radix cache of the student.
-
-    Args:
-        req_to_token_pool, allocator: the student model runner's own pools.
-        disable_radix_cache, eviction_policy: as the teacher's.
+class StudentKV(abc.ABC):
+    """Slots, rows and radix cache of the student; where they are is what the two kinds differ in.
 
     Attributes:
+        one_pool: whether they are the teacher's, so that each side takes from what the other has.
         row_offset: what to add to a request's row number to find its student's row in the model runner's table.
+        holders: requests that hold slots, by id(); without any, all slots are free or in the tree.
+        prompt_tokens, cached_tokens: of student contexts so far, and how many of them the radix cache had.
     """
 
+    one_pool: bool
     row_offset = 0
 
-    def __init__(self, req_to_token_pool, allocator, *, disable_radix_cache: bool, eviction_policy: str):
+    def __init__(self, req_to_token_pool, allocator):
         self.req_to_token_pool = req_to_token_pool
         self.allocator = allocator
-        self.tree = self._make_tree(disable_radix_cache, eviction_policy)
         self.size = allocator.size
-        self.holders: dict[int, Req] = {}  # by id(): requests that hold slots; without any, all are free or in the tree
+        self.holders: dict[int, Req] = {}
         self.prompt_tokens = 0
         self.cached_tokens = 0
 
-    def _make_tree(self, disable: bool, eviction_policy: str) -> BasePrefixCache | None:
-        return RadixCache(
-            CacheInitParams(
-                disable=disable,
-                req_to_token_pool=self.req_to_token_pool,
-                token_to_kv_pool_allocator=self.allocator,
-                page_size=self.allocator.page_size,
-                eviction_policy=eviction_policy,
-            )
-        )
+    @property
+    @abc.abstractmethod
+    def tree(self) -> BasePrefixCache:
+        """The radix cache that has the student's prefixes."""
 
+    @abc.abstractmethod
     def attach(self, teacher_tree: BasePrefixCache) -> None:
-        """Told of the teacher's radix cache, once it exists."""
+        """Take note of the teacher's radix cache, once it exists."""
 
     def as_student(self, req: Req) -> Req:
         """The request as the student's forward is to see it."""
@@ -100,63 +96,20 @@ class StudentKV:
             "cached_prompt_tokens_total": self.cached_tokens,
         }
 
-    def leak_report(self) -> str | None:
-        """None when idle accounting is right: every slot is free or evictable and no request holds any."""
-        stats = self.stats()
-        if stats["free"] + stats["evictable"] == self.size and stats["protected"] == 0 and self.held == 0:
-            return None
-        return f"student KV pool leak while idle: {stats}"
-
-    def private_tokens(self) -> int:
-        """Tokens whose slots belong to one request, and to no radix cache."""
-        return sum(self._total(req) - req.student.kv.protected_len for req in self.holders.values())
-
-    def private_tokens_of_teacher(self) -> int:
-        """Those of them that lie in the teacher's pool."""
-        return 0
-
-    def busy_report(self, *, every_slot: bool) -> str | None:
-        """None when the accounting is right while requests run: every slot is free, in the tree, or one request's.
-
-        Args:
-            every_slot: look at the slots themselves, and not at their numbers alone (slow).
-        """
-        stats, private = self.stats(), self.private_tokens()
-        known = stats["free"] + stats["evictable"] + stats["protected"] + private
-        if known != self.size:
-            return f"student KV pool: {self.size - known} slots are missing while busy: {stats}, private {private}"
-        if not every_slot:
-            return None
-        owned = [self.allocator.get_all_free_pages().cpu()]
-        if stats["evictable"] + stats["protected"]:
-            owned.append(self.tree.all_values_flatten().cpu())
-        owned += [self._private_slots(req).cpu() for req in self.holders.values()]
-        slots, counts = torch.cat([part.to(torch.int64) for part in owned]).unique(return_counts=True)
-        if len(slots) == self.size and bool((counts == 1).all()):
-            return None
-        return f"student KV pool: slots with more than one owner: {slots[counts > 1].tolist()[:20]}; {stats}"
-
-    def _private_slots(self, req: Req) -> torch.Tensor:
-        state = req.student.kv
-        if not state.bound:
-            return state.slots
-        return self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, state.protected_len : self._total(req)]
-
-    def _total(self, req: Req) -> int:
+    def row_len(self, req: Req) -> int:
         """Length of the student's row: prefix and slots of its own."""
         state = req.student.kv
         # Not forwarded yet (waiting for the teacher's chunks): the row holds the prompt's slots and nothing else.
         return req.kv.kv_allocated_len + length_offset(req) if state.forwarded else len(state.ids)
 
+    @abc.abstractmethod
     def can_decode(self, student: int, teacher: int) -> bool:
         """Whether a step's ``student`` tokens fit, evicting if needed. ``teacher``: what it takes there, which has been
         seen to fit."""
-        evict_from_tree_cache(self.tree, student)
-        return self.allocator.available_size() >= student
 
+    @abc.abstractmethod
     def max_req_len(self, req: Req) -> int:
         """Longest student context, new tokens included, that the pool can ever hold for this request."""
-        return self.size - 1
 
     # -- life of a request -----------------------------------------------------------------------------------------
 
@@ -199,6 +152,7 @@ class StudentKV:
         self.req_to_token_pool.write((row, slice(state.start, len(state.ids))), state.slots.to(torch.int32))
         state.bound = True
 
+    @abc.abstractmethod
     def borrow(self, req: Req) -> None:
         """Point the row at the teacher's slots, once the teacher's row is complete."""
 
@@ -221,7 +175,7 @@ class StudentKV:
         positions: list[int] = []
         for req in reqs:
             state = req.student.kv
-            start, end = len(state.ids) + state.reserved, self._total(req)
+            start, end = len(state.ids) + state.reserved, self.row_len(req)
             rows += [req.kv.req_pool_idx] * (end - start)
             positions += range(start, end)
             state.reserved += end - start
@@ -263,7 +217,7 @@ class StudentKV:
         state = req.student.kv
         if state is None:
             return
-        total = self._total(req)
+        total = self.row_len(req)
         req.student.kv = None
         del self.holders[id(req)]
         if not state.bound:
@@ -280,10 +234,9 @@ class StudentKV:
             self.allocator.free_segment(row[state.protected_len : total].to(torch.int64), start_pos=state.protected_len)
         self.tree.unlock(state.lock)
 
+    @abc.abstractmethod
     def reset(self) -> None:
         """Drop everything; only when no request holds slots (``/flush_cache``)."""
-        self.tree.reset()
-        self.allocator.clear()
 
     # -- radix tree ------------------------------------------------------------------------------------------------
 
@@ -308,8 +261,55 @@ class StudentKV:
         self.tree.unlock(state.lock)
         state.node, state.lock, state.protected_len = node, lock, length
 
-    def _insert_key(self, key: RadixKey, values: torch.Tensor, protected_len: int):
+    @abc.abstractmethod
+    def _insert_key(self, key: RadixKey, values: torch.Tensor, protected_len: int) -> Any:
         """Insert into the tree, free what it had already beyond ``protected_len``, and return the last node."""
+
+
+class SeparateStudentKV(StudentKV):
+    """The KV of a student with weights of its own: a pool and a radix cache of its own.
+
+    Args:
+        req_to_token_pool, allocator: the student model runner's.
+        disable_radix_cache, eviction_policy: as the teacher's.
+    """
+
+    one_pool = False
+
+    def __init__(self, req_to_token_pool, allocator, *, disable_radix_cache: bool, eviction_policy: str):
+        super().__init__(req_to_token_pool, allocator)
+        self._tree = RadixCache(
+            CacheInitParams(
+                disable=disable_radix_cache,
+                req_to_token_pool=req_to_token_pool,
+                token_to_kv_pool_allocator=allocator,
+                page_size=allocator.page_size,
+                eviction_policy=eviction_policy,
+            )
+        )
+
+    @property
+    def tree(self) -> BasePrefixCache:
+        return self._tree
+
+    def attach(self, teacher_tree: BasePrefixCache) -> None:
+        """Not of interest."""
+
+    def borrow(self, req: Req) -> None:
+        """Nothing is ever borrowed."""
+
+    def can_decode(self, student: int, teacher: int) -> bool:
+        evict_from_tree_cache(self.tree, student)
+        return self.allocator.available_size() >= student
+
+    def max_req_len(self, req: Req) -> int:
+        return self.size - 1
+
+    def reset(self) -> None:
+        self.tree.reset()
+        self.allocator.clear()
+
+    def _insert_key(self, key: RadixKey, values: torch.Tensor, protected_len: int) -> Any:
         params = InsertParams(key=key, value=values, inserted_len=protected_len, prev_prefix_len=protected_len)
         known = self.tree.insert(params).prefix_len
         if known > protected_len:
@@ -327,16 +327,28 @@ class SharedStudentKV(StudentKV):
         lora_id: SGLang's id of the student's adapter; None: the student is the teacher.
     """
 
+    one_pool = True
+
     def __init__(self, rows: StudentRows, allocator, lora_id: str | None = None):
+        super().__init__(rows, allocator)
         self.lora_id = lora_id
         self.row_offset = rows.offset
-        super().__init__(rows, allocator, disable_radix_cache=False, eviction_policy="lru")
+        self._teacher_rows = rows.teacher
+        self._tree: BasePrefixCache | None = None
 
-    def _make_tree(self, disable: bool, eviction_policy: str) -> None:
-        return None  # comes with `attach`
+    @property
+    def tree(self) -> BasePrefixCache:
+        """The teacher's.
+
+        Raises:
+            RuntimeError: it does not exist yet.
+        """
+        if self._tree is None:
+            raise RuntimeError("the student's KV is used before the teacher's radix cache exists")
+        return self._tree
 
     def attach(self, teacher_tree: BasePrefixCache) -> None:
-        self.tree = teacher_tree
+        self._tree = teacher_tree
 
     def _borrowed(self, req: Req, ids: array, prefix_len: int) -> int:
         if self.lora_id is not None:  # the same tokens have another KV there
@@ -353,9 +365,7 @@ class SharedStudentKV(StudentKV):
         if not state.borrows:
             return
         shared = slice(state.prefix_len, state.start)
-        self.req_to_token_pool.write(
-            (req.kv.req_pool_idx, shared), self.req_to_token_pool.teacher[req.kv.req_pool_idx, shared]
-        )
+        self.req_to_token_pool.write((req.kv.req_pool_idx, shared), self._teacher_rows[req.kv.req_pool_idx, shared])
 
     def as_student(self, req: Req) -> Req:
         return req if self.lora_id is None else StudentRow(req, self.lora_id)
@@ -363,16 +373,6 @@ class SharedStudentKV(StudentKV):
     def _extra_key(self, req: Req) -> str | None:
         # As SGLang does for the requests of an adapter.
         return req.extra_key if self.lora_id is None else (req.extra_key or "") + self.lora_id
-
-    def leak_report(self) -> str | None:
-        # SGLang checks the pool itself, which is one.
-        return None if self.held == 0 else f"student KV leak while idle: {self.held} requests hold slots"
-
-    def private_tokens_of_teacher(self) -> int:
-        return self.private_tokens()
-
-    def busy_report(self, *, every_slot: bool) -> str | None:
-        return None  # SGLang's own report, which is told of them
 
     def can_decode(self, student: int, teacher: int) -> bool:
         evict_from_tree_cache(self.tree, teacher + student)
@@ -386,7 +386,7 @@ class SharedStudentKV(StudentKV):
     def reset(self) -> None:
         """The teacher's own reset clears the pool and the tree."""
 
-    def _insert_key(self, key: RadixKey, values: torch.Tensor, protected_len: int):
+    def _insert_key(self, key: RadixKey, values: torch.Tensor, protected_len: int) -> Any:
         # This kind of tree frees duplicates itself.
         params = InsertParams(key=key, value=values, inserted_len=protected_len, prev_prefix_len=protected_len)
         return self.tree.insert(params).last_device_node

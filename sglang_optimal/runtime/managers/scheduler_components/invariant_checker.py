@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from sglang.srt.environ import envs
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
 
 from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
@@ -28,7 +30,7 @@ class MixedInvariantChecker(SchedulerInvariantChecker):
 
     def check_idle(self) -> None:
         """Report slots that nobody owns; only when nothing runs."""
-        leak = self.student_kv.leak_report()
+        leak = leak_report(self.student_kv)
         if leak is not None:
             self._report_leak("student pool", leak)
 
@@ -37,9 +39,53 @@ class MixedInvariantChecker(SchedulerInvariantChecker):
         SchedulerInvariantChecker.self_check_during_busy(self)
         if self.get_last_batch() is None:
             return
-        problem = self.student_kv.busy_report(every_slot=envs.SGLANG_CHECK_KV_PAGE_INVARIANTS.get())
+        problem = busy_report(self.student_kv, every_slot=envs.SGLANG_CHECK_KV_PAGE_INVARIANTS.get())
         assert problem is None, problem
 
     def _get_total_uncached_sizes(self) -> tuple[int, int]:
         full, swa = SchedulerInvariantChecker._get_total_uncached_sizes(self)
-        return full + self.student_kv.private_tokens_of_teacher(), swa
+        return full + (private_tokens(self.student_kv) if self.student_kv.one_pool else 0), swa
+
+
+def leak_report(kv: StudentKV) -> str | None:
+    """None when idle accounting is right: every slot is free or evictable and no request holds any."""
+    stats = kv.stats()
+    # SGLang itself looks at the slots of a pool that is the teacher's.
+    whole = kv.one_pool or (stats["free"] + stats["evictable"] == kv.size and stats["protected"] == 0)
+    return None if whole and not kv.held else f"student KV leak while idle: {stats}"
+
+
+def private_tokens(kv: StudentKV) -> int:
+    """Tokens whose slots belong to one request, and to no radix cache."""
+    return sum(kv.row_len(req) - req.student.kv.protected_len for req in kv.holders.values())
+
+
+def busy_report(kv: StudentKV, *, every_slot: bool) -> str | None:
+    """None when the accounting is right while requests run: every slot is free, in the tree, or one request's.
+
+    Args:
+        every_slot: look at the slots themselves, and not at their numbers alone (slow).
+    """
+    if kv.one_pool:
+        return None  # SGLang's own report has them
+    stats, private = kv.stats(), private_tokens(kv)
+    known = stats["free"] + stats["evictable"] + stats["protected"] + private
+    if known != kv.size:
+        return f"student KV pool: {kv.size - known} slots are missing while busy: {stats}, private {private}"
+    if not every_slot:
+        return None
+    owned = [kv.allocator.get_all_free_pages().cpu()]
+    if stats["evictable"] + stats["protected"]:
+        owned.append(kv.tree.all_values_flatten().cpu())
+    owned += [_private_slots(kv, req).cpu() for req in kv.holders.values()]
+    slots, counts = torch.cat([part.to(torch.int64) for part in owned]).unique(return_counts=True)
+    if len(slots) == kv.size and bool((counts == 1).all()):
+        return None
+    return f"student KV pool: slots with more than one owner: {slots[counts > 1].tolist()[:20]}; {stats}"
+
+
+def _private_slots(kv: StudentKV, req: Req) -> torch.Tensor:
+    state = req.student.kv
+    if not state.bound:
+        return state.slots
+    return kv.req_to_token_pool.req_to_token[req.kv.req_pool_idx, state.protected_len : kv.row_len(req)]
