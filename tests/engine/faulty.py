@@ -18,11 +18,11 @@ def faulty_scheduler_process(config):
 
 def _run(config, *args, **kwargs) -> None:
     from sglang_optimal.runtime.managers.scheduler import run_mixed_scheduler_process
-    from sglang_optimal.runtime.managers.student_tp_worker import StudentWorker
+    from sglang_optimal.runtime.managers.student_tp_worker import StudentTpWorker
     from sglang_optimal.runtime.sampling.sampler import MixtureSampler
     from sglang_optimal.runtime.speculative.spec_worker import SpeculativeWorker
 
-    student_forward = StudentWorker._forward
+    student_forward = StudentTpWorker._forward
     sample = MixtureSampler.forward
     verify = SpeculativeWorker._verify_forward
 
@@ -51,7 +51,7 @@ def _run(config, *args, **kwargs) -> None:
         teacher.next_token_logits = _spoil(teacher.next_token_logits, [_order(req, "teacher") for req in reqs])
         return output
 
-    StudentWorker._forward, MixtureSampler.forward = forward_student, forward
+    StudentTpWorker._forward, MixtureSampler.forward = forward_student, forward
     SpeculativeWorker._verify_forward = verify_forward
     run_mixed_scheduler_process(config, *args, **kwargs)
 

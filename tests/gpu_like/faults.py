@@ -159,21 +159,19 @@ def _stale_table(self, *args, **kwargs) -> None:
     from sglang.srt.managers.tp_worker import TpModelWorker
 
     from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentRows
-    from sglang_optimal.runtime.sampling.sampling_observer import MixingObserver
 
     TpModelWorker.alloc_memory_pool(self, *args, **kwargs)
     runner = self.model_runner
     self._rows = StudentRows(runner.req_to_token_pool)
-    self.student_kv = SharedStudentKV(self._rows, runner.token_to_kv_pool_allocator, self._lora_id)
-    runner.sampling_observer = MixingObserver()
+    self._pools_are_there(SharedStudentKV(self._rows, runner.token_to_kv_pool_allocator, self._lora_id))
 
 
 def _view_of_first() -> None:
     """The student's logits of the first position are not cloned for the rows that are not drafted for."""
-    from sglang_optimal.runtime.managers.student_tp_worker import StudentWorker
+    from sglang_optimal.runtime.managers.student_tp_worker import StudentTpWorker
     from sglang_optimal.runtime.speculative.spec_worker import SpeculativeWorker
 
-    right, forward = SpeculativeWorker._draft, StudentWorker.forward_decode
+    right, forward = SpeculativeWorker._draft, StudentTpWorker.forward_decode
     given: list[Any] = []
 
     def forward_decode(self, *args, **kwargs):
@@ -187,4 +185,4 @@ def _view_of_first() -> None:
             drafted.first = given[0]
         return drafted
 
-    StudentWorker.forward_decode, SpeculativeWorker._draft = forward_decode, draft
+    StudentTpWorker.forward_decode, SpeculativeWorker._draft = forward_decode, draft

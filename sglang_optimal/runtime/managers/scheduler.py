@@ -26,7 +26,7 @@ from sglang_optimal.runtime.managers.schedule_policy import MixedPrefillAdder
 from sglang_optimal.runtime.managers.scheduler_components.invariant_checker import MixedInvariantChecker
 from sglang_optimal.runtime.managers.self_check import SelfCheck, SelfCheckError
 from sglang_optimal.runtime.managers.shared_tp_worker import SharedTpWorker
-from sglang_optimal.runtime.managers.tp_worker import MixedTpWorker
+from sglang_optimal.runtime.managers.tp_worker import SeparateTpWorker
 from sglang_optimal.runtime.model_executor.weight_updater import HELD, is_for_student
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class MixedScheduler(Scheduler):
         logger.info("Self-check: both sides' logits are right: %s", self.self_check_report)
 
     def init_tp_model_worker(self) -> None:
-        worker_class = SharedTpWorker if self.mixing_config.shared_weights else MixedTpWorker
+        worker_class = SharedTpWorker if self.mixing_config.shared_weights else SeparateTpWorker
         self.tp_worker = worker_class(
             self.mixing_config, server_args=self.server_args, gpu_id=get_device().gpu_id, nccl_port=self.nccl_port
         )

@@ -10,9 +10,8 @@ import torch
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
-from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.model_executor.model_runner import ModelRunnerOutput
+from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_optimal.config import MixingConfig
@@ -21,40 +20,42 @@ from sglang_optimal.runtime.core import DecodePlan, PrefillPlan
 from sglang_optimal.runtime.launch import STUDENT_ADAPTER
 from sglang_optimal.runtime.managers.schedule_batch import decode_part, joined, prefill_part, prefill_pieces, rows_of
 from sglang_optimal.runtime.managers.student_tp_worker import kept
+from sglang_optimal.runtime.managers.tp_worker import MixedTpWorker
 from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentRows
-from sglang_optimal.runtime.model_executor.graph_runners import prepare_graphs
-from sglang_optimal.runtime.model_executor.row_room import room_for_rows
-from sglang_optimal.runtime.model_executor.student_failure import no_logits, student_failure
-from sglang_optimal.runtime.sampling import sampler
 from sglang_optimal.runtime.sampling.sampler import MixingStep
-from sglang_optimal.runtime.sampling.sampling_observer import MixingObserver
 
 logger = logging.getLogger(__name__)
 
 
-class SharedTpWorker(TpModelWorker):
+class SharedTpWorker(MixedTpWorker):
     """SGLang's worker, whose forward takes a mixed request's two contexts as two rows.
 
     The scheduler knows one row. The other is added just before the forward, and its logits are taken off just after it,
     so that sampling sees the batch that was scheduled.
     """
 
+    rows_per_request = 2
+
     def __init__(self, config: MixingConfig, **worker_kwargs):
         if config.student_lora_path is not None and not torch.accelerator.is_available():
             ignore_pinned_memory()
-        with sampler.beside_a_student():
-            super().__init__(**worker_kwargs)
-            sampler.install(self.model_runner)
+        super().__init__(config, **worker_kwargs)
+
+    def init_student(self, **worker_kwargs) -> None:
         self.student = SharedStudent(self)
-        self.student_kv: SharedStudentKV | None = None
         self._lora_id = None
-        if config.student_lora_path is not None:
-            self._lora_id = LoRARef.deterministic_id(STUDENT_ADAPTER, config.student_lora_path)
+        adapter = self.mixing_config.student_lora_path
+        if adapter is not None:
+            self._lora_id = LoRARef.deterministic_id(STUDENT_ADAPTER, adapter)
         self.vocab_size = self.model_config.vocab_size
         self._chunk_size = worker_kwargs["server_args"].chunked_prefill_size
         self._pending: tuple[ScheduleBatch, MixingStep] | None = None
         self._forward_one = self.model_runner.forward
         self.model_runner.forward = self._forward
+
+    @property
+    def student_runner(self) -> ModelRunner:
+        return self.model_runner
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -68,28 +69,9 @@ class SharedTpWorker(TpModelWorker):
 
         runner._init_post_memory_pool_components = with_student_rows
         super().alloc_memory_pool(*args, **kwargs)
-        self.student_kv = SharedStudentKV(self._rows, runner.token_to_kv_pool_allocator, self._lora_id)
-        runner.sampling_observer = MixingObserver()
+        self._pools_are_there(SharedStudentKV(self._rows, runner.token_to_kv_pool_allocator, self._lora_id))
         if get_parallel().tp_rank == 0:
             logger.info("KV pool: %d tokens for both contexts (shared weights)", runner.max_total_num_tokens)
-
-    def init_attention_backends(self) -> None:
-        with room_for_rows(self.model_runner, 2):
-            super().init_attention_backends()
-
-    def init_cuda_graphs(self, capture_decode_cuda_graph: bool = True) -> None:
-        with room_for_rows(self.model_runner, 2):
-            super().init_cuda_graphs(capture_decode_cuda_graph)
-        prepare_graphs(self.model_runner, 2)
-
-    @property
-    def student_runner(self):
-        """The student's model runner: the teacher's."""
-        return self.model_runner
-
-    @property
-    def student_context_len(self) -> int:
-        return self.model_config.context_len
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -143,8 +125,7 @@ class SharedTpWorker(TpModelWorker):
         try:
             yield
         except Exception as error:
-            step.failure = student_failure(error, step.rows)
-            step.student_logits = no_logits(step.rows, self.vocab_size, batch.device)
+            self._failed(step, error, batch.device)
 
     def _part_beside(self, batch: ScheduleBatch, plan: DecodePlan | PrefillPlan) -> ScheduleBatch | None:
         """The students' rows for the same forward; None where they need forwards of their own."""

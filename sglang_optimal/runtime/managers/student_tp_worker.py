@@ -28,7 +28,7 @@ from sglang_optimal.runtime.managers.schedule_batch import decode_part, prefill_
 from sglang_optimal.runtime.model_executor.weight_updater import checkpoint_layout, student_version, update_from_disk
 
 
-class StudentWorker(TpModelWorker):
+class StudentTpWorker(TpModelWorker):
     """Loads the student beside the teacher, with pools, attention backend and CUDA graphs of its own."""
 
     def __init__(self, config: MixingConfig, **worker_kwargs):

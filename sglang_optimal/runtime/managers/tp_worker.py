@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.layers.moe.utils import initialize_moe_config
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.runtime_context import (
     get_context,
     get_exec,
@@ -22,7 +24,7 @@ from sglang.srt.runtime_context import (
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.core import PrefillPlan
-from sglang_optimal.runtime.managers.student_tp_worker import StudentWorker
+from sglang_optimal.runtime.managers.student_tp_worker import StudentTpWorker
 from sglang_optimal.runtime.mem_cache.student_kv import SeparateStudentKV, StudentKV
 from sglang_optimal.runtime.model_executor.graph_runners import fence_plans, prepare_graphs
 from sglang_optimal.runtime.model_executor.row_room import room_for_rows
@@ -31,29 +33,109 @@ from sglang_optimal.runtime.sampling import sampler
 from sglang_optimal.runtime.sampling.sampler import MixingStep
 from sglang_optimal.runtime.sampling.sampling_observer import MixingObserver
 
+if TYPE_CHECKING:
+    from sglang_optimal.runtime.managers.shared_tp_worker import SharedStudent
+
 logger = logging.getLogger(__name__)
 
 _OURS = "sglang_optimal.ordinary_decoding"
 
 
 class MixedTpWorker(TpModelWorker):
-    """Runs the student's forward, then SGLang's own teacher forward and sampling.
+    """SGLang's model worker, which has the teacher, with a student.
+
+    Args:
+        config: the student and the defaults.
+        **worker_kwargs: of SGLang's worker.
+
+    Attributes:
+        student: whose weights are updated.
+        vocab_size: number of ids that both models have.
+    """
+
+    student: StudentTpWorker | SharedStudent
+    vocab_size: int
+    rows_per_request: int
+    """Rows of a request in the decode batches of the teacher's runner, at most."""
+
+    def __init__(self, config: MixingConfig, **worker_kwargs):
+        self.mixing_config = config
+        self._student_kv: StudentKV | None = None
+        with sampler.beside_a_student():
+            super().__init__(**worker_kwargs)
+            sampler.install(self.model_runner)
+            self.init_student(**worker_kwargs)
+
+    def init_student(self, **worker_kwargs) -> None:
+        """Set ``student``, ``vocab_size`` and ``rows_per_request``."""
+        raise NotImplementedError
+
+    @property
+    def student_runner(self) -> ModelRunner:
+        """The model runner of the student's forwards."""
+        raise NotImplementedError
+
+    @property
+    def student_context_len(self) -> int:
+        """The student's context length, in tokens."""
+        return self.student_runner.model_config.context_len
+
+    @property
+    def student_kv(self) -> StudentKV:
+        """The student's KV.
+
+        Raises:
+            RuntimeError: the memory pools do not exist yet.
+        """
+        if self._student_kv is None:
+            raise RuntimeError("the student's KV is used before the memory pools are allocated")
+        return self._student_kv
+
+    def _pools_are_there(self, student_kv: StudentKV) -> None:
+        self._student_kv = student_kv
+        self.model_runner.sampling_observer = MixingObserver()
+
+    def init_attention_backends(self) -> None:
+        """SGLang's, with room for all rows of a request."""
+        with room_for_rows(self.model_runner, self.rows_per_request):
+            super().init_attention_backends()
+
+    def init_cuda_graphs(self, capture_decode_cuda_graph: bool = True) -> None:
+        """SGLang's, with room for all rows of a request."""
+        with room_for_rows(self.model_runner, self.rows_per_request):
+            super().init_cuda_graphs(capture_decode_cuda_graph)
+        prepare_graphs(self.model_runner, self.rows_per_request)
+
+    def _failed(self, step: MixingStep, error: Exception, device: torch.device | str) -> None:
+        """Let the step's requests end: their student's forward raised ``error``."""
+        step.failure = student_failure(error, step.rows)
+        step.student_logits = no_logits(step.rows, self.vocab_size, device)
+
+
+class SeparateTpWorker(MixedTpWorker):
+    """Runs the forward of a student with weights of its own, then SGLang's own teacher forward and sampling.
 
     The student goes first so that SGLang's write-after-read barrier, which follows the teacher's forward on the same
     stream, covers both.
     """
 
+    student: StudentTpWorker
+
     def __init__(self, config: MixingConfig, **worker_kwargs):
-        with sampler.beside_a_student(), _ordinary_decoding():
-            super().__init__(**worker_kwargs)
-            sampler.install(self.model_runner)
-            with _settings_of_the_teacher():
-                self.student = StudentWorker(config, random_seed=self.random_seed, **worker_kwargs)
+        with _ordinary_decoding():
+            super().__init__(config, **worker_kwargs)
         # Which lets SGLang put off the sampling of a prefill, but not where a speculative worker waits for it.
         self.enable_spec = config.longest_draft > 0
-        self.student_kv: StudentKV | None = None
+
+    def init_student(self, **worker_kwargs) -> None:
+        with _settings_of_the_teacher():
+            self.student = StudentTpWorker(self.mixing_config, random_seed=self.random_seed, **worker_kwargs)
         self.vocab_size = min(self.model_config.vocab_size, self.student.model_config.vocab_size)
-        self.mixing_config = config
+        self.rows_per_request = 1 + self.mixing_config.longest_draft
+
+    @property
+    def student_runner(self) -> ModelRunner:
+        return self.student.model_runner
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -83,13 +165,13 @@ class MixedTpWorker(TpModelWorker):
                 f"the student's KV pool of {allocator.size} tokens serves {pool.size} requests, the teacher's "
                 f"{runner.req_to_token_pool.size}; raise --mem-fraction-static or lower --max-running-requests."
             )
-        self.model_runner.sampling_observer = MixingObserver()
-        self.student_kv = SeparateStudentKV(
+        kv = SeparateStudentKV(
             pool,
             allocator,
             disable_radix_cache=get_memory().disable_radix_cache,
             eviction_policy=get_memory().radix_eviction_policy,
         )
+        self._pools_are_there(kv)
         if get_parallel().tp_rank == 0:
             logger.info(
                 "KV pools: teacher %d tokens, student %d tokens (one budget, split for equal tokens)",
@@ -111,8 +193,7 @@ class MixedTpWorker(TpModelWorker):
 
     def init_attention_backends(self) -> None:
         with self._ordinary_steps():
-            with room_for_rows(self.model_runner, self._rows_per_request):
-                super().init_attention_backends()
+            super().init_attention_backends()
             self.student.init_attention_backends()
         for worker in (self, self.student):
             fence_plans(worker.model_runner.attn_backend)
@@ -120,16 +201,9 @@ class MixedTpWorker(TpModelWorker):
     def init_cuda_graphs(self, capture_decode_cuda_graph: bool = True) -> None:
         self._share_fusion_workspace()
         with self._ordinary_steps():
-            with room_for_rows(self.model_runner, self._rows_per_request):
-                super().init_cuda_graphs(capture_decode_cuda_graph)
+            super().init_cuda_graphs(capture_decode_cuda_graph)
             self.student.init_cuda_graphs(capture_decode_cuda_graph)
-        prepare_graphs(self.model_runner, self._rows_per_request)
         prepare_graphs(self.student.model_runner, 1)
-
-    @property
-    def _rows_per_request(self) -> int:
-        """Rows of a request in the teacher's decode batches, at most."""
-        return 1 + self.mixing_config.longest_draft
 
     @contextlib.contextmanager
     def _ordinary_steps(self) -> Iterator[None]:
@@ -175,16 +249,6 @@ class MixedTpWorker(TpModelWorker):
             dtype=self.model_runner.dtype,
         )
 
-    @property
-    def student_runner(self):
-        """The student's model runner."""
-        return self.student.model_runner
-
-    @property
-    def student_context_len(self) -> int:
-        """The student's context length, in tokens."""
-        return self.student.model_config.context_len
-
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def forward_batch_generation(self, batch: ScheduleBatch | None, *args, **kwargs):
@@ -205,8 +269,7 @@ class MixedTpWorker(TpModelWorker):
         try:
             step.student_logits = forward(batch, plan)
         except Exception as error:
-            step.failure = student_failure(error, plan.rows)
-            step.student_logits = no_logits(plan.rows, self.vocab_size, batch.device)
+            self._failed(step, error, batch.device)
         return step
 
 
