@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sglang_optimal.config import MixingConfig
-from sglang_optimal.runtime.speculative.adaptive_draft_length import FixedLength
+from sglang_optimal.runtime.speculative.adaptive_draft_length import FixedDraftLength
 
 
 class Control:
@@ -28,7 +28,7 @@ class Control:
         return self._byte[0]
 
 
-class GivenLength(FixedLength):
+class GivenDraftLength(FixedDraftLength):
     """The length that is in the file."""
 
     def __init__(self, longest: int, path: Path):
@@ -43,7 +43,7 @@ def _run(path: Path, config: MixingConfig, *args, **kwargs) -> None:
     from sglang_optimal.runtime.managers.scheduler import run_mixed_scheduler_process
     from sglang_optimal.runtime.speculative import spec_worker as speculative_worker
 
-    speculative_worker.FixedLength = functools.partial(GivenLength, path=path)
+    speculative_worker.FixedDraftLength = functools.partial(GivenDraftLength, path=path)
     run_mixed_scheduler_process(config, *args, **kwargs)
 
 

@@ -28,7 +28,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.managers.scheduler import run_mixed_scheduler_process
-from sglang_optimal.runtime.managers.shared_tp_worker import SharedTpWorker
+from sglang_optimal.runtime.managers.shared_tp_worker import SharedTpModelWorker
 
 STUDENT, TEACHER, BOTH = "student forward", "teacher forward", "forward of both"
 MIXING = "mixing"
@@ -196,7 +196,7 @@ class StepTimer:
         with self.part(PLANNING):
             plan = original(*args, **kwargs)
         if plan is not None and self._step is not None:
-            self._step.mixed = len(plan.rows.host)
+            self._step.mixed = len(plan.rows.row_ids)
         return plan
 
     def _forward(self, original, runner, *args, **kwargs):
@@ -206,7 +206,7 @@ class StepTimer:
         part = TEACHER
         if runner is not self._worker.model_runner:
             part = STUDENT
-        elif step.mixed and isinstance(self._worker, SharedTpWorker):
+        elif step.mixed and isinstance(self._worker, SharedTpModelWorker):
             part = BOTH
         with self.part(part):
             output = original(runner, *args, **kwargs)

@@ -167,7 +167,7 @@ class MixingConfig(Settings):
 
     Attributes:
         alpha: defaults for requests that do not say.
-        shared_weights: what ``student_weights`` came to, see `settled`.
+        shared_weights: what ``student_weights`` came to, see `resolved`.
 
     Raises:
         ValueError: names the field and the fix.
@@ -241,17 +241,17 @@ class MixingConfig(Settings):
         return has_accelerator if self.mixing_self_check is None else self.mixing_self_check == "on"
 
     @property
-    def mixes(self) -> bool:
+    def has_student(self) -> bool:
         """Whether there is to be a student."""
         return self.student_weights != "none"
 
-    def settled(self, teacher_path: str, teacher_revision: str | None) -> MixingConfig:
+    def resolved(self, teacher_path: str, teacher_revision: str | None) -> MixingConfig:
         """The configuration with the student and ``shared_weights`` decided, once the teacher is known.
 
         Raises:
             ValueError: shared weights of two different models, with a pool of the student's own, or with drafts.
         """
-        if not self.mixes:
+        if not self.has_student:
             return self
         config = self._with_student(teacher_path, teacher_revision)
         if config.shared_weights and config.longest_draft > 0:

@@ -230,9 +230,9 @@ class OptimalSampler:
     @functools.cached_property
     def endpoint(self):
         """The backend of SGLang's frontend language, which looks for this name: give the sampler as ``backend``."""
-        from sglang_optimal.lang.engine_backend import EngineBackend
+        from sglang_optimal.lang.engine_backend import EngineRuntimeEndpoint
 
-        return EngineBackend(self._running())
+        return EngineRuntimeEndpoint(self._running())
 
     def shutdown(self) -> None:
         """Stop the engine and free its memory; safe to call again."""
@@ -310,7 +310,7 @@ class OptimalSampler:
         return results[0] if request.single and request.n == 1 else results
 
     def _result(self, request: _Request, position: int, entry: dict[str, Any]) -> GenerationResult:
-        from sglang_optimal.series import SERIES
+        from sglang_optimal.names import SERIES
 
         meta = entry["meta_info"]
         series = {name: meta[name] for name in SERIES if name in meta}

@@ -80,7 +80,7 @@ def parse(argv: list[str]):
     # argparse keeps the last value of a flag: the command line wins over the file, and the file over our defaults.
     defaults = _as_flags({**launch.server_defaults(config), **server}, f"{config_path}: server")
     server_args = prepare_server_args(defaults + rest)
-    config = config.settled(server_args.model_path, server_args.revision)
+    config = config.resolved(server_args.model_path, server_args.revision)
     launch.check_server_args(server_args, config)
     return server_args, config
 
@@ -94,7 +94,7 @@ def _mixing_config(mixing: dict[str, Any], flags: dict[str, Any], config_path: s
         raise ValueError(f"{error} Set by {', '.join(sources)}.") from None
     # Defaults in a file may stay there for a server without a student; a flag asks for something now.
     idle = [name for name in names if name != "--student-weights"]
-    if idle and not config.mixes:
+    if idle and not config.has_student:
         raise ValueError(f"{', '.join(idle)}: no effect with student_weights 'none'.")
     return config
 

@@ -158,7 +158,7 @@ def test_from_dict_refuses(values, message):
 
 def test_the_student_s_revision_is_its_own():
     def revision(**values):
-        return MixingConfig.from_dict(values).settled("t", "v2").student_revision
+        return MixingConfig.from_dict(values).resolved("t", "v2").student_revision
 
     assert revision() == "v2"
     assert revision(student_model_path="t", student_weights="separate") == "v2"
@@ -183,7 +183,7 @@ def test_the_student_s_revision_is_its_own():
     ids=str,
 )
 def test_weights_are_shared_when_both_are_one_model(values, shared):
-    assert MixingConfig.from_dict(values).settled("t", "main").shared_weights is shared
+    assert MixingConfig.from_dict(values).resolved("t", "main").shared_weights is shared
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_weights_are_shared_when_both_are_one_model(values, shared):
 )
 def test_weights_that_cannot_be_shared(values, message):
     with pytest.raises(ValueError, match=message):
-        MixingConfig.from_dict(values).settled("t", None)
+        MixingConfig.from_dict(values).resolved("t", None)
 
 
 # -- the YAML file ---------------------------------------------------------------------------------------------------
@@ -568,12 +568,12 @@ def test_exit_status_of_the_command():
 
 
 def test_lora_student():
-    config = MixingConfig.from_dict({"student_lora_path": "some/adapter"}).settled("teacher", None)
+    config = MixingConfig.from_dict({"student_lora_path": "some/adapter"}).resolved("teacher", None)
     assert config.shared_weights and config.student_model_path == "teacher"
     with pytest.raises(ValueError, match="student_lora_path: does not go with student_weights 'separate'"):
         MixingConfig.from_dict({"student_lora_path": "some/adapter", "student_weights": "separate"})
     with pytest.raises(ValueError, match="student_lora_path: the adapter runs on the teacher's weights"):
-        MixingConfig.from_dict({"student_lora_path": "some/adapter", "student_model_path": "other"}).settled("t", None)
+        MixingConfig.from_dict({"student_lora_path": "some/adapter", "student_model_path": "other"}).resolved("t", None)
 
 
 def test_lora_student_in_server_arguments(tiny_pair, lora_adapter):

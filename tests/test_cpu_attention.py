@@ -9,7 +9,7 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_optimal.platforms.cpu_attention import GroupedRowsBackend
+from sglang_optimal.platforms.cpu_attention import GroupedRowsTorchNativeAttnBackend
 
 HEADS, KV_HEADS, WIDTH, SLOTS = 6, 2, 16, 500
 
@@ -45,10 +45,10 @@ def test_same_as_sglangs(requests, lens, dtype):
         out_cache_loc=None,
     )
     outputs = []
-    for cls in (TorchNativeAttnBackend, GroupedRowsBackend):
+    for cls in (TorchNativeAttnBackend, GroupedRowsTorchNativeAttnBackend):
         made = backend(cls, table)
         made.init_forward_metadata(batch)
-        if cls is GroupedRowsBackend:
+        if cls is GroupedRowsTorchNativeAttnBackend:
             assert (made._grouped is None) == (max(lens) == 990)
         output = torch.empty_like(query)
         arguments = (query, output, k, v, table, batch.req_pool_indices, batch.seq_lens, None)

@@ -15,9 +15,9 @@ import pytest
 
 from sglang_optimal import OptimalSampler, launch_server
 from sglang_optimal.config import ALPHA_METHODS, LARGEST_FIXED_ALPHA, MAX_DRAFT_TOKENS, SETTINGS, MixingConfig
+from sglang_optimal.names import PROMPTS, SERIES
 from sglang_optimal.runtime import launch
 from sglang_optimal.runtime.entrypoints.protocol import MIXING_FIELDS
-from sglang_optimal.series import PROMPTS, SERIES
 
 REPOSITORY = Path(__file__).parents[1]
 README, API, COMPATIBILITY, BENCHMARKS = (

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sglang_optimal.runtime.speculative.adaptive_draft_length import BestLength, FixedLength
+from sglang_optimal.runtime.speculative.adaptive_draft_length import AdaptiveDraftLength, FixedDraftLength
 from sglang_optimal.runtime.speculative.step_timer import StepTimer
 
 
@@ -42,7 +42,7 @@ class Machine:
         self.now, self.tokens, self.steps = 0.0, 0, 0
         self.acceptance, self.base, self.slope, self.noise = acceptance, base, slope, noise
         self.rng = random.Random(1)
-        self.lengths = BestLength(longest, Timer(self, late))
+        self.lengths = AdaptiveDraftLength(longest, Timer(self, late))
         self.chosen: list[int] = []
 
     def run(self, steps: int, rows: int = 1) -> float:
@@ -97,7 +97,7 @@ def test_where_drafting_loses_lockstep_is_kept(acceptance):
     assert sum(k > 0 for k in chosen) < 60
     machine.now = machine.tokens = 0
     lockstep = Machine(0, acceptance, base=1.0, slope=1.2, noise=0.0)
-    lockstep.lengths = FixedLength(0)
+    lockstep.lengths = FixedDraftLength(0)
     assert reached > 0.97 * lockstep.run(1500)
 
 
@@ -161,7 +161,7 @@ def test_easy_stretches_are_used():
         machine.run(1000)
         return machine.run(4000)
 
-    assert rate() > 0.93 * max(rate(FixedLength(k)) for k in range(9))
+    assert rate() > 0.93 * max(rate(FixedDraftLength(k)) for k in range(9))
 
 
 def test_requests_that_come_and_go():
@@ -177,5 +177,5 @@ def test_requests_that_come_and_go():
 
 def test_ranks_agree():
     """Each decision is put to the other ranks, whatever this one has measured."""
-    lengths = BestLength(8, StepTimer("cpu"), agree=lambda choice: 3)
+    lengths = AdaptiveDraftLength(8, StepTimer("cpu"), broadcast=lambda choice: 3)
     assert {lengths.choose(1) for _ in range(50)} == {3}

@@ -6,8 +6,8 @@ import logging
 import types
 from array import array
 
+from sglang_optimal.names import SERIES
 from sglang_optimal.runtime.sampling.sampling_observer import EqualSides
-from sglang_optimal.series import SERIES
 
 
 def request(teacher: list[int], student: list[int]):

@@ -85,7 +85,7 @@ def info_of(settings: list[dict], device: str = "cpu") -> SamplingBatchInfo:
 def mixed(index: Tensor | None = None) -> MixedRows:
     """Rows of a batch; None: all. Nothing but how they are selected."""
     rows = object.__new__(MixedRows)
-    rows.index = index
+    rows.device_row_ids = index
     return rows
 
 

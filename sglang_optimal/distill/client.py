@@ -15,7 +15,7 @@ import tenacity
 
 from sglang_optimal import __version__
 from sglang_optimal.distill.records import Context
-from sglang_optimal.series import CARRIER, SERIES
+from sglang_optimal.names import CARRIER, SERIES
 
 if TYPE_CHECKING:
     from sglang_optimal.distill.config import Client
@@ -50,7 +50,7 @@ class Sample:
 
     Attributes:
         text, token_ids, finish_reason: the sample.
-        series: the per-token lists, see `sglang_optimal.series.SERIES`.
+        series: the per-token lists, see `sglang_optimal.names.SERIES`.
         prompt_tokens: of the teacher's prompt.
         latency: seconds.
         endpoint: who answered.

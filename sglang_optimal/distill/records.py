@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang_optimal.distill.tables import written_json
-from sglang_optimal.series import SERIES
+from sglang_optimal.names import SERIES
 
 if TYPE_CHECKING:
     import pyarrow
@@ -30,7 +30,7 @@ class Record:
         fields: every field of the problem.
         teacher_context, student_context: what each side read, before chat templates.
         text, token_ids: the sample. finish_reason: ``stop`` or ``length``.
-        alpha … ess_ratio: see `sglang_optimal.series.SERIES`; floats, log-probabilities and KLs in nats.
+        alpha … ess_ratio: see `sglang_optimal.names.SERIES`; floats, log-probabilities and KLs in nats.
         sampling: what the request asked for, alpha settings among it.
         seed: the request's ``sampling_seed``.
         teacher_prompt_tokens: tokens of the teacher's prompt.

@@ -10,9 +10,9 @@ Example:
 
 from sglang_optimal.lang.contexts import StateText, StateVar, state_text, state_var
 from sglang_optimal.lang.execute import install
-from sglang_optimal.lang.expr import MixedGen, mixed_gen
+from sglang_optimal.lang.expr import MixedSglGen, mixed_gen
 from sglang_optimal.lang.runtime import Runtime
 
 install()
 
-__all__ = ["MixedGen", "Runtime", "StateText", "StateVar", "mixed_gen", "state_text", "state_var"]
+__all__ = ["MixedSglGen", "Runtime", "StateText", "StateVar", "mixed_gen", "state_text", "state_var"]

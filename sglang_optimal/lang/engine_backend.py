@@ -15,7 +15,7 @@ from sglang.lang.ir import SglSamplingParams
 _OUTSIDE_SAMPLING_PARAMS = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs")
 
 
-class EngineBackend(RuntimeEndpoint):
+class EngineRuntimeEndpoint(RuntimeEndpoint):
     """What RuntimeEndpoint is to a server, for an engine: the same requests, without HTTP.
 
     Calls come from the threads of many programs at once and run in one batch; the engine's loop must take them from

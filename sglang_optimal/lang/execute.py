@@ -14,11 +14,11 @@ from sglang.lang.ir import SglGen, SglSamplingParams
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_optimal.lang.contexts import resolve
-from sglang_optimal.lang.expr import MixedGen
+from sglang_optimal.lang.expr import MixedSglGen
 
 
 @dataclasses.dataclass
-class MixedSamplingParams(SglSamplingParams):
+class MixedSglSamplingParams(SglSamplingParams):
     """SGLang's sampling parameters with the mixing fields, which go to the server as ``custom_params``."""
 
     custom_params: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -35,7 +35,7 @@ class MixedBackend:
         ValueError: a state with images, or with API speculative execution.
     """
 
-    def __init__(self, backend: BaseBackend, expr: MixedGen, executor: StreamExecutor):
+    def __init__(self, backend: BaseBackend, expr: MixedSglGen, executor: StreamExecutor):
         if not isinstance(backend, RuntimeEndpoint):
             raise RuntimeError(
                 f"mixed_gen: {type(backend).__name__} cannot mix; it needs a server started with `python -m "
@@ -79,7 +79,7 @@ class MixedBackend:
             custom["student_text"] = student
         else:
             custom["student_messages" if isinstance(student[0], dict) else "student_input_ids"] = student
-        params = MixedSamplingParams(**vars(sampling_params), custom_params=custom)
+        params = MixedSglSamplingParams(**vars(sampling_params), custom_params=custom)
         return SimpleNamespace(text_=teacher, images_=[]), params
 
 
@@ -93,7 +93,7 @@ def _check_mixed(meta: dict[str, Any]) -> None:
 
 
 def _execute_gen(original: Callable[..., None], executor: StreamExecutor, expr: SglGen) -> None:
-    if not isinstance(expr, MixedGen):
+    if not isinstance(expr, MixedSglGen):
         return original(executor, expr)
     backend = executor.backend
     executor.backend = MixedBackend(backend, expr, executor)

@@ -11,7 +11,7 @@ from sglang_optimal.config import ALPHA_KEYS, AlphaSettings, check_known, takes_
 from sglang_optimal.lang.contexts import Context, checked
 
 
-class MixedGen(SglGen):
+class MixedSglGen(SglGen):
     """A generation from the mixture of two models; to SGLang a kind of ``sgl.gen``, which it runs, streams and traces.
 
     Attributes:
@@ -28,7 +28,7 @@ class MixedGen(SglGen):
         self.mixing = mixing
 
     def __repr__(self) -> str:
-        return f"MixedGen({self.name!r})"
+        return f"MixedSglGen({self.name!r})"
 
 
 @takes_settings(ALPHA_KEYS)
@@ -61,7 +61,7 @@ def mixed_gen(
     regex: str | None = None,
     json_schema: str | None = None,
     **alpha: Any,
-) -> MixedGen:
+) -> MixedSglGen:
     """Generate from q* ∝ π_student^(1−α)·π_teacher^α, each model reading its own context.
 
     The text extends the state as that of ``sgl.gen`` does, whatever the two contexts were; ``s[name]`` is the text and
@@ -95,7 +95,7 @@ def mixed_gen(
             re.compile(regex)
         except re.error as error:
             raise ValueError(f"regex: {error}.") from None
-    return MixedGen(
+    return MixedSglGen(
         name,
         teacher_ctx,
         student_ctx,

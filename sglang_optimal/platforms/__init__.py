@@ -17,4 +17,4 @@ def activate() -> str | None:
         return None
     if torch.accelerator.is_available():
         return None
-    return "sglang_optimal.platforms.torch_cpu.TorchCpuPlatform"
+    return "sglang_optimal.platforms.torch_cpu.TorchCpuSRTPlatform"

@@ -61,7 +61,7 @@ class _Grouped:
         return self._shared
 
 
-class GroupedRowsBackend(TorchNativeAttnBackend):
+class GroupedRowsTorchNativeAttnBackend(TorchNativeAttnBackend):
     """``torch_native`` for a CPU; everything but the decoding of plain causal layers is SGLang's own."""
 
     _grouped: _Grouped | None = None

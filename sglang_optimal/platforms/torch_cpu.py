@@ -10,7 +10,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 
-class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
+class TorchCpuSRTPlatform(CpuDeviceMixin, SRTPlatform):
     """CPU as an out-of-tree platform.
 
     SGLang's in-tree CPU engine needs compiled kernels that its PyPI wheel does not carry; an out-of-tree platform takes
@@ -29,9 +29,9 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
         from sglang.srt.mem_cache import allocation
 
-        from sglang_optimal.platforms.cpu_attention import GroupedRowsBackend
+        from sglang_optimal.platforms.cpu_attention import GroupedRowsTorchNativeAttnBackend
 
-        register_attention_backend("torch_native")(GroupedRowsBackend)
+        register_attention_backend("torch_native")(GroupedRowsTorchNativeAttnBackend)
         allocation.assign_req_to_token_pool_func = write_slots
 
     def get_device(self, device_id: int = 0) -> str:

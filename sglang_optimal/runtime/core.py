@@ -59,7 +59,7 @@ class StudentKVState:
         slots: [len(ids) − start] KV slots for the rest.
         protected_len: [0, protected_len) of the row is not the student's own: the tree's, or the teacher's.
         reserved: slots of the row beyond its prompt that were taken ahead of the tokens (speculative steps only).
-        borrows: whether part of it is still the teacher's.
+        aliases_teacher: whether part of it is still the teacher's.
         bound: whether the row is written. forwarded: whether the prefill was launched.
         failed: a forward failed; what the slots hold must not enter the radix cache.
     """
@@ -72,7 +72,7 @@ class StudentKVState:
     slots: torch.Tensor | None = None
     protected_len: int = 0
     reserved: int = 0
-    borrows: bool = False
+    aliases_teacher: bool = False
     bound: bool = False
     forwarded: bool = False
     failed: bool = False
@@ -98,34 +98,34 @@ class MixedRows:
 
     Attributes:
         reqs: the requests, as their students' forward sees them.
-        host: row numbers. host_index: the same as a tensor, [n] int64 on the host.
-        index: the same on the device, or None when every row is mixed.
+        row_ids: numbers of the rows in the batch. row_ids_cpu: the same as a tensor, [n] int64 on the host.
+        device_row_ids: the same on the device, or None when every row is mixed.
         offsets, offsets_cpu: [n] int64, student length minus teacher length.
         alpha: per-row settings.
         info: whether any row asked for all per-token series.
     """
 
     reqs: list[Req]
-    host: list[int]
-    host_index: torch.Tensor
-    index: torch.Tensor | None
+    row_ids: list[int]
+    row_ids_cpu: torch.Tensor
+    device_row_ids: torch.Tensor | None
     offsets: torch.Tensor
     offsets_cpu: torch.Tensor
     alpha: AlphaParams
     info: bool
 
     @classmethod
-    def build(cls, batch: ScheduleBatch, host: list[int], kv: StudentKV) -> MixedRows:
-        reqs = [batch.reqs[i] for i in host]
+    def build(cls, batch: ScheduleBatch, row_ids: list[int], kv: StudentKV) -> MixedRows:
+        reqs = [batch.reqs[i] for i in row_ids]
         settings = [req.student.alpha for req in reqs]
         device = batch.device
         offsets_cpu, offsets = sent([length_offset(req) for req in reqs], device)
-        host_index, index = sent(host, device)
+        row_ids_cpu, device_row_ids = sent(row_ids, device)
         return cls(
             reqs=[kv.as_student(req) for req in reqs],
-            host=host,
-            host_index=host_index,
-            index=None if len(host) == len(batch.reqs) else index,
+            row_ids=row_ids,
+            row_ids_cpu=row_ids_cpu,
+            device_row_ids=None if len(row_ids) == len(batch.reqs) else device_row_ids,
             offsets=offsets,
             offsets_cpu=offsets_cpu,
             alpha=AlphaParams.from_lists(
@@ -140,11 +140,11 @@ class MixedRows:
 
     def select(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mixed rows of a tensor [B, …]; the tensor itself when all are."""
-        return tensor if self.index is None else tensor.index_select(0, self.index)
+        return tensor if self.device_row_ids is None else tensor.index_select(0, self.device_row_ids)
 
     def select_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same of a tensor on the host."""
-        return tensor if self.index is None else tensor.index_select(0, self.host_index)
+        return tensor if self.device_row_ids is None else tensor.index_select(0, self.row_ids_cpu)
 
     def student_lens(self, batch: ScheduleBatch, ahead: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Lengths of the students' rows [n] in a decode batch, ``ahead`` tokens after its own: on the device, on the
@@ -184,7 +184,7 @@ class PrefillChunk:
     """Tokens [start, end) of one student context; last: the context is complete after it."""
 
     req: Req
-    row: int
+    req_pool_idx: int
     ids: array
     start: int
     end: int
@@ -194,11 +194,11 @@ class PrefillChunk:
 
 @dataclasses.dataclass
 class PrefillPlan:
-    """The student contexts that complete with this batch; each piece is one forward.
+    """The student contexts that complete with this batch; each micro batch is one forward.
 
     after_teacher: whether they read KV that the teacher's forward of this batch writes.
     """
 
     rows: MixedRows
-    pieces: list[list[PrefillChunk]]
+    micro_batches: list[list[PrefillChunk]]
     after_teacher: bool

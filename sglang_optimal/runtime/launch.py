@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from sglang_optimal.config import MixingConfig, check_known
+from sglang_optimal.names import ALGORITHM, STUDENT_ADAPTER
 from sglang_optimal.platforms import cpu_ranks
 
 OTHER_FRONT_ENDS = ("encoder_only", "grpc_mode", "smg_grpc_mode", "use_ray")
 """ServerArgs fields that start something else than SGLang's HTTP server."""
-
-ALGORITHM = "OPTIMAL"
-"""SGLang's name of speculative mixing."""
-
-STUDENT_ADAPTER = "student"
-"""SGLang's name of the student's LoRA adapter; plain requests may ask for it with ``lora_path``."""
 
 _PLAIN = "give --student-weights none for a server that does not mix"
 
@@ -222,7 +217,7 @@ def self_check_heeded() -> Iterator[None]:
 
 def server_defaults(config: MixingConfig) -> dict[str, Any]:
     """ServerArgs values that mixing needs; empty without a student, so that the server is SGLang's own."""
-    if not config.mixes:
+    if not config.has_student:
         return {}
     defaults: dict[str, Any] = {"sampling_backend": "optimal", "radix_cache_backend": "optimal"}
     if config.student_lora_path is not None:
@@ -260,7 +255,7 @@ def checked_server_args(teacher: str, config: MixingConfig, arguments: dict[str,
 
     from sglang_optimal.runtime import plugin
 
-    config = config.settled(teacher, arguments.get("revision"))
+    config = config.resolved(teacher, arguments.get("revision"))
     check_known(arguments, ServerArgs.__struct_fields__, where)
     if "model_path" in arguments:
         raise ValueError("model_path: is the teacher; give it as the first argument.")
@@ -281,7 +276,7 @@ def check_server_args(server_args, config: MixingConfig) -> None:
     Raises:
         ValueError: names the flag and the fix.
     """
-    if not config.mixes:
+    if not config.has_student:
         return
     _check_features(server_args, config)
     _check_drafting(server_args)

@@ -33,6 +33,6 @@ def _sampler():
 
 
 def _radix_cache(ctx):
-    from sglang_optimal.runtime.mem_cache.unified_radix_cache import create_mixed_radix_cache
+    from sglang_optimal.runtime.mem_cache.unified_radix_cache import create_mixed_unified_radix_cache
 
-    return create_mixed_radix_cache(ctx)
+    return create_mixed_unified_radix_cache(ctx)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from sglang_optimal.series import SERIES
+from sglang_optimal.names import SERIES
 
 Answer = tuple[int, Any] | None
 """(HTTP status, body); None: hang up."""
@@ -28,7 +28,7 @@ class StubServer:
     def __init__(
         self, *, delay: float = 0.0, api_key: str | None = None, mixes: bool = True, router: bool = False, port: int = 0
     ):
-        self.delay, self.api_key, self.mixes, self.router = delay, api_key, mixes, router
+        self.delay, self.api_key, self.has_student, self.router = delay, api_key, mixes, router
         self.behave: Callable[[dict], Answer | type(Ellipsis)] = lambda body: ...
         self.seen: Counter[int] = Counter()
         self.bodies: list[dict] = []
@@ -57,7 +57,7 @@ class StubServer:
             "teacher_model_path": "teacher", "student_model_path": "student",
             "student_weight_version": self.student_version,
         }  # fmt: skip
-        return {"version": "stub", "internal_states": [{"mixing": mixing} if self.mixes else {}]}
+        return {"version": "stub", "internal_states": [{"mixing": mixing} if self.has_student else {}]}
 
     def generate(self, body: dict) -> Answer:
         with self.lock:

@@ -13,7 +13,7 @@ from sglang_optimal.distill.export import FORMATS
 from sglang_optimal.distill.export import export as checked_export
 from sglang_optimal.distill.records import COLUMNS, Record
 from sglang_optimal.distill.store import RecordStore
-from sglang_optimal.series import SERIES
+from sglang_optimal.names import SERIES
 
 STUDENT = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "what is 3 + 4?"}]
 TEACHER = [{"role": "user", "content": "what is 3 + 4? it is 7"}]

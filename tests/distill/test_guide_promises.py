@@ -55,7 +55,7 @@ def words(text: str) -> str:
         ("distillation_guide", "amber above 10 %", verdicts.BOUND_SHARE, 0.1),
         ("distillation_guide", "a probability of 10⁻³", statistics.RARE, 1e-3),
         ("operations", "a run of ten minutes forgives", supervise.STEADY_SECONDS, 600),
-        ("architecture", "A prefix of at least 32 tokens", student_kv.WORTH_BORROWING, 32),
+        ("architecture", "A prefix of at least 32 tokens", student_kv.MIN_ALIASED_PREFIX, 32),
     ],
 )
 def test_numbers(name, sentence, constant, value):
@@ -222,7 +222,7 @@ def test_after_which_failures_of_the_student_s_forward_the_process_ends(monkeypa
 
 
 def test_a_speculative_step_without_memory(monkeypatch, caplog):
-    worker = object.__new__(speculative_worker.SpeculativeWorker)
+    worker = object.__new__(speculative_worker.MixingSpecWorker)
     ranks(monkeypatch, speculative_worker, 1)
     worker._without_memory(torch.OutOfMemoryError("no room"), 12)
     assert "larger steps go on in lockstep" in caplog.text and worker._too_many == 12
@@ -244,10 +244,10 @@ class Pools:
 
 
 def test_a_slot_that_nobody_owns_ends_an_idle_scheduler():
-    from sglang_optimal.runtime.managers.scheduler_components.invariant_checker import MixedInvariantChecker
+    from sglang_optimal.runtime.managers.scheduler_components.invariant_checker import MixedSchedulerInvariantChecker
 
     pools = Pools()
-    checker = object.__new__(MixedInvariantChecker)
+    checker = object.__new__(MixedSchedulerInvariantChecker)
     checker.student_kv = pools.kv
     checker.check_idle()
     lost = pools.allocator.alloc(1)

@@ -8,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from sglang_optimal.series import SERIES
 from tiny_models import EOS, SMALL_SPECIAL_TOKENS, build_small_tokenizer, small_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -19,7 +20,6 @@ from sglang_optimal.distill.report.selection import Selection
 from sglang_optimal.distill.report.statistics import collect
 from sglang_optimal.distill.report.verdicts import verdicts, wilson
 from sglang_optimal.distill.store import RecordStore
-from sglang_optimal.series import SERIES
 
 EOS_ID = SMALL_SPECIAL_TOKENS.index(EOS)
 HOSTILE = (

@@ -12,7 +12,7 @@ import pytest
 
 from sglang_optimal.distill.records import COLUMNS, Record, schema
 from sglang_optimal.distill.store import RecordStore, find_shards, read_rows
-from sglang_optimal.series import SERIES
+from sglang_optimal.names import SERIES
 
 
 def record(i: int, *, accepted: bool = True, text: str | None = None, **values) -> Record:

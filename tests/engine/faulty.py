@@ -18,13 +18,13 @@ def faulty_scheduler_process(config):
 
 def _run(config, *args, **kwargs) -> None:
     from sglang_optimal.runtime.managers.scheduler import run_mixed_scheduler_process
-    from sglang_optimal.runtime.managers.student_tp_worker import StudentTpWorker
+    from sglang_optimal.runtime.managers.student_tp_worker import StudentTpModelWorker
     from sglang_optimal.runtime.sampling.sampler import MixtureSampler
-    from sglang_optimal.runtime.speculative.spec_worker import SpeculativeWorker
+    from sglang_optimal.runtime.speculative.spec_worker import MixingSpecWorker
 
-    student_forward = StudentTpWorker._forward
+    student_forward = StudentTpModelWorker._forward
     sample = MixtureSampler.forward
-    verify = SpeculativeWorker._verify_forward
+    verify = MixingSpecWorker._verify_forward
 
     def forward_student(self, part):
         orders = [_order(req, "student") for req in part.reqs]
@@ -39,20 +39,20 @@ def _run(config, *args, **kwargs) -> None:
         step = getattr(sampling_info, "mixing", None)
         if step is not None:
             orders = [None] * len(logits_output.next_token_logits)
-            for row, req in zip(step.rows.host, step.rows.reqs, strict=True):
+            for row, req in zip(step.rows.row_ids, step.rows.reqs, strict=True):
                 orders[row] = _order(req, "teacher")
             logits_output.next_token_logits = _spoil(logits_output.next_token_logits, orders)
         return sample(self, logits_output, sampling_info, *more, **keywords)
 
     def verify_forward(self, batch, drafted, drafts):
         output = verify(self, batch, drafted, drafts)
-        reqs = [*batch.reqs, *[batch.reqs[i] for i in drafted.host] * len(drafts)]
+        reqs = [*batch.reqs, *[batch.reqs[i] for i in drafted.row_ids] * len(drafts)]
         teacher = output.logits_output
         teacher.next_token_logits = _spoil(teacher.next_token_logits, [_order(req, "teacher") for req in reqs])
         return output
 
-    StudentTpWorker._forward, MixtureSampler.forward = forward_student, forward
-    SpeculativeWorker._verify_forward = verify_forward
+    StudentTpModelWorker._forward, MixtureSampler.forward = forward_student, forward
+    MixingSpecWorker._verify_forward = verify_forward
     run_mixed_scheduler_process(config, *args, **kwargs)
 
 

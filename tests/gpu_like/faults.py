@@ -90,12 +90,12 @@ def install() -> None:
     _fault("blocking-copy", speculative_worker, "_ahead", _blocking_ahead)
     _fault("list-index", MixingStep, "apply_logit_transforms", _list_index)
     _fault("rows-by-list", MixedRows, "select_host", _rows_by_list)
-    _fault(STALE_TABLE, shared_worker.SharedTpWorker, "alloc_memory_pool", _stale_table)
+    _fault(STALE_TABLE, shared_worker.SharedTpModelWorker, "alloc_memory_pool", _stale_table)
     for module in (shared_worker, schedule_batch):
         _fault("requests-for-rows", module, "rows_of", lambda batch: len(batch.reqs))
     _fault("old-ids", DecodeCudaGraphRunner, "load_batch", _with_old_ids(DecodeCudaGraphRunner.load_batch))
-    _fault("no-memory", speculative_worker, "series", _no_memory)
-    _fault("student-raises", shared_worker.SharedTpWorker, "_forward_both", _raises)
+    _fault("no-memory", speculative_worker, "token_series", _no_memory)
+    _fault("student-raises", shared_worker.SharedTpModelWorker, "_forward_both", _raises)
     _view_of_first()
 
 
@@ -122,7 +122,7 @@ def _blocking_ahead(seq_lens, k: int):
 
 def _list_index(self, width: int, info) -> None:
     full = self.student_logits.float().new_zeros((len(info), width))
-    full[self.rows.host, : self.vocab_size] = self.student_logits.float()[:, : self.vocab_size]
+    full[self.rows.row_ids, : self.vocab_size] = self.student_logits.float()[:, : self.vocab_size]
     info.apply_logits_bias(full)
     self.student_logits = self.rows.select(full)
 
@@ -152,26 +152,26 @@ def _raises(*args):
 
 
 def _rows_by_list(self, tensor):
-    return tensor if self.index is None else tensor[self.index.tolist()]
+    return tensor if self.device_row_ids is None else tensor[self.device_row_ids.tolist()]
 
 
 def _stale_table(self, *args, **kwargs) -> None:
     from sglang.srt.managers.tp_worker import TpModelWorker
 
-    from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentRows
+    from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentReqToTokenPool
 
     TpModelWorker.alloc_memory_pool(self, *args, **kwargs)
     runner = self.model_runner
-    self._rows = StudentRows(runner.req_to_token_pool)
+    self._rows = StudentReqToTokenPool(runner.req_to_token_pool)
     self._pools_are_there(SharedStudentKV(self._rows, runner.token_to_kv_pool_allocator, self._lora_id))
 
 
 def _view_of_first() -> None:
     """The student's logits of the first position are not cloned for the rows that are not drafted for."""
-    from sglang_optimal.runtime.managers.student_tp_worker import StudentTpWorker
-    from sglang_optimal.runtime.speculative.spec_worker import SpeculativeWorker
+    from sglang_optimal.runtime.managers.student_tp_worker import StudentTpModelWorker
+    from sglang_optimal.runtime.speculative.spec_worker import MixingSpecWorker
 
-    right, forward = SpeculativeWorker._draft, StudentTpWorker.forward_decode
+    right, forward = MixingSpecWorker._draft, StudentTpModelWorker.forward_decode
     given: list[Any] = []
 
     def forward_decode(self, *args, **kwargs):
@@ -185,4 +185,4 @@ def _view_of_first() -> None:
             drafted.first = given[0]
         return drafted
 
-    StudentTpWorker.forward_decode, SpeculativeWorker._draft = forward_decode, draft
+    StudentTpModelWorker.forward_decode, MixingSpecWorker._draft = forward_decode, draft

@@ -53,21 +53,21 @@ def imitate() -> None:
     from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
     from sglang.srt.platforms.interface import PlatformCapabilities
 
-    from sglang_optimal.platforms.cpu_attention import GroupedRowsBackend
-    from sglang_optimal.platforms.torch_cpu import TorchCpuPlatform
+    from sglang_optimal.platforms.cpu_attention import GroupedRowsTorchNativeAttnBackend
+    from sglang_optimal.platforms.torch_cpu import TorchCpuSRTPlatform
 
     triton = os.environ.get(ATTENTION) == "triton"
-    TorchCpuPlatform.capabilities = PlatformCapabilities(graph_capture=True, supports_triton=triton)
-    TorchCpuPlatform.get_graph_runner_cls = lambda self: DecodeCudaGraphRunner
-    TorchCpuPlatform.get_full_graph_backend_cls = lambda self: RecordedGraphs
+    TorchCpuSRTPlatform.capabilities = PlatformCapabilities(graph_capture=True, supports_triton=triton)
+    TorchCpuSRTPlatform.get_graph_runner_cls = lambda self: DecodeCudaGraphRunner
+    TorchCpuSRTPlatform.get_full_graph_backend_cls = lambda self: RecordedGraphs
     # SGLang captures on a CPU only where it compiles; nothing else there asks for this flag.
     cuda_graph_setup.get_flags = lambda: types.SimpleNamespace(capture=types.SimpleNamespace(enable_torch_compile=True))
     decode.graph_capture = _no_stream
     decode.get_or_create_global_graph_capture_stream = lambda: None
     torch.cpu.is_current_stream_capturing = lambda: False
-    GroupedRowsBackend.init_cuda_graph_state = lambda self, max_bs, max_num_tokens: None
-    GroupedRowsBackend.get_cuda_graph_seq_len_fill_value = lambda self: 1
-    GroupedRowsBackend.init_forward_metadata_out_graph = lambda self, batch, in_capture=False: (
+    GroupedRowsTorchNativeAttnBackend.init_cuda_graph_state = lambda self, max_bs, max_num_tokens: None
+    GroupedRowsTorchNativeAttnBackend.get_cuda_graph_seq_len_fill_value = lambda self: 1
+    GroupedRowsTorchNativeAttnBackend.init_forward_metadata_out_graph = lambda self, batch, in_capture=False: (
         self.init_forward_metadata(batch)
     )
     _prefill_logits_in_the_shared_buffer()

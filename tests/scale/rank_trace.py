@@ -19,9 +19,9 @@ def _run(config, *args, **kwargs) -> None:
 
     from sglang_optimal.runtime.managers.scheduler import run_mixed_scheduler_process
     from sglang_optimal.runtime.sampling.sampler import MixtureSampler
-    from sglang_optimal.runtime.speculative.spec_worker import SpeculativeWorker
+    from sglang_optimal.runtime.speculative.spec_worker import MixingSpecWorker
 
-    sample, speculate = MixtureSampler.forward, SpeculativeWorker._speculate
+    sample, speculate = MixtureSampler.forward, MixingSpecWorker._speculate
 
     def write(*line) -> None:
         with open(os.path.join(os.environ[TRACE], f"{get_parallel().tp_rank}.jsonl"), "a") as file:
@@ -30,7 +30,7 @@ def _run(config, *args, **kwargs) -> None:
     def forward(self, logits_output, sampling_info, *more, **keywords):
         tokens = sample(self, logits_output, sampling_info, *more, **keywords)
         step = getattr(sampling_info, "mixing", None)
-        write(tokens.tolist(), step is not None and step.rows.host)
+        write(tokens.tolist(), step is not None and step.rows.row_ids)
         return tokens
 
     def several(self, *more, **keywords):
@@ -38,5 +38,5 @@ def _run(config, *args, **kwargs) -> None:
         write(result.next_token_ids.tolist(), result.accept_lens.tolist())
         return result
 
-    MixtureSampler.forward, SpeculativeWorker._speculate = forward, several
+    MixtureSampler.forward, MixingSpecWorker._speculate = forward, several
     run_mixed_scheduler_process(config, *args, **kwargs)

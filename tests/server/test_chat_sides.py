@@ -21,7 +21,7 @@ from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.entrypoints.openai import chat_side
 from sglang_optimal.runtime.entrypoints.openai import serving_chat as openai_api
 from sglang_optimal.runtime.entrypoints.openai.chat_side import ChatSide
-from sglang_optimal.runtime.entrypoints.openai.serving_chat import MixedServingChat
+from sglang_optimal.runtime.entrypoints.openai.serving_chat import MixedOpenAIServingChat
 from sglang_optimal.runtime.managers.tokenizer_manager import ChatSides
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -68,7 +68,7 @@ class Manager(SimpleNamespace):
         return None
 
 
-def build(tokenizer, source: str, *, chat_template=None, two_models: bool) -> MixedServingChat:
+def build(tokenizer, source: str, *, chat_template=None, two_models: bool) -> MixedOpenAIServingChat:
     """A handler of chats whose teacher and student are one model, loaded once or twice."""
 
     def with_template():
@@ -93,10 +93,10 @@ def build(tokenizer, source: str, *, chat_template=None, two_models: bool) -> Mi
     if two_models:
         student = ChatSide.of_student(manager, with_template(), model, "/m/model")
     manager.chat_sides = ChatSides(teacher, student)
-    return MixedServingChat(manager, templates)
+    return MixedOpenAIServingChat(manager, templates)
 
 
-def sides(chat: MixedServingChat, body: dict) -> tuple[list[int], list[int]]:
+def sides(chat: MixedOpenAIServingChat, body: dict) -> tuple[list[int], list[int]]:
     request = protocol.ChatCompletionRequest(**{"custom_params": {"fixed_alpha": 0.5}, **copy.deepcopy(body)})
     refusal = chat._validate_request(request)
     if refusal:

@@ -13,7 +13,7 @@ from tiny_models import small_chat_ids, small_ids
 
 from sglang_optimal.distill.cli import main
 from sglang_optimal.distill.report import write_report
-from sglang_optimal.series import SERIES
+from sglang_optimal.names import SERIES
 
 PROBLEMS = [
     {"key": f"p{i}", "question": f"what is {i} + {i}?", "answer": f"it is {2 * i}, of course."} for i in range(6)

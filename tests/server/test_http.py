@@ -15,7 +15,7 @@ from tiny_models import small_chat_ids as chat_ids
 from tiny_models import small_ids as ids
 from tiny_models import small_text as text_of
 
-from sglang_optimal.series import SERIES
+from sglang_optimal.names import SERIES
 
 API_KEY = "a-key-for-this-test"
 # What the server is started with; the file says more than that, see `client`.

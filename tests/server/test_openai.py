@@ -7,7 +7,7 @@ import pytest
 from serving import events, generate, message_of
 from tiny_models import small_chat_ids, small_ids, small_text
 
-from sglang_optimal.series import SERIES
+from sglang_optimal.names import SERIES
 
 PROBLEM, HINT = "what is 12+30?", "the answer is 42."
 USER = {"role": "user", "content": PROBLEM}

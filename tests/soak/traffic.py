@@ -14,7 +14,7 @@ from expectations import FIRST_LETTER, LETTERS, LONGEST, Expectations, Known, te
 from harness import random_ids
 from ledger import Ledger
 
-from sglang_optimal.series import SERIES
+from sglang_optimal.names import SERIES
 
 ANSWER_DEADLINE = 90.0
 """Seconds. A request that has no answer by then is lost: nothing here takes more than a few."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sglang_optimal.series import SERIES
+from sglang_optimal.names import SERIES
 
 TOKEN_BUDGET = 250_000
 """Most tokens in one page, about 13 MB; longer samples are cut evenly when the selected ones have more."""

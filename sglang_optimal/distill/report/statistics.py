@@ -25,7 +25,7 @@ from sglang_optimal.distill.report.histogram import (
 from sglang_optimal.distill.report.reading import RunInfo, read_batches
 from sglang_optimal.distill.report.selection import Selection
 from sglang_optimal.distill.store import TALLIED, Tally, find_shards
-from sglang_optimal.series import SERIES
+from sglang_optimal.names import SERIES
 
 if TYPE_CHECKING:
     import pyarrow

@@ -21,8 +21,8 @@ from jinja2 import TemplateError
 from starlette.middleware import Middleware
 
 from sglang_optimal.config import MixingConfig
+from sglang_optimal.names import CARRIER
 from sglang_optimal.runtime.entrypoints.protocol import MIXING_FIELDS, is_typo
-from sglang_optimal.series import CARRIER
 
 _GENERATE = ("/generate",)
 _VERTEX = (os.environ.get("AIP_PREDICT_ROUTE", "/vertex_generate"),)

@@ -8,7 +8,7 @@ from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.utils import kill_process_tree
 
 from sglang_optimal.config import MixingConfig
-from sglang_optimal.loop_thread import LoopThread
+from sglang_optimal.event_loop import LoopThread
 from sglang_optimal.runtime import launch
 from sglang_optimal.runtime.managers.scheduler import scheduler_process
 from sglang_optimal.runtime.managers.tokenizer_manager import tokenizer_manager_init

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_optimal.config import ALPHA_KEYS, AlphaSettings, MixingConfig, check_known
+from sglang_optimal.names import CARRIER
 from sglang_optimal.runtime.core import StudentContext
 from sglang_optimal.runtime.entrypoints.messages import (
     characters,
@@ -15,7 +16,6 @@ from sglang_optimal.runtime.entrypoints.messages import (
     checked_template_kwargs,
     with_system_prompt,
 )
-from sglang_optimal.series import CARRIER
 
 STUDENT_FIELDS = ("student_text", "student_input_ids", "student_messages")
 TEACHER_FIELDS = ("teacher_messages", "teacher_only_messages", "teacher_system_prompt", "teacher_chat_template_kwargs")

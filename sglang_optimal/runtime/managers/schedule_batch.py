@@ -43,56 +43,66 @@ class Planner:
     def _decode_rows(self, batch: ScheduleBatch) -> MixedRows | None:
         # SGLang rebinds batch.reqs whenever the composition changes, so identity of the list is identity of the rows.
         if self._cached_reqs is not batch.reqs:
-            host = [i for i, req in enumerate(batch.reqs) if student_of(req) is not None]
-            self._cached_rows = MixedRows.build(batch, host, self.kv) if host else None
+            row_ids = [i for i, req in enumerate(batch.reqs) if student_of(req) is not None]
+            self._cached_rows = MixedRows.build(batch, row_ids, self.kv) if row_ids else None
             self._cached_reqs = batch.reqs
         return self._cached_rows
 
     def _prefill(self, batch: ScheduleBatch) -> PrefillPlan | None:
-        host = []
-        for i, req in enumerate(batch.reqs):
-            if student_of(req) is None:
-                continue
-            self.kv.bind(req)
-            if req.extend_end == len(req.full_untruncated_fill_ids):
-                self.kv.borrow(req)
-                host.append(i)
-        if not host:
+        mixed = [i for i, req in enumerate(batch.reqs) if student_of(req) is not None]
+        for i in mixed:
+            self.kv.bind(batch.reqs[i])
+        # A student's prompt runs with the last chunk of its teacher's.
+        complete = [i for i in mixed if _prompt_is_complete(batch.reqs[i])]
+        for i in complete:
+            self.kv.alias_teacher_prefix(batch.reqs[i])
+        if not complete:
             return None
-        rows = MixedRows.build(batch, host, self.kv)
-        after_teacher = any(req.student.kv.borrows for req in rows.reqs)
-        return PrefillPlan(rows=rows, pieces=self._pieces(rows.reqs), after_teacher=after_teacher)
-
-    def _pieces(self, reqs: list[Req]) -> list[list[PrefillChunk]]:
-        limit = self.chunk_size or 1 << 60
-        pieces: list[list[PrefillChunk]] = [[]]
-        room = limit
-        for req in reqs:
-            state = req.student.kv
-            start, length = state.start, len(state.ids)
-            while start < length:
-                if room == 0:
-                    pieces.append([])
-                    room = limit
-                end = min(length, start + room)
-                slots = state.slots[start - state.start : end - state.start]
-                pieces[-1].append(PrefillChunk(req, req.kv.req_pool_idx, state.ids, start, end, slots, end == length))
-                room -= end - start
-                start = end
+        rows = MixedRows.build(batch, complete, self.kv)
+        states = [req.student.kv for req in rows.reqs]
+        for state in states:
             state.forwarded = True
-        return pieces
+        return PrefillPlan(
+            rows=rows,
+            micro_batches=micro_batches(rows.reqs, self.chunk_size),
+            after_teacher=any(state.aliases_teacher for state in states),
+        )
+
+
+def _prompt_is_complete(req: Req) -> bool:
+    return req.extend_end == len(req.full_untruncated_fill_ids)
+
+
+def micro_batches(reqs: list[Req], chunk_size: int | None) -> list[list[PrefillChunk]]:
+    """The students' prompts in forwards of at most ``chunk_size`` tokens; None: one forward."""
+    limit = chunk_size or 1 << 60
+    batches: list[list[PrefillChunk]] = [[]]
+    room = limit
+    for req in reqs:
+        state = req.student.kv
+        start, length = state.start, len(state.ids)
+        while start < length:
+            if room == 0:
+                batches.append([])
+                room = limit
+            end = min(length, start + room)
+            slots = state.slots[start - state.start : end - state.start]
+            batches[-1].append(PrefillChunk(req, req.kv.req_pool_idx, state.ids, start, end, slots, end == length))
+            room -= end - start
+            start = end
+    return batches
 
 
 def decode_part(
-    batch: ScheduleBatch, plan: DecodePlan, row_offset: int = 0, input_ids: torch.Tensor | None = None
+    batch: ScheduleBatch, plan: DecodePlan, req_pool_offset: int = 0, input_ids: torch.Tensor | None = None
 ) -> ScheduleBatch:
-    """The student's decode batch of the mixed rows. ``row_offset``: added to the row numbers."""
+    """The student's decode batch of the mixed rows. ``req_pool_offset``: added to the row numbers."""
     rows = plan.rows
     return decode_rows(
         batch,
         rows.reqs,
         input_ids=rows.select(batch.input_ids) if input_ids is None else input_ids,
-        req_pool_indices=rows.select(batch.req_pool_indices) + row_offset,
+        req_pool_indices=rows.select(batch.req_pool_indices) + req_pool_offset,
         seq_lens=plan.seq_lens,
         seq_lens_cpu=plan.seq_lens_cpu,
         out_cache_loc=plan.out_cache_loc,
@@ -122,40 +132,42 @@ def decode_rows(
     return part
 
 
-def prefill_part(batch: ScheduleBatch, piece: list[PrefillChunk], row_offset: int = 0) -> ScheduleBatch:
-    """The extend batch of one piece of the students' prompts. ``row_offset``: added to the row numbers."""
-    part = _student_batch(batch, [chunk.req for chunk in piece])
-    ends = [chunk.end for chunk in piece]
-    lens = [chunk.end - chunk.start for chunk in piece]
+def prefill_part(batch: ScheduleBatch, chunks: list[PrefillChunk], req_pool_offset: int = 0) -> ScheduleBatch:
+    """The extend batch of one forward of the students' prompts. ``req_pool_offset``: added to the row numbers."""
+    part = _student_batch(batch, [chunk.req for chunk in chunks])
+    ends = [chunk.end for chunk in chunks]
+    lens = [chunk.end - chunk.start for chunk in chunks]
     ids = array("q")
-    for chunk in piece:
+    for chunk in chunks:
         ids.extend(chunk.ids[chunk.start : chunk.end])
     part.input_ids = sent(ids, batch.device)[1]
-    part.req_pool_indices_cpu, part.req_pool_indices = sent([chunk.row + row_offset for chunk in piece], batch.device)
+    part.req_pool_indices_cpu, part.req_pool_indices = sent(
+        [chunk.req_pool_idx + req_pool_offset for chunk in chunks], batch.device
+    )
     part.seq_lens_cpu, part.seq_lens = sent(ends, batch.device)
     part.seq_lens_sum = sum(ends)
     part.orig_seq_lens = part.seq_lens.to(torch.int32)
-    part.out_cache_loc = torch.cat([chunk.slots for chunk in piece])
-    part.prefix_lens = [chunk.start for chunk in piece]
+    part.out_cache_loc = torch.cat([chunk.slots for chunk in chunks])
+    part.prefix_lens = [chunk.start for chunk in chunks]
     part.extend_lens = lens
     part.extend_num_tokens = sum(lens)
     part.extend_logprob_start_lens = lens
     return part
 
 
-def prefill_pieces(
-    batch: ScheduleBatch, plan: PrefillPlan, forward: Callable[[ScheduleBatch], torch.Tensor], row_offset: int = 0
+def prefill_micro_batches(
+    batch: ScheduleBatch, plan: PrefillPlan, forward: Callable[[ScheduleBatch], torch.Tensor], req_pool_offset: int = 0
 ) -> torch.Tensor:
-    """Forward the pieces one after another. Returns logits [n, V] of each context's last token.
+    """Forward the micro batches one after another. Returns logits [n, V] of each context's last token.
 
     Args:
         forward: gives logits that its next call leaves as they are.
     """
     finished: list[torch.Tensor] = []
-    for piece in plan.pieces:
-        logits = forward(prefill_part(batch, piece, row_offset))
-        # A context that goes on in the next piece is the last of this one.
-        done = len(piece) if piece[-1].last else len(piece) - 1
+    for chunks in plan.micro_batches:
+        logits = forward(prefill_part(batch, chunks, req_pool_offset))
+        # A context that goes on in the next forward is the last of this one.
+        done = len(chunks) if chunks[-1].last else len(chunks) - 1
         if done:
             finished.append(logits[:done])
     return finished[0] if len(finished) == 1 else torch.cat(finished)

@@ -23,10 +23,10 @@ from sglang_optimal.runtime.core import student_of
 from sglang_optimal.runtime.entrypoints.protocol import from_wire
 from sglang_optimal.runtime.managers.schedule_batch import Planner
 from sglang_optimal.runtime.managers.schedule_policy import MixedPrefillAdder
-from sglang_optimal.runtime.managers.scheduler_components.invariant_checker import MixedInvariantChecker
+from sglang_optimal.runtime.managers.scheduler_components.invariant_checker import MixedSchedulerInvariantChecker
 from sglang_optimal.runtime.managers.self_check import SelfCheck, SelfCheckError
-from sglang_optimal.runtime.managers.shared_tp_worker import SharedTpWorker
-from sglang_optimal.runtime.managers.tp_worker import SeparateTpWorker
+from sglang_optimal.runtime.managers.shared_tp_worker import SharedTpModelWorker
+from sglang_optimal.runtime.managers.tp_worker import SeparateTpModelWorker
 from sglang_optimal.runtime.model_executor.weight_updater import HELD, is_for_student
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class MixedScheduler(Scheduler):
         logger.info("Self-check: both sides' logits are right: %s", self.self_check_report)
 
     def init_tp_model_worker(self) -> None:
-        worker_class = SharedTpWorker if self.mixing_config.shared_weights else SeparateTpWorker
+        worker_class = SharedTpModelWorker if self.mixing_config.shared_weights else SeparateTpModelWorker
         self.tp_worker = worker_class(
             self.mixing_config, server_args=self.server_args, gpu_id=get_device().gpu_id, nccl_port=self.nccl_port
         )
@@ -90,7 +90,7 @@ class MixedScheduler(Scheduler):
 
     def init_invariant_checker(self) -> None:
         super().init_invariant_checker()
-        self.invariant_checker = MixedInvariantChecker.like(self.invariant_checker, self.tp_worker.student_kv)
+        self.invariant_checker = MixedSchedulerInvariantChecker.like(self.invariant_checker, self.tp_worker.student_kv)
 
     def get_prefill_adder_class(self) -> type[PrefillAdder]:
         return MixedPrefillAdder
@@ -149,8 +149,11 @@ class MixedScheduler(Scheduler):
         if not is_for_student(recv_req):
             return self.weight_updater.update_weights_from_disk(recv_req)
         kv = self.tp_worker.student_kv
-        if recv_req.flush_cache and kv.held:
-            message = f"{kv.held} {HELD}. Let them finish, abort or retract them, or update with flush_cache=false."
+        if recv_req.flush_cache and kv.num_active_reqs:
+            message = (
+                f"{kv.num_active_reqs} {HELD}. Let them finish, abort or retract them, "
+                "or update with flush_cache=false."
+            )
             return UpdateWeightFromDiskReqOutput(success=False, message=message)
         success, message = self.tp_worker.student.update_weights_from_disk(recv_req)
         if success and recv_req.flush_cache:

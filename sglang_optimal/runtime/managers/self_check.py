@@ -25,12 +25,12 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_optimal.mixing import AlphaParams, mix
+from sglang_optimal.names import SERIES
 from sglang_optimal.runtime.core import PrefillChunk
 from sglang_optimal.runtime.managers.schedule_batch import prefill_part
-from sglang_optimal.runtime.mem_cache.student_kv import WORTH_BORROWING
-from sglang_optimal.runtime.sampling.sampler import make_samplable, series
+from sglang_optimal.runtime.mem_cache.student_kv import MIN_ALIASED_PREFIX
+from sglang_optimal.runtime.sampling.sampler import make_samplable, token_series
 from sglang_optimal.runtime.sampling.sampling_observer import EqualSides
-from sglang_optimal.series import SERIES
 
 EXACT = 0.02
 """Largest distance of two rows of logits in float32, see `_distances`; another context or model is about 1 away."""
@@ -130,7 +130,7 @@ class SelfCheck:
         ]
         # What both contexts begin with is computed once where weights are shared, and the student's prefill comes last.
         if longest >= _LONGEST:
-            common = ids(WORTH_BORROWING + 4)
+            common = ids(MIN_ALIASED_PREFIX + 4)
             probes.append(_Probe(common + ids(3), common + ids(5), 2, middle))
         return probes
 
@@ -293,7 +293,7 @@ class SelfCheck:
         mixture = mix(teacher, student, temperature, alpha, ess_ratio=True, implementation="torch")
         make_samplable(mixture.logits, mixture)
         ids = torch.tensor(list(probe.output_ids), device=teacher.device)
-        expected = series(mixture, teacher, student, temperature, ids).cpu()
+        expected = token_series(mixture, teacher, student, temperature, ids).cpu()
         seen = torch.tensor([probe.req.customized_info[name][:n] for name in SERIES]).T
         error = (seen - expected).abs() / expected.abs().clamp(min=1.0)
         # Where the sides hardly differ any alpha will do, and the ratio of sample sizes may be too large for float32.
@@ -351,7 +351,7 @@ class SelfCheck:
         runner, kv = self._runner(side), self._worker.student_kv
         table, allocator, offset = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool_allocator, 0
         if side == "student":
-            req, offset = kv.as_student(req), kv.row_offset
+            req, offset = kv.as_student(req), kv.req_pool_offset
         slots = allocator.alloc(sum(map(len, contexts)))
         chunks, start = [], 0
         for row, ids in enumerate(contexts, 1):

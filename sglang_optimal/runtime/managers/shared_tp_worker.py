@@ -15,19 +15,25 @@ from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutpu
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_optimal.config import MixingConfig
+from sglang_optimal.names import STUDENT_ADAPTER
 from sglang_optimal.platforms.torch_cpu import ignore_pinned_memory
 from sglang_optimal.runtime.core import DecodePlan, PrefillPlan
-from sglang_optimal.runtime.launch import STUDENT_ADAPTER
-from sglang_optimal.runtime.managers.schedule_batch import decode_part, joined, prefill_part, prefill_pieces, rows_of
+from sglang_optimal.runtime.managers.schedule_batch import (
+    decode_part,
+    joined,
+    prefill_micro_batches,
+    prefill_part,
+    rows_of,
+)
 from sglang_optimal.runtime.managers.student_tp_worker import kept
-from sglang_optimal.runtime.managers.tp_worker import MixedTpWorker
-from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentRows
+from sglang_optimal.runtime.managers.tp_worker import MixedTpModelWorker
+from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentReqToTokenPool
 from sglang_optimal.runtime.sampling.sampler import MixingStep
 
 logger = logging.getLogger(__name__)
 
 
-class SharedTpWorker(MixedTpWorker):
+class SharedTpModelWorker(MixedTpModelWorker):
     """SGLang's worker, whose forward takes a mixed request's two contexts as two rows.
 
     The scheduler knows one row. The other is added just before the forward, and its logits are taken off just after it,
@@ -64,7 +70,7 @@ class SharedTpWorker(MixedTpWorker):
         wire_components = runner._init_post_memory_pool_components
 
         def with_student_rows() -> None:
-            self._rows = StudentRows(runner.req_to_token_pool)
+            self._rows = StudentReqToTokenPool(runner.req_to_token_pool)
             wire_components()
 
         runner._init_post_memory_pool_components = with_student_rows
@@ -97,13 +103,13 @@ class SharedTpWorker(MixedTpWorker):
             output = self._forward_one(forward_batch, *args, **kwargs)
             output.logits_output = kept(output)
             with self._ending_students(step, batch):
-                step.student_logits = prefill_pieces(batch, plan, self._logits, self._rows.offset)
+                step.student_logits = prefill_micro_batches(batch, plan, self._logits, self._rows.offset)
             return output
         with self._ending_students(step, batch):
             part = self._part_beside(batch, plan)
             if part is not None:
                 return self._forward_both(batch, part, step)
-            step.student_logits = prefill_pieces(batch, plan, self._logits, self._rows.offset)
+            step.student_logits = prefill_micro_batches(batch, plan, self._logits, self._rows.offset)
         if self.model_runner.lora_manager is not None:  # which now knows the students' rows
             self.model_runner.lora_manager.prepare_lora_batch(forward_batch)
         return self._forward_one(forward_batch, *args, **kwargs)
@@ -131,9 +137,9 @@ class SharedTpWorker(MixedTpWorker):
         """The students' rows for the same forward; None where they need forwards of their own."""
         if isinstance(plan, DecodePlan):
             return decode_part(batch, plan, self._rows.offset)
-        if batch.return_logprob or len(plan.pieces) != 1:
+        if batch.return_logprob or len(plan.micro_batches) != 1:
             return None
-        part = prefill_part(batch, plan.pieces[0], self._rows.offset)
+        part = prefill_part(batch, plan.micro_batches[0], self._rows.offset)
         limit = self._chunk_size
         if limit and limit > 0 and part.extend_num_tokens + batch.extend_num_tokens > limit:
             return None
@@ -149,7 +155,7 @@ class SharedTpWorker(MixedTpWorker):
 class SharedStudent:
     """What the scheduler asks of a student, where it is the teacher itself."""
 
-    def __init__(self, worker: SharedTpWorker):
+    def __init__(self, worker: SharedTpModelWorker):
         self._worker = worker
         self.weight_version: str | None = None
 

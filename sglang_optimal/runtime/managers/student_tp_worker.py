@@ -24,11 +24,11 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.configs.model_config import student_model_config
 from sglang_optimal.runtime.core import DecodePlan, PrefillPlan
-from sglang_optimal.runtime.managers.schedule_batch import decode_part, prefill_pieces
+from sglang_optimal.runtime.managers.schedule_batch import decode_part, prefill_micro_batches
 from sglang_optimal.runtime.model_executor.weight_updater import checkpoint_layout, student_version, update_from_disk
 
 
-class StudentTpWorker(TpModelWorker):
+class StudentTpModelWorker(TpModelWorker):
     """Loads the student beside the teacher, with pools, attention backend and CUDA graphs of its own."""
 
     def __init__(self, config: MixingConfig, **worker_kwargs):
@@ -52,13 +52,13 @@ class StudentTpWorker(TpModelWorker):
             self._layout,
             request.load_format,
             request.recapture_cuda_graph,
-            self._everywhere,
+            self._all_ranks_ok,
         )
         if success:
             self.weights_path, self.weight_version = request.model_path, student_version(request)
         return success, message
 
-    def _everywhere(self, success: bool) -> bool:
+    def _all_ranks_ok(self, success: bool) -> bool:
         """Whether something went well on every rank."""
         if get_parallel().tp_size == 1:
             return success
@@ -79,12 +79,12 @@ class StudentTpWorker(TpModelWorker):
         return self._forward(part).logits_output.next_token_logits if view else self._logits(part)
 
     def forward_prefill(self, batch: ScheduleBatch, plan: PrefillPlan) -> torch.Tensor:
-        """Prefill the student contexts, in pieces of at most the chunk size.
+        """Prefill the student contexts, at most the chunk size in one forward.
 
         Returns:
             logits [n, V_student] of each context's last token, in the order of ``plan.rows``.
         """
-        return prefill_pieces(batch, plan, self._logits)
+        return prefill_micro_batches(batch, plan, self._logits)
 
     def _logits(self, part: ScheduleBatch) -> torch.Tensor:
         return kept(self._forward(part)).next_token_logits

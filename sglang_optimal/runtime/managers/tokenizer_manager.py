@@ -16,9 +16,10 @@ from sglang.srt.runtime_context import get_device, get_model, get_serving
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_optimal.config import MixingConfig
+from sglang_optimal.names import SERIES
 from sglang_optimal.runtime.configs.model_config import student_model_config
 from sglang_optimal.runtime.entrypoints.openai.chat_side import ChatSide
-from sglang_optimal.runtime.entrypoints.openai.stream_series import MIXING_TAP
+from sglang_optimal.runtime.entrypoints.openai.stream_series import SERIES_RECORDER
 from sglang_optimal.runtime.entrypoints.protocol import (
     STUDENT_FIELDS,
     mixing_fields,
@@ -35,7 +36,6 @@ from sglang_optimal.runtime.managers.request_checks import (
     client_errors,
 )
 from sglang_optimal.runtime.model_executor.weight_updater import HELD, LEAVING_SECONDS, is_for_student, mark_for_student
-from sglang_optimal.series import SERIES
 
 # Request features whose meaning for two contexts is not defined; refused rather than answered by the teacher alone.
 _UNSUPPORTED = (
@@ -122,9 +122,9 @@ class MixedTokenizerManager(TokenizerManager):
     def serving_chat_class(self):
         if self.mixing_config.student_model_path is None:
             return super().serving_chat_class
-        from sglang_optimal.runtime.entrypoints.openai.serving_chat import MixedServingChat
+        from sglang_optimal.runtime.entrypoints.openai.serving_chat import MixedOpenAIServingChat
 
-        return MixedServingChat
+        return MixedOpenAIServingChat
 
     def generate_request(self, obj, request=None):
         if isinstance(obj, GenerateReqInput):
@@ -136,8 +136,8 @@ class MixedTokenizerManager(TokenizerManager):
             self._render_teacher_messages(obj)
             check_batch(obj)
         outputs = super().generate_request(obj, request)
-        tap = MIXING_TAP.get()
-        return outputs if tap is None else tap.follow(outputs)
+        recorder = SERIES_RECORDER.get()
+        return outputs if recorder is None else recorder.wrap(outputs)
 
     async def update_student_weights_from_disk(
         self, obj: UpdateWeightFromDiskReqInput, request=None

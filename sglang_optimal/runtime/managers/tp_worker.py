@@ -24,10 +24,9 @@ from sglang.srt.runtime_context import (
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.core import PrefillPlan
-from sglang_optimal.runtime.managers.student_tp_worker import StudentTpWorker
+from sglang_optimal.runtime.managers.student_tp_worker import StudentTpModelWorker
 from sglang_optimal.runtime.mem_cache.student_kv import SeparateStudentKV, StudentKV
-from sglang_optimal.runtime.model_executor.graph_runners import fence_plans, prepare_graphs
-from sglang_optimal.runtime.model_executor.row_room import room_for_rows
+from sglang_optimal.runtime.model_executor.graph_runners import fence_plans, prepare_graphs, resized_buffers
 from sglang_optimal.runtime.model_executor.student_failure import no_logits, student_failure
 from sglang_optimal.runtime.sampling import sampler
 from sglang_optimal.runtime.sampling.sampler import MixingStep
@@ -41,7 +40,7 @@ logger = logging.getLogger(__name__)
 _OURS = "sglang_optimal.ordinary_decoding"
 
 
-class MixedTpWorker(TpModelWorker):
+class MixedTpModelWorker(TpModelWorker):
     """SGLang's model worker, which has the teacher, with a student.
 
     Args:
@@ -53,7 +52,7 @@ class MixedTpWorker(TpModelWorker):
         vocab_size: number of ids that both models have.
     """
 
-    student: StudentTpWorker | SharedStudent
+    student: StudentTpModelWorker | SharedStudent
     vocab_size: int
     rows_per_request: int
     """Rows of a request in the decode batches of the teacher's runner, at most."""
@@ -97,12 +96,12 @@ class MixedTpWorker(TpModelWorker):
 
     def init_attention_backends(self) -> None:
         """SGLang's, with room for all rows of a request."""
-        with room_for_rows(self.model_runner, self.rows_per_request):
+        with resized_buffers(self.model_runner, self.rows_per_request):
             super().init_attention_backends()
 
     def init_cuda_graphs(self, capture_decode_cuda_graph: bool = True) -> None:
         """SGLang's, with room for all rows of a request."""
-        with room_for_rows(self.model_runner, self.rows_per_request):
+        with resized_buffers(self.model_runner, self.rows_per_request):
             super().init_cuda_graphs(capture_decode_cuda_graph)
         prepare_graphs(self.model_runner, self.rows_per_request)
 
@@ -112,14 +111,14 @@ class MixedTpWorker(TpModelWorker):
         step.student_logits = no_logits(step.rows, self.vocab_size, device)
 
 
-class SeparateTpWorker(MixedTpWorker):
+class SeparateTpModelWorker(MixedTpModelWorker):
     """Runs the forward of a student with weights of its own, then SGLang's own teacher forward and sampling.
 
     The student goes first so that SGLang's write-after-read barrier, which follows the teacher's forward on the same
     stream, covers both.
     """
 
-    student: StudentTpWorker
+    student: StudentTpModelWorker
 
     def __init__(self, config: MixingConfig, **worker_kwargs):
         with _ordinary_decoding():
@@ -129,7 +128,7 @@ class SeparateTpWorker(MixedTpWorker):
 
     def init_student(self, **worker_kwargs) -> None:
         with _settings_of_the_teacher():
-            self.student = StudentTpWorker(self.mixing_config, random_seed=self.random_seed, **worker_kwargs)
+            self.student = StudentTpModelWorker(self.mixing_config, random_seed=self.random_seed, **worker_kwargs)
         self.vocab_size = min(self.model_config.vocab_size, self.student.model_config.vocab_size)
         self.rows_per_request = 1 + self.mixing_config.longest_draft
 

@@ -22,12 +22,12 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sglang_optimal.runtime.core import StudentKVState, length_offset
 from sglang_optimal.runtime.model_executor.host_copy import sent
 
-WORTH_BORROWING = 32
+MIN_ALIASED_PREFIX = 32
 """Tokens. A prefix that both contexts of one fresh request share is computed once if it is at least this long: the
 student's forward then has to follow the teacher's instead of being part of it."""
 
 
-class StudentRow:
+class StudentReq:
     """A request as the forward of its student sees it, where that runs with a LoRA adapter."""
 
     def __init__(self, req: Req, lora_id: str):
@@ -43,19 +43,19 @@ class StudentKV(abc.ABC):
 
     Attributes:
         one_pool: whether they are the teacher's, so that each side takes from what the other has.
-        row_offset: what to add to a request's row number to find its student's row in the model runner's table.
+        req_pool_offset: what to add to a request's row number to find its student's row in the model runner's table.
         holders: requests that hold slots, by id(); without any, all slots are free or in the tree.
         prompt_tokens, cached_tokens: of student contexts so far, and how many of them the radix cache had.
     """
 
     one_pool: bool
-    row_offset = 0
+    req_pool_offset = 0
 
     def __init__(self, req_to_token_pool, allocator):
         self.req_to_token_pool = req_to_token_pool
         self.allocator = allocator
         self.size = allocator.size
-        self.holders: dict[int, Req] = {}
+        self.active_reqs: dict[int, Req] = {}
         self.prompt_tokens = 0
         self.cached_tokens = 0
 
@@ -75,9 +75,9 @@ class StudentKV(abc.ABC):
     # -- accounting ------------------------------------------------------------------------------------------------
 
     @property
-    def held(self) -> int:
+    def num_active_reqs(self) -> int:
         """Number of requests that hold slots."""
-        return len(self.holders)
+        return len(self.active_reqs)
 
     def available(self) -> int:
         """Tokens that can be allocated, evicting if needed."""
@@ -91,7 +91,7 @@ class StudentKV(abc.ABC):
             "free": self.allocator.available_size(),
             "evictable": self.tree.evictable_size(),
             "protected": self.tree.protected_size(),
-            "requests": self.held,
+            "requests": self.num_active_reqs,
             "prompt_tokens_total": self.prompt_tokens,
             "cached_prompt_tokens_total": self.cached_tokens,
         }
@@ -119,10 +119,10 @@ class StudentKV(abc.ABC):
         key = self._key(req, ids[:-1])  # the last token is always forwarded: its logits are needed
         result = self.tree.match_prefix(MatchPrefixParams(key=key))
         node, prefix_len = result.last_device_node, result.device_prefix_len
-        start = prefix_len + self._borrowed(req, ids, prefix_len)
+        start = prefix_len + self._num_aliased(req, ids, prefix_len)
         return StudentKVState(ids=ids, prefix_len=prefix_len, start=start, node=node, lock=self.tree.lock(node))
 
-    def _borrowed(self, req: Req, ids: array, prefix_len: int) -> int:
+    def _num_aliased(self, req: Req, ids: array, prefix_len: int) -> int:
         """How many tokens after the cached prefix the teacher computes for the student."""
         return 0
 
@@ -134,9 +134,9 @@ class StudentKV(abc.ABC):
         """Take the slots for the whole student prompt. The caller has checked that they fit."""
         state.slots = alloc_token_slots(self.tree, state.extend_len)
         state.protected_len = state.start
-        state.borrows = state.start > state.prefix_len
+        state.aliases_teacher = state.start > state.prefix_len
         req.student.kv = state
-        self.holders[id(req)] = req
+        self.active_reqs[id(req)] = req
         self.prompt_tokens += len(state.ids)
         self.cached_tokens += state.start
 
@@ -153,7 +153,7 @@ class StudentKV(abc.ABC):
         state.bound = True
 
     @abc.abstractmethod
-    def borrow(self, req: Req) -> None:
+    def alias_teacher_prefix(self, req: Req) -> None:
         """Point the row at the teacher's slots, once the teacher's row is complete."""
 
     def decode_slots(self, rows: torch.Tensor, student_lens: torch.Tensor) -> torch.Tensor:
@@ -192,12 +192,12 @@ class StudentKV(abc.ABC):
             return
         if state.protected_len >= len(state.ids):
             return
-        if self._settle(req, state):
+        if self._move_alias_to_tree(req, state):
             self._insert(req, state, len(state.ids))
 
-    def _settle(self, req: Req, state: StudentKVState) -> bool:
+    def _move_alias_to_tree(self, req: Req, state: StudentKVState) -> bool:
         """What was the teacher's is now the tree's: point the row there and lock it. False if the tree lacks it."""
-        if not state.borrows:
+        if not state.aliases_teacher:
             return True
         key = self._key(req, state.ids[: state.start])
         result = self.tree.match_prefix(MatchPrefixParams(key=key))
@@ -209,7 +209,7 @@ class StudentKV(abc.ABC):
         self.req_to_token_pool.write((req.kv.req_pool_idx, moved), slots)
         lock = self.tree.lock(node)
         self.tree.unlock(state.lock)
-        state.node, state.lock, state.borrows = node, lock, False
+        state.node, state.lock, state.aliases_teacher = node, lock, False
         return True
 
     def release(self, req: Req, *, keep: bool) -> None:
@@ -219,14 +219,14 @@ class StudentKV(abc.ABC):
             return
         total = self.row_len(req)
         req.student.kv = None
-        del self.holders[id(req)]
+        del self.active_reqs[id(req)]
         if not state.bound:
             self.allocator.free_segment(state.slots, start_pos=state.start)
             self.tree.unlock(state.lock)
             return
         if keep and state.forwarded and not state.failed and not self.tree.disable:
             computed = min(req.owned_kv_len() + length_offset(req), total)
-            if computed > state.protected_len and self._settle(req, state):
+            if computed > state.protected_len and self._move_alias_to_tree(req, state):
                 state.ids = (req.student.prompt_ids + req.output_ids)[:computed]
                 self._insert(req, state, computed)
         row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
@@ -295,7 +295,7 @@ class SeparateStudentKV(StudentKV):
     def attach(self, teacher_tree: BasePrefixCache) -> None:
         """Not of interest."""
 
-    def borrow(self, req: Req) -> None:
+    def alias_teacher_prefix(self, req: Req) -> None:
         """Nothing is ever borrowed."""
 
     def can_decode(self, student: int, teacher: int) -> bool:
@@ -322,17 +322,17 @@ class SharedStudentKV(StudentKV):
     so that a prefix which both contexts have is stored once.
 
     Args:
-        rows: the student's half of the table of rows, see `StudentRows`.
+        rows: the student's half of the table of rows, see `StudentReqToTokenPool`.
         allocator: the teacher's.
         lora_id: SGLang's id of the student's adapter; None: the student is the teacher.
     """
 
     one_pool = True
 
-    def __init__(self, rows: StudentRows, allocator, lora_id: str | None = None):
+    def __init__(self, rows: StudentReqToTokenPool, allocator, lora_id: str | None = None):
         super().__init__(rows, allocator)
         self.lora_id = lora_id
-        self.row_offset = rows.offset
+        self.req_pool_offset = rows.offset
         self._teacher_rows = rows.teacher
         self._tree: BasePrefixCache | None = None
 
@@ -350,7 +350,7 @@ class SharedStudentKV(StudentKV):
     def attach(self, teacher_tree: BasePrefixCache) -> None:
         self._tree = teacher_tree
 
-    def _borrowed(self, req: Req, ids: array, prefix_len: int) -> int:
+    def _num_aliased(self, req: Req, ids: array, prefix_len: int) -> int:
         if self.lora_id is not None:  # the same tokens have another KV there
             return 0
         teacher = req.origin_input_ids + req.output_ids
@@ -358,17 +358,17 @@ class SharedStudentKV(StudentKV):
         common = longest
         if ids[:longest] != teacher[:longest]:
             common = next((i for i in range(longest) if ids[i] != teacher[i]), longest)
-        return common - prefix_len if common - prefix_len >= WORTH_BORROWING else 0
+        return common - prefix_len if common - prefix_len >= MIN_ALIASED_PREFIX else 0
 
-    def borrow(self, req: Req) -> None:
+    def alias_teacher_prefix(self, req: Req) -> None:
         state = req.student.kv
-        if not state.borrows:
+        if not state.aliases_teacher:
             return
         shared = slice(state.prefix_len, state.start)
         self.req_to_token_pool.write((req.kv.req_pool_idx, shared), self._teacher_rows[req.kv.req_pool_idx, shared])
 
     def as_student(self, req: Req) -> Req:
-        return req if self.lora_id is None else StudentRow(req, self.lora_id)
+        return req if self.lora_id is None else StudentReq(req, self.lora_id)
 
     def _extra_key(self, req: Req) -> str | None:
         # As SGLang does for the requests of an adapter.
@@ -392,7 +392,7 @@ class SharedStudentKV(StudentKV):
         return self.tree.insert(params).last_device_node
 
 
-class StudentRows:
+class StudentReqToTokenPool:
     """A second table of rows behind the teacher's, in the same tensor, so that one forward can read rows of both.
 
     Takes the place of the pool's table, of which several of SGLang's objects keep a reference (the translator of KV

@@ -15,7 +15,7 @@ from sglang_optimal.runtime.core import student_of
 from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
 
 
-class MixedRadixCache(UnifiedRadixCache):
+class MixedUnifiedRadixCache(UnifiedRadixCache):
     """SGLang's own radix cache plus the student's side of the same events."""
 
     student_kv: StudentKV | None = None
@@ -37,9 +37,9 @@ class MixedRadixCache(UnifiedRadixCache):
             self.student_kv.reset()
 
 
-def create_mixed_radix_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
+def create_mixed_unified_radix_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     """Factory of ``--radix-cache-backend optimal``."""
-    cache = create_unified_radix_cache(ctx, cache_class=MixedRadixCache)
+    cache = create_unified_radix_cache(ctx, cache_class=MixedUnifiedRadixCache)
     cache.student_kv = getattr(ctx.tp_worker, "student_kv", None)
     if cache.student_kv is not None:
         cache.student_kv.attach(cache)

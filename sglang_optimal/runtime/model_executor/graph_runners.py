@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from sglang.srt.model_executor.cuda_graph_buffer_registry import PaddingPolicy
 
-from sglang_optimal.runtime.model_executor.row_room import room_for_rows
-
 # Their decode plans are copied to the device from one pinned buffer for each batch size.
 _PINNED_PLANS = ("FlashInferAttnBackend", "FlashInferMLAAttnBackend")
+
+
+@contextlib.contextmanager
+def resized_buffers(runner, rows: int) -> Iterator[None]:
+    """SGLang sizes static buffers and graphs by the number of requests; within, for up to ``rows`` rows of each.
+
+    Args:
+        runner: the model runner, whose buffers are made within.
+    """
+    pool = runner.req_to_token_pool
+    requests, size = runner.max_running_requests, pool.size
+    runner.max_running_requests, pool.size = rows * requests, rows * size
+    try:
+        yield
+    finally:
+        runner.max_running_requests, pool.size = requests, size
 
 
 def prepare_graphs(runner, rows: int) -> None:
@@ -23,7 +38,7 @@ def prepare_graphs(runner, rows: int) -> None:
     capture = runner.init_decode_cuda_graph
 
     def with_room() -> None:
-        with room_for_rows(runner, rows):
+        with resized_buffers(runner, rows):
             capture()
         _pad_with_known_ids(runner)
 

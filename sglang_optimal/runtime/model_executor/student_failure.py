@@ -28,4 +28,4 @@ def student_failure(error: Exception, rows: MixedRows) -> str:
 
 def no_logits(rows: MixedRows, vocab_size: int, device: torch.device | str) -> torch.Tensor:
     """[n, vocab_size] of NaN, in place of what a failed forward would have given; ends the requests."""
-    return torch.full((len(rows.host), vocab_size), torch.nan, device=device)
+    return torch.full((len(rows.row_ids), vocab_size), torch.nan, device=device)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from prometheus_client import Counter, Gauge, Histogram
 
+from sglang_optimal.names import SERIES
 from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
 from sglang_optimal.runtime.sampling.sampling_observer import EqualSides
-from sglang_optimal.series import SERIES
 
 ALPHA_BUCKETS = tuple(round(0.05 * i, 2) for i in range(21))
 KL_BUCKETS = (1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # nats

@@ -52,10 +52,10 @@ class MixingStep:
         # SGLang's transforms take the whole batch at the teacher's width.
         full = logits.new_zeros((len(info), width))
         known = logits[:, : self.vocab_size]
-        if self.rows.index is None:
+        if self.rows.device_row_ids is None:
             full[:, : self.vocab_size] = known
         else:
-            full[self.rows.index, : self.vocab_size] = known
+            full[self.rows.device_row_ids, : self.vocab_size] = known
         info.apply_logits_bias(full)
         self.student_logits = self.rows.select(full)
 
@@ -82,17 +82,17 @@ class MixingStep:
             out=mixed[:, :v],
         )
         make_samplable(mixed, self.mixture)
-        if self.rows.index is None:
+        if self.rows.device_row_ids is None:
             return mixed.to(logits.dtype)
-        return logits.index_copy_(0, self.rows.index, mixed.to(logits.dtype))
+        return logits.index_copy_(0, self.rows.device_row_ids, mixed.to(logits.dtype))
 
     def extras(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[n, len(SERIES)] float32 for the sampled tokens [B]."""
         token_ids = self.rows.select(token_ids).long()
-        return series(self.mixture, self.teacher_logits, self.student_logits, self.temperatures, token_ids)
+        return token_series(self.mixture, self.teacher_logits, self.student_logits, self.temperatures, token_ids)
 
 
-def series(
+def token_series(
     m: Mixture, teacher_logits: torch.Tensor, student_logits: torch.Tensor, temperature: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
     """The values of ``SERIES`` for one token of each row, [n, len(SERIES)] float32; arguments as `token_logprobs`."""

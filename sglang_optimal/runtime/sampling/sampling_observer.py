@@ -19,9 +19,9 @@ from sglang.srt.managers.auxiliary_output import CommittedTokens
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
+from sglang_optimal.names import SERIES
 from sglang_optimal.runtime.managers.dead_ends import NOTHING_LEFT
 from sglang_optimal.runtime.sampling.sampler import MixingStep
-from sglang_optimal.series import SERIES
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class MixingObserver:
             self.on_sides(state.rows.reqs, state.teacher_logits, state.student_logits)
         # Free both models' logits now: the step lives on with the batch for two more iterations.
         state.teacher_logits = state.student_logits = state.mixture = None
-        return MixingDeviceOutput(state.rows.host, values, self, state.failure)
+        return MixingDeviceOutput(state.rows.row_ids, values, self, state.failure)
 
 
 class EqualSides:

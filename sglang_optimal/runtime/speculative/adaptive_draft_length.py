@@ -21,7 +21,7 @@ _PROMISING = 0.93  # of the best rate: lengths that are expected to give this mu
 _FIRST_PROBE, _LAST_PROBE = 128, 4096  # steps without a look at another length
 
 
-class FixedLength:
+class FixedDraftLength:
     """Always the same length."""
 
     def __init__(self, length: int):
@@ -40,7 +40,7 @@ class FixedLength:
         """Told how many of ``length`` drafts each row of a finished step had accepted."""
 
 
-class BestLength(FixedLength):
+class AdaptiveDraftLength(FixedDraftLength):
     """The length that gives most tokens a second, by what has been measured.
 
     A step with k drafts gives 1 + a₁ + a₁a₂ + … + a₁⋯a_k tokens a row, where a_i is the chance that a draft is accepted
@@ -53,13 +53,13 @@ class BestLength(FixedLength):
     Args:
         longest: the most drafts in a step.
         timer: of the steps.
-        agree: gets this rank's choice and returns the one of all; every rank calls it at the same steps.
+        broadcast: gets this rank's choice and returns rank 0's; every rank calls it at the same steps.
     """
 
-    def __init__(self, longest: int, timer: StepTimer, agree: Callable[[int], int] = lambda choice: choice):
+    def __init__(self, longest: int, timer: StepTimer, broadcast: Callable[[int], int] = lambda choice: choice):
         super().__init__(0)
         self.longest = longest
-        self._timer, self._agree = timer, agree
+        self._timer, self._broadcast = timer, broadcast
         self._sizes: dict[int, _Costs] = {}
         self._size: int | None = None
         self._left = 0  # steps until the next decision
@@ -77,7 +77,7 @@ class BestLength(FixedLength):
         size = round(math.log2(rows))
         costs = self._sizes.setdefault(size, _Costs(self.longest))
         if size != self._size or self._left == 0:
-            self.length = self._agree(costs.decide(self._acceptance.tokens()))
+            self.length = self._broadcast(costs.decide(self._acceptance.tokens()))
             self._size, self._left = size, RUN
         self._left -= 1
         costs.steps += 1

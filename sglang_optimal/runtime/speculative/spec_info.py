@@ -12,10 +12,10 @@ import torch
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType, SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from sglang_optimal.runtime.launch import ALGORITHM
+from sglang_optimal.names import ALGORITHM
 
 
-class MixingAlgorithm(CustomSpecAlgo):
+class MixingCustomSpecAlgo(CustomSpecAlgo):
     """The student drafts, the mixture of both models decides."""
 
     def has_draft_kv(self) -> bool:
@@ -37,17 +37,17 @@ class MixingAlgorithm(CustomSpecAlgo):
 
 def register() -> None:
     """Register ``--speculative-algorithm OPTIMAL``."""
-    SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True, spec_class=MixingAlgorithm)(_worker_class)
+    SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True, spec_class=MixingCustomSpecAlgo)(_worker_class)
 
 
 def _worker_class(server_args):
-    from sglang_optimal.runtime.speculative.spec_worker import SpeculativeWorker
+    from sglang_optimal.runtime.speculative.spec_worker import MixingSpecWorker
 
-    return SpeculativeWorker
+    return MixingSpecWorker
 
 
 @dataclasses.dataclass
-class LastTokens(SpecInput):
+class MixingDraftInput(SpecInput):
     """What one step leaves to the next: the last token of each request, whose KV neither model has yet.
 
     Attributes:
@@ -72,7 +72,7 @@ class LastTokens(SpecInput):
         else:
             self.bonus_tokens = self.bonus_tokens[new_indices]
 
-    def merge_batch(self, other: LastTokens) -> None:
+    def merge_batch(self, other: MixingDraftInput) -> None:
         """Add the rows of ``other`` behind."""
         if self.future_indices is not None:
             self.future_indices = torch.cat([self.future_indices, other.future_indices])

@@ -32,12 +32,12 @@ from sglang_optimal.runtime.managers.schedule_batch import decode_rows
 from sglang_optimal.runtime.model_executor.host_copy import sent
 from sglang_optimal.runtime.model_executor.student_failure import student_failure
 from sglang_optimal.runtime.sampling.filters import truncation_of
-from sglang_optimal.runtime.sampling.sampler import MixingStep, make_samplable, series
-from sglang_optimal.runtime.speculative.adaptive_draft_length import BestLength, FixedLength
+from sglang_optimal.runtime.sampling.sampler import MixingStep, make_samplable, token_series
+from sglang_optimal.runtime.speculative.adaptive_draft_length import AdaptiveDraftLength, FixedDraftLength
 from sglang_optimal.runtime.speculative.draft_temperature import DraftTemperature
-from sglang_optimal.runtime.speculative.spec_info import LastTokens
+from sglang_optimal.runtime.speculative.spec_info import MixingDraftInput
 from sglang_optimal.runtime.speculative.step_timer import StepTimer
-from sglang_optimal.runtime.speculative.verify import Accepted, Draft
+from sglang_optimal.runtime.speculative.verify import Draft, VerifyOutput
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def can_draft(req: Req) -> bool:
     )
 
 
-class SpeculativeWorker(BaseSpecWorker):
+class MixingSpecWorker(BaseSpecWorker):
     """What SGLang's scheduler runs in place of the teacher's worker, which it holds."""
 
     def __init__(self, server_args, gpu_id: int, nccl_port: int, target_worker):
@@ -67,9 +67,11 @@ class SpeculativeWorker(BaseSpecWorker):
         self._target_worker = target_worker
         self.device = target_worker.model_runner.device
         config = target_worker.mixing_config
-        self.lengths = FixedLength(config.longest_draft)
+        self.lengths = FixedDraftLength(config.longest_draft)
         if config.mixing_mode == "auto":
-            self.lengths = BestLength(config.longest_draft, StepTimer(self.device), agree=self._agreed_length)
+            self.lengths = AdaptiveDraftLength(
+                config.longest_draft, StepTimer(self.device), broadcast=self._broadcast_length
+            )
         self.temperature = DraftTemperature(self.device)
         self._launched: collections.deque[tuple[int, list[int]]] = collections.deque()
         self._cached: tuple[list, DraftRows] | None = None
@@ -94,7 +96,7 @@ class SpeculativeWorker(BaseSpecWorker):
             return self._finish(batch, result, batch.seq_lens, result.next_token_ids, on_publish)
         rows = self._rows(batch)
         last = batch.spec_info.bonus_tokens.long()
-        host = [] if rows.drafted is None else rows.drafted.host
+        host = [] if rows.drafted is None else rows.drafted.row_ids
         with self.lengths.step(len(host)) if host else contextlib.nullcontext(0) as length:
             if length and len(host) * (length + 1) < self._too_many:
                 try:
@@ -147,7 +149,7 @@ class SpeculativeWorker(BaseSpecWorker):
         if on_publish is not None:
             on_publish(new_seq_lens)
         result.new_seq_lens = new_seq_lens
-        result.next_draft_input = LastTokens(bonus_tokens=last)
+        result.next_draft_input = MixingDraftInput(bonus_tokens=last)
         return result
 
     def _lockstep(self, batch: ScheduleBatch, rows: DraftRows, last: torch.Tensor, on_publish) -> GenerationBatchResult:
@@ -189,7 +191,7 @@ class SpeculativeWorker(BaseSpecWorker):
         """Up to ``length`` + 1 tokens for each request that can be drafted for, one for the others."""
         batch = self._as_decode(batch, last)
         target, drafted = self.target_worker, rows.drafted
-        size, n, v, width = len(batch.reqs), len(drafted.host), target.vocab_size, length + 1
+        size, n, v, width = len(batch.reqs), len(drafted.row_ids), target.vocab_size, length + 1
         bias = batch.sampling_info.logit_bias
         bias = None if bias is None else drafted.select(bias)[:, :v]
         truncation = truncation_of(batch.sampling_info, drafted)
@@ -212,10 +214,10 @@ class SpeculativeWorker(BaseSpecWorker):
             if draft.failure is None:
                 self.temperature.observe(draft.logits[0], chances[0], truncation)
             tokens, accepted = verify(chances, draft.chances, draft.tokens)
-        tokens, accepted = self._agreed(tokens), self._agreed(accepted)
+        tokens, accepted = self._broadcast(tokens), self._broadcast(accepted)
 
-        values = series(mixture, teacher, student, every.temperature, tokens.reshape(-1))
-        step = Accepted(rows, tokens, accepted, values.view(width, n, -1), mixture.logits.view(width, n, v))
+        values = token_series(mixture, teacher, student, every.temperature, tokens.reshape(-1))
+        step = VerifyOutput(rows, tokens, accepted, values.view(width, n, -1), mixture.logits.view(width, n, v))
         observer = target.model_runner.sampling_observer
         if observer.on_sides is not None:
             step.show(observer.on_sides, teacher.view(width, n, v), draft.logits)
@@ -229,7 +231,7 @@ class SpeculativeWorker(BaseSpecWorker):
     def always_drafting(self) -> Iterator[None]:
         """Within, each step drafts as much as one may; what that shows of lengths and temperatures is forgotten."""
         lengths, temperature = self.lengths, self.temperature
-        self.lengths = FixedLength(self.target_worker.mixing_config.longest_draft)
+        self.lengths = FixedDraftLength(self.target_worker.mixing_config.longest_draft)
         self.temperature = DraftTemperature(self.device)
         try:
             yield
@@ -243,7 +245,7 @@ class SpeculativeWorker(BaseSpecWorker):
     ) -> Draft:
         """``length`` + 1 forwards of the student, each on what it drew from the one before."""
         target, drafted = self.target_worker, rows.drafted
-        n, v = len(drafted.host), target.vocab_size
+        n, v = len(drafted.row_ids), target.vocab_size
         draft = Draft.empty(length, n, v, batch.device, greedy=truncation.greedy)
         try:
             for ahead in range(length + 1):
@@ -256,12 +258,12 @@ class SpeculativeWorker(BaseSpecWorker):
                     logits = logits.index_select(0, rows.inner)
                 draft.logits[ahead] = logits[:, :v] if bias is None else logits[:, :v] + bias
                 if ahead < length:
-                    draft.tokens[ahead] = self._agreed(draft.propose(ahead, truncation))
+                    draft.tokens[ahead] = self._broadcast(draft.propose(ahead, truncation))
         except torch.OutOfMemoryError:
             raise  # the step may go on in lockstep
         except Exception as error:
             draft.failure = student_failure(error, rows.mixed)
-            draft.spoil(len(rows.mixed.host))
+            draft.fill_invalid(len(rows.mixed.row_ids))
         return draft
 
     def _verify_forward(self, batch: ScheduleBatch, drafted: MixedRows, drafts: torch.Tensor):
@@ -272,7 +274,7 @@ class SpeculativeWorker(BaseSpecWorker):
         cpu = batch.seq_lens_cpu
         part = decode_rows(
             batch,
-            [*batch.reqs, *[batch.reqs[i] for i in drafted.host] * k],
+            [*batch.reqs, *[batch.reqs[i] for i in drafted.row_ids] * k],
             input_ids=torch.cat([batch.input_ids, drafts.reshape(-1)]),
             req_pool_indices=pool_rows,
             seq_lens=seq_lens,
@@ -298,13 +300,13 @@ class SpeculativeWorker(BaseSpecWorker):
         forward_batch = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
         return runner.sample(output, forward_batch), output
 
-    def _agreed(self, values: torch.Tensor) -> torch.Tensor:
+    def _broadcast(self, values: torch.Tensor) -> torch.Tensor:
         """The first rank's, on every rank."""
         group = get_parallel().tp_group
         return group.broadcast(values, src=0) if group.world_size > 1 else values
 
     @staticmethod
-    def _agreed_length(length: int) -> int:
+    def _broadcast_length(length: int) -> int:
         """The first rank's choice, on every rank."""
         group = get_parallel().tp_group
         if group.world_size > 1:

@@ -51,7 +51,7 @@ class Draft:
         self.chances[position] = chances
         return draw(chances)
 
-    def spoil(self, mixed: int) -> None:
+    def fill_invalid(self, mixed: int) -> None:
         """Leave nothing that could be taken for a distribution, after a failure; ``mixed``: number of mixed rows."""
         self.tokens.zero_()
         self.logits.fill_(torch.nan)
@@ -61,7 +61,7 @@ class Draft:
 
 
 @dataclasses.dataclass
-class Accepted:
+class VerifyOutput:
     """What the mixture made of a draft.
 
     Attributes:
@@ -98,7 +98,7 @@ class Accepted:
             first: tokens [B] and output of the requests that were not drafted for; None when all were.
         """
         width, size = len(self.tokens), len(batch.reqs)
-        rows, index = self.rows.drafted, self.rows.drafted.index
+        rows, index = self.rows.drafted, self.rows.drafted.device_row_ids
         tokens, lens, values = self.tokens.T, self.accepted + 1, self.values.transpose(0, 1)
         if first is not None:
             ids, output = first
@@ -111,13 +111,13 @@ class Accepted:
             if self.rows.inner is not None:
                 lockstep = output.auxiliary_device_output.values
                 some = values
-                values = lockstep.new_zeros((len(rows.host), width, lockstep.shape[-1]))
+                values = lockstep.new_zeros((len(rows.row_ids), width, lockstep.shape[-1]))
                 values[:, :1] = lockstep
                 values[self.rows.inner] = some
         output = LogitsProcessorOutput(next_token_logits=None)
         if batch.return_logprob:
             self._write_logprobs(output, batch, None if first is None else first[1])
-        output.auxiliary_device_output = MixingDeviceOutput(rows.host, values, observer, failure)
+        output.auxiliary_device_output = MixingDeviceOutput(rows.row_ids, values, observer, failure)
         return GenerationBatchResult(
             logits_output=output,
             next_token_ids=tokens.reshape(-1).to(torch.int32),
@@ -132,12 +132,12 @@ class Accepted:
         width, n, v = self.logits.shape
         rows, info = self.rows.drafted, batch.sampling_info
         part = SimpleNamespace(
-            seq_lens=rows.host,
+            seq_lens=rows.row_ids,
             sampling_info=SimpleNamespace(
                 is_all_greedy=info.is_all_greedy, temperatures=rows.select(info.temperatures)
             ),
-            top_logprobs_nums=[batch.top_logprobs_nums[i] for i in rows.host],
-            token_ids_logprobs=[batch.token_ids_logprobs[i] for i in rows.host],
+            top_logprobs_nums=[batch.top_logprobs_nums[i] for i in rows.row_ids],
+            token_ids_logprobs=[batch.token_ids_logprobs[i] for i in rows.row_ids],
         )
         own = LogitsProcessorOutput(next_token_logits=self.logits.transpose(0, 1).reshape(n * width, v))
         compute_spec_logprobs(part, own, self.tokens.T.reshape(-1), chain_stride=width)
@@ -149,7 +149,7 @@ class Accepted:
         size = len(batch.reqs)
         logprobs = own.next_token_logprobs.new_zeros((size, width))
         logprobs[:, 0] = first.next_token_logprobs
-        logprobs[rows.index] = own.next_token_logprobs
+        logprobs[rows.device_row_ids] = own.next_token_logprobs
         output.next_token_logprobs = logprobs
         nothing = logprobs.new_empty(0)
         for name in _LOGPROB_LISTS:
@@ -159,7 +159,7 @@ class Accepted:
             merged: list = [nothing] * (size * width)
             if theirs is not None:
                 merged[::width] = theirs
-            for position, row in enumerate(rows.host):
+            for position, row in enumerate(rows.row_ids):
                 if mine is not None:
                     merged[row * width : (row + 1) * width] = mine[position * width : (position + 1) * width]
             setattr(output, name, merged)

@@ -18,9 +18,19 @@ from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_serving
 
-from sglang_optimal.runtime.entrypoints.messages import checked_messages, checked_template_kwargs, with_system_prompt
+from sglang_optimal.runtime.entrypoints.messages import (
+    checked_messages,
+    checked_template_kwargs,
+    joined,
+    with_system_prompt,
+)
 from sglang_optimal.runtime.entrypoints.openai.chat_side import as_request
-from sglang_optimal.runtime.entrypoints.openai.stream_series import MIXING_TAP, MixingTap, prompts_of, series_of
+from sglang_optimal.runtime.entrypoints.openai.stream_series import (
+    SERIES_RECORDER,
+    SeriesRecorder,
+    prompts_of,
+    series_of,
+)
 from sglang_optimal.runtime.entrypoints.protocol import (
     STUDENT_FIELDS,
     RenderedPrompt,
@@ -29,13 +39,12 @@ from sglang_optimal.runtime.entrypoints.protocol import (
     mixing_fields,
     take_carried,
 )
-from sglang_optimal.runtime.managers.schedule_batch import joined
 
 _TEACHER_FIELDS = ("teacher_only_messages", "teacher_system_prompt")
 _STUDENT_FIELDS = ("student_messages", "student_system_prompt", "student_chat_template_kwargs")
 
 
-class MixedServingChat(OpenAIServingChat):
+class MixedOpenAIServingChat(OpenAIServingChat):
     """SGLang's ``/v1/chat/completions`` for both sides of a mixed request."""
 
     def _convert_to_internal_request(self, request: ChatCompletionRequest, raw_request=None):
@@ -124,7 +133,7 @@ class MixedServingChat(OpenAIServingChat):
 
     def _generate_chat_stream(self, adapted_request, request, raw_request):
         chunks = super()._generate_chat_stream
-        return _tapped_stream(chunks, request, adapted_request, request, raw_request)
+        return _recorded_stream(chunks, request, adapted_request, request, raw_request)
 
 
 def _fields_of(request: Any) -> dict[str, Any]:
@@ -155,30 +164,30 @@ class MixedCompletionResponse(CompletionResponse):
     sglext: dict[str, Any] | None = None
 
 
-def _tapped_stream(chunks: Callable, openai_request, *args) -> AsyncIterator[str]:
+def _recorded_stream(chunks: Callable, openai_request, *args) -> AsyncIterator[str]:
     """SGLang's server-sent events; those of a mixed request carry the series of the tokens they bring."""
     events, fields = chunks(*args), _fields_of(openai_request)
     return _with_stream_series(events) if fields else events
 
 
 async def _with_stream_series(events: AsyncIterator[str]) -> AsyncIterator[str]:
-    tap = MixingTap()
+    recorder = SeriesRecorder()
     async with contextlib.aclosing(events) as stream:
-        token = MIXING_TAP.set(tap)
+        token = SERIES_RECORDER.set(recorder)
         try:
-            event = await anext(stream, None)  # starts the request, and so hands it the tap
+            event = await anext(stream, None)  # starts the request, and so hands it the recorder
         finally:
-            MIXING_TAP.reset(token)
+            SERIES_RECORDER.reset(token)
         while event is not None:
-            yield _with_chunk_series(event, tap)
+            yield _with_chunk_series(event, recorder)
             event = await anext(stream, None)
 
 
-def _with_chunk_series(event: str, tap: MixingTap) -> str:
+def _with_chunk_series(event: str, recorder: SeriesRecorder) -> str:
     if not event.startswith("data: {"):
         return event
     chunk = json.loads(event.removeprefix("data: "))
-    series = [tap.take(choice["index"]) if _has_news(choice) else {} for choice in chunk.get("choices") or ()]
+    series = [recorder.pop_new(choice["index"]) if _has_news(choice) else {} for choice in chunk.get("choices") or ()]
     if not any(series):
         return event
     chunk["sglext"] = {**(chunk.get("sglext") or {}), "mixing": series}
@@ -198,7 +207,7 @@ def _build_completion_response(original: Callable, serving, request, ret, create
 
 
 def _generate_completion_stream(original: Callable, serving, adapted_request, request, raw_request):
-    return _tapped_stream(original, request, serving, adapted_request, request, raw_request)
+    return _recorded_stream(original, request, serving, adapted_request, request, raw_request)
 
 
 def install() -> None:

@@ -7,9 +7,9 @@ import contextvars
 from collections.abc import AsyncIterator
 from typing import Any
 
-from sglang_optimal.series import PROMPTS, SERIES
+from sglang_optimal.names import PROMPTS, SERIES
 
-MIXING_TAP: contextvars.ContextVar[MixingTap | None] = contextvars.ContextVar("mixing_tap", default=None)
+SERIES_RECORDER: contextvars.ContextVar[SeriesRecorder | None] = contextvars.ContextVar("series_recorder", default=None)
 """Set while a handler starts a request that it wants to follow."""
 
 
@@ -23,7 +23,7 @@ def prompts_of(meta_info: dict[str, Any]) -> dict[str, Any]:
     return {name: meta_info[name] for name in PROMPTS if name in meta_info}
 
 
-class MixingTap:
+class SeriesRecorder:
     """Remembers the series of each choice until they are taken.
 
     Args:
@@ -36,7 +36,7 @@ class MixingTap:
         self._seen: dict[int, int] = {}
         self._waiting: dict[int, dict[str, Any]] = {}
 
-    async def follow(self, outputs: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    async def wrap(self, outputs: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
         """Yield what ``outputs`` yields."""
         async with contextlib.aclosing(outputs):
             async for output in outputs:
@@ -53,7 +53,7 @@ class MixingTap:
             waiting.setdefault(name, []).extend(values)
         waiting.update(prompts_of(meta_info))
 
-    def take(self, index: int) -> dict[str, Any]:
+    def pop_new(self, index: int) -> dict[str, Any]:
         """Series of the tokens of choice ``index`` that were not taken before; prompts with the last of them."""
         series = self._waiting.pop(index, {})
         return series if series.get("alpha") or prompts_of(series) else {}

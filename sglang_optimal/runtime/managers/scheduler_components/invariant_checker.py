@@ -17,13 +17,13 @@ from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class MixedInvariantChecker(SchedulerInvariantChecker):
+class MixedSchedulerInvariantChecker(SchedulerInvariantChecker):
     """``student_kv``: whose slots to count."""
 
     student_kv: StudentKV
 
     @classmethod
-    def like(cls, checker: SchedulerInvariantChecker, student_kv: StudentKV) -> MixedInvariantChecker:
+    def like(cls, checker: SchedulerInvariantChecker, student_kv: StudentKV) -> MixedSchedulerInvariantChecker:
         """The same checker, with the student's side."""
         names = [field.name for field in dataclasses.fields(SchedulerInvariantChecker)]
         return cls(student_kv=student_kv, **{name: getattr(checker, name) for name in names})
@@ -52,12 +52,12 @@ def leak_report(kv: StudentKV) -> str | None:
     stats = kv.stats()
     # SGLang itself looks at the slots of a pool that is the teacher's.
     whole = kv.one_pool or (stats["free"] + stats["evictable"] == kv.size and stats["protected"] == 0)
-    return None if whole and not kv.held else f"student KV leak while idle: {stats}"
+    return None if whole and not kv.num_active_reqs else f"student KV leak while idle: {stats}"
 
 
 def private_tokens(kv: StudentKV) -> int:
     """Tokens whose slots belong to one request, and to no radix cache."""
-    return sum(kv.row_len(req) - req.student.kv.protected_len for req in kv.holders.values())
+    return sum(kv.row_len(req) - req.student.kv.protected_len for req in kv.active_reqs.values())
 
 
 def busy_report(kv: StudentKV, *, every_slot: bool) -> str | None:
@@ -77,7 +77,7 @@ def busy_report(kv: StudentKV, *, every_slot: bool) -> str | None:
     owned = [kv.allocator.get_all_free_pages().cpu()]
     if stats["evictable"] + stats["protected"]:
         owned.append(kv.tree.all_values_flatten().cpu())
-    owned += [_private_slots(kv, req).cpu() for req in kv.holders.values()]
+    owned += [_private_slots(kv, req).cpu() for req in kv.active_reqs.values()]
     slots, counts = torch.cat([part.to(torch.int64) for part in owned]).unique(return_counts=True)
     if len(slots) == kv.size and bool((counts == 1).all()):
         return None

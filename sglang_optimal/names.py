@@ -18,3 +18,9 @@ sglang-router passes those on, and drops the latter."""
 
 PROMPTS = ("teacher_prompt_ids", "student_prompt_ids", "teacher_prompt_text", "student_prompt_text")
 """With ``return_prompts``, what each model really read: token ids, and their text with special tokens."""
+
+ALGORITHM = "OPTIMAL"
+"""SGLang's name of speculative mixing."""
+
+STUDENT_ADAPTER = "student"
+"""SGLang's name of the student's LoRA adapter; plain requests may ask for it with ``lora_path``."""

@@ -13,7 +13,7 @@ from sglang.srt import runtime_context
 from sglang.srt.managers.tokenizer_manager import _slice_streaming_output_meta_info
 
 from sglang_optimal.runtime.entrypoints.openai.serving_chat import _with_stream_series
-from sglang_optimal.runtime.entrypoints.openai.stream_series import MIXING_TAP, MixingTap
+from sglang_optimal.runtime.entrypoints.openai.stream_series import SERIES_RECORDER, SeriesRecorder
 
 # (choice, its new tokens), in the order in which they come
 PIECES = [(0, [1]), (1, [101]), (0, [2, 3]), (0, []), (1, [102, 103, 104]), (0, [4]), (1, [105])]
@@ -35,12 +35,14 @@ async def outputs(incremental: bool) -> AsyncIterator[dict[str, Any]]:
         yield {"index": index, "meta_info": meta_info}
 
 
-async def drain(tap: MixingTap, incremental: bool, take_after: dict[int, list[int]]) -> list[dict[str, list[float]]]:
+async def drain(
+    recorder: SeriesRecorder, incremental: bool, take_after: dict[int, list[int]]
+) -> list[dict[str, list[float]]]:
     """What is taken: ``take_after``: {number of the output: choices that an event is written for then}."""
     taken = []
     position = 0
-    async for _ in tap.follow(outputs(incremental)):
-        taken += [tap.take(index) for index in take_after.get(position, ())]
+    async for _ in recorder.wrap(outputs(incremental)):
+        taken += [recorder.pop_new(index) for index in take_after.get(position, ())]
         position += 1
     return taken
 
@@ -48,22 +50,22 @@ async def drain(tap: MixingTap, incremental: bool, take_after: dict[int, list[in
 @pytest.mark.parametrize("incremental", [False, True])
 def test_an_event_for_every_output(incremental):
     every = {position: [index] for position, (index, _) in enumerate(PIECES)}
-    taken = asyncio.run(drain(MixingTap(incremental), incremental, every))
+    taken = asyncio.run(drain(SeriesRecorder(incremental), incremental, every))
     assert taken == [series(tokens) if tokens else {} for _, tokens in PIECES]
 
 
 @pytest.mark.parametrize("incremental", [False, True])
 def test_events_that_wait_for_more(incremental):
     """A parser may hold text back, and SGLang writes the reasons of all choices at the end."""
-    taken = asyncio.run(drain(MixingTap(incremental), incremental, {2: [0, 1], 6: [0, 1, 1]}))
+    taken = asyncio.run(drain(SeriesRecorder(incremental), incremental, {2: [0, 1], 6: [0, 1, 1]}))
     assert taken == [series([1, 2, 3]), series([101]), series([4]), series([102, 103, 104, 105]), {}]
 
 
 @pytest.mark.parametrize("incremental", [False, True])
-def test_the_tap_asks_sglang(monkeypatch, incremental):
+def test_the_recorder_asks_sglang(monkeypatch, incremental):
     serving = SimpleNamespace(incremental_streaming_output=incremental)
     monkeypatch.setattr(runtime_context, "get_serving", lambda: serving)
-    assert asyncio.run(drain(MixingTap(), incremental, {4: [0, 1]})) == [
+    assert asyncio.run(drain(SeriesRecorder(), incremental, {4: [0, 1]})) == [
         series([1, 2, 3]),
         series([101, 102, 103, 104]),
     ]
@@ -75,10 +77,10 @@ def test_a_plain_request_has_none(incremental):
         async def plain():
             yield {"meta_info": {"id": "x"}}
 
-        tap = MixingTap(incremental)
-        async for _ in tap.follow(plain()):
+        recorder = SeriesRecorder(incremental)
+        async for _ in recorder.wrap(plain()):
             pass
-        return tap.take(0)
+        return recorder.pop_new(0)
 
     assert asyncio.run(run()) == {}
 
@@ -94,7 +96,7 @@ def test_the_events_of_a_stream(monkeypatch, incremental):
 
     async def events() -> AsyncIterator[str]:
         position = 0
-        async for output in MIXING_TAP.get().follow(outputs(incremental)):
+        async for output in SERIES_RECORDER.get().wrap(outputs(incremental)):
             if position == 0:
                 yield event(0, delta={"role": "assistant", "content": ""})
             if position not in (1, 2):  # held back
