@@ -48,5 +48,5 @@ def _run(path: Path, config: MixingConfig, *args, **kwargs) -> None:
 
 
 def scheduler_process(path: Path, config: MixingConfig) -> Callable[..., None]:
-    """In place of ``sglang_optimal.runtime.managers.scheduler.scheduler_process``."""
+    """In place of ``MixedEngine.scheduler_process``."""
     return functools.partial(_run, path, config)

@@ -57,10 +57,10 @@ def _serve(pipe, teacher: str, student: str | None, control: Path | None, argume
         engine = sglang.Engine(model_path=teacher, **arguments)
     else:
         from sglang_optimal import OptimalSampler
-        from sglang_optimal.runtime.managers import scheduler
+        from sglang_optimal.runtime.entrypoints.engine import MixedEngine
 
         if control is not None:
-            scheduler.scheduler_process = functools.partial(drafts_control.scheduler_process, control)
+            MixedEngine.scheduler_process = staticmethod(functools.partial(drafts_control.scheduler_process, control))
         engine = OptimalSampler(teacher, student, **arguments).engine
     pipe.send(True)
     while True:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import random
 import statistics
 import tempfile
@@ -43,7 +44,7 @@ from bench.common import (
 )
 from sglang_optimal import OptimalSampler
 from sglang_optimal.config import ALPHA_METHODS
-from sglang_optimal.runtime.managers import scheduler
+from sglang_optimal.runtime.entrypoints.engine import MixedEngine
 
 MODES = ("two-model", "shared", "plain")
 
@@ -96,10 +97,8 @@ def timed_sampler(args: argparse.Namespace, weights: str) -> Iterator[tuple[Opti
     """A sampler whose scheduler process times its steps, and the log that it writes."""
     with tempfile.TemporaryDirectory(prefix="sglang-optimal-profile-") as folder:
         path = Path(folder) / "steps.jsonl"
-        # The engine looks this name up when it starts: the one thing that is exchanged.
-        replaced = mock.patch.object(
-            scheduler, "scheduler_process", lambda config: step_timer.scheduler_process(path, config)
-        )
+        process = functools.partial(step_timer.scheduler_process, path)
+        replaced = mock.patch.object(MixedEngine, "scheduler_process", staticmethod(process))
         student = args.student_model_path or args.model_path
         with replaced:
             sampler = OptimalSampler(args.model_path, student, student_weights=weights, **engine_arguments(args))

@@ -250,7 +250,7 @@ def run_timed_scheduler_process(path: Path, config: MixingConfig, server_args, p
 
 
 def scheduler_process(path: Path, config: MixingConfig) -> Callable[..., None]:
-    """In place of ``sglang_optimal.runtime.managers.scheduler.scheduler_process``: what a process gets is pickled."""
+    """In place of ``MixedEngine.scheduler_process``: what a process gets is pickled."""
     return functools.partial(run_timed_scheduler_process, path, config)
 
 

@@ -35,13 +35,12 @@ def _run_stock(setups: tuple[Setup, ...], *args, **kwargs) -> None:
 @contextlib.contextmanager
 def in_schedulers(*setups: Setup) -> Iterator[None]:
     """Engines of the package that start within call ``setups``, which are pickled, in their schedulers' processes."""
-    from sglang_optimal.runtime.managers import scheduler
+    from sglang_optimal.runtime.entrypoints.engine import MixedEngine
 
     def process(config):
         return functools.partial(_run_mixed, setups, config)
 
-    # The engine looks this name up when it starts.
-    with mock.patch.object(scheduler, "scheduler_process", process):
+    with mock.patch.object(MixedEngine, "scheduler_process", staticmethod(process)):
         yield
 
 

@@ -12,7 +12,7 @@ import torch
 
 
 def faulty_scheduler_process(config):
-    """In place of `sglang_optimal.runtime.managers.scheduler.scheduler_process`."""
+    """In place of `MixedEngine.scheduler_process`."""
     return functools.partial(_run, config)
 
 

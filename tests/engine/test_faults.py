@@ -9,13 +9,13 @@ import pytest
 from faulty import faulty_scheduler_process
 from harness import Case, check_all, check_greedy, check_pools, random_cases, random_ids, run, start
 
-from sglang_optimal.runtime.managers import scheduler
+from sglang_optimal.runtime.entrypoints.engine import MixedEngine
 
 
 @pytest.fixture(scope="module", params=[{}, {"mixing_mode": "speculative", "draft_tokens": 2}], ids=["", "drafts"])
 def sampler(request, tiny_pair):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler, "scheduler_process", faulty_scheduler_process)
+        patch.setattr(MixedEngine, "scheduler_process", staticmethod(faulty_scheduler_process))
         with start(tiny_pair, chunked_prefill_size=64, **request.param) as engine:
             engine.most_tokens = 1 + request.param.get("draft_tokens", 0)  # of one step
             yield engine

@@ -28,7 +28,7 @@ ATTENTION = "GPU_LIKE_ATTENTION"
 
 
 def gpu_like_scheduler_process(config):
-    """In place of `sglang_optimal.runtime.managers.scheduler.scheduler_process`."""
+    """In place of `MixedEngine.scheduler_process`."""
     return functools.partial(_run, config)
 
 

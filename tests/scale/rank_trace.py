@@ -10,7 +10,7 @@ TRACE = "RANK_TRACE_FOLDER"
 
 
 def traced_scheduler_process(config):
-    """In place of `sglang_optimal.runtime.managers.scheduler.scheduler_process`."""
+    """In place of `MixedEngine.scheduler_process`."""
     return functools.partial(_run, config)
 
 

@@ -10,7 +10,7 @@ from oracle import MixedOracle
 from rank_trace import TRACE, traced_scheduler_process
 from tiny_models import build_tiny_tokenizer_model
 
-from sglang_optimal.runtime.managers import scheduler
+from sglang_optimal.runtime.entrypoints.engine import MixedEngine
 
 SMALL = {"chunked_prefill_size": 16, "max_total_tokens": 400, "schedule_conservativeness": 0.05}
 
@@ -18,7 +18,7 @@ SMALL = {"chunked_prefill_size": 16, "max_total_tokens": 400, "schedule_conserva
 @pytest.fixture
 def traced(monkeypatch, tmp_path):
     """Engines write what each rank samples; gives a function that reads it."""
-    monkeypatch.setattr(scheduler, "scheduler_process", traced_scheduler_process)
+    monkeypatch.setattr(MixedEngine, "scheduler_process", staticmethod(traced_scheduler_process))
     monkeypatch.setenv(TRACE, str(tmp_path))
 
     def read() -> list[list]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.utils import kill_process_tree
@@ -28,6 +29,9 @@ class MixedEngine(Engine):
         SelfCheckFailed: see `launch.self_check_heeded`.
     """
 
+    scheduler_process: Callable[[MixingConfig], Callable[..., None]] = staticmethod(scheduler_process)
+    """Makes the function that a scheduler process runs, which has to be picklable; tests and benchmarks have others."""
+
     def __init__(self, server_args, config: MixingConfig):
         for other in _running:
             if (other.mixing_config.longest_draft > 0) != (config.longest_draft > 0):
@@ -37,7 +41,7 @@ class MixedEngine(Engine):
                 )
         self.mixing_config = config
         self.init_tokenizer_manager_func = tokenizer_manager_init(config)
-        self.run_scheduler_process_func = scheduler_process(config)
+        self.run_scheduler_process_func = self.scheduler_process(config)
         with launch.self_check_heeded():
             super().__init__(server_args=server_args)
         self.loop = LoopThread()  # from any thread, and inside a notebook's running loop
