@@ -101,8 +101,8 @@ def overridden() -> dict[str, set[str]]:
 
 
 def _is_everywhere(name: str) -> bool:
-    """What Python gives every class, and dataclasses and ABCs theirs."""
-    return name.startswith(("__", "_abc_")) and name != "__init__"
+    """What Python gives every class, and dataclasses, protocols, ABCs and pydantic theirs."""
+    return name in ("_is_protocol", "model_config") or name.startswith(("__", "_abc_")) and name != "__init__"
 
 
 def attached() -> set[str]:
@@ -119,4 +119,32 @@ def attached() -> set[str]:
                     chain = _chain(part) if isinstance(part, ast.Attribute) else None
                     if chain and not (chain[0] == "self" and len(chain) == 2):
                         found.add(f"{name.removeprefix('sglang_optimal.')}: {'.'.join(chain)}")
+    return found
+
+
+def settings_replaced() -> set[str]:
+    """Names of SGLang's settings of the process that are replaced for a time or for good."""
+    found = set()
+    for tree in modules().values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "override":
+                found |= {keyword.arg for keyword in node.keywords if keyword.arg}
+    return found
+
+
+REGISTERING = ("register_", "set_global_")
+
+
+def registered() -> set[str]:
+    """Functions of SGLang that are called to register something or to replace a global of the process, and methods that
+    add to SGLang's HTTP application."""
+    found = set()
+    for tree in modules().values():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            chain = _chain(node.func) or [""]
+            registers = chain[-1].startswith(REGISTERING) or chain == ["SpeculativeAlgorithm", "register"]
+            if registers or (chain[0] == "app" and chain[-1] in ("add_api_route", "append")):
+                found.add(".".join(chain))
     return found
