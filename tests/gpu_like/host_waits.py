@@ -18,8 +18,8 @@ import sglang_optimal
 OURS = (str(Path(sglang_optimal.__file__).parent), str(Path(__file__).with_name("faults.py")))
 # (file, function): why it may
 ALLOWED = {
-    ("observer.py", "make_samplable"): "looks on a CPU only",
-    ("speculative_result.py", "_not_finite"): "looks on a CPU only",
+    ("sampler.py", "make_samplable"): "looks on a CPU only",
+    ("verify.py", "_not_finite"): "looks on a CPU only",
     ("mixture.py", "mix"): "hands over to numba",
     ("student_kv.py", "stats"): "counters of the host",
 }
