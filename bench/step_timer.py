@@ -173,7 +173,7 @@ class StepTimer:
             f"{runner}.forward": self._forward,
             f"{runner}.sample": self._around(SAMPLER),
             f"{step}.mix_into": self._around(MIXING),
-            f"{step}.extras": self._around(EXTRAS),
+            "sglang_optimal.runtime.sampling.sampling_observer.MixingObserver.after_sample": self._around(EXTRAS),
         }
         for target, hook in hooks.items():
             pkgutil.resolve_name(target)  # the registry would only log that a name is gone

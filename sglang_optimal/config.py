@@ -241,6 +241,17 @@ class MixingConfig(Settings):
         return has_accelerator if self.mixing_self_check is None else self.mixing_self_check == "on"
 
     @property
+    def student_path(self) -> str:
+        """``student_model_path`` of a resolved configuration.
+
+        Raises:
+            RuntimeError: there is no student, or it has not been resolved.
+        """
+        if self.student_model_path is None:
+            raise RuntimeError("the configuration has no student, or has not been resolved")
+        return self.student_model_path
+
+    @property
     def has_student(self) -> bool:
         """Whether there is to be a student."""
         return self.student_weights != "none"

@@ -300,7 +300,7 @@ class OptimalSampler:
                 return "text", prompt if not system else f"{system}\n\n{prompt}"
         elif not isinstance(prompt[0], dict):
             return "input_ids", list(prompt)
-        messages = list(prompt)
+        messages: list[Any] = list(prompt)
         if system and messages[0].get("role") != "system":
             messages.insert(0, {"role": "system", "content": system})
         return "messages", messages
@@ -376,6 +376,7 @@ def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any
 
 def _as_batch(prompts: Any, name: str) -> tuple[bool, list]:
     """(whether it was one prompt, list of prompts)."""
+    batch: list[Any]
     if isinstance(prompts, str):
         single, batch = True, [prompts]
     elif not isinstance(prompts, Sequence) or isinstance(prompts, bytes):

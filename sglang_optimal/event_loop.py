@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class LoopThread:
             return await awaitable
         return await asyncio.wrap_future(self._submit(awaitable))
 
-    async def iterate(self, items: AsyncIterator[T]) -> AsyncIterator[T]:
+    async def iterate(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         """Iterate in the caller's own event loop over what an async generator of this loop yields."""
         try:
             while True:

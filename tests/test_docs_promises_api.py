@@ -340,11 +340,12 @@ def test_what_does_not_go_into_a_mixed_request(field):
     """A plain one on the same server may have it; an empty one is absent."""
     from sglang.srt.managers.io_struct import GenerateReqInput
 
+    from sglang_optimal.runtime.entrypoints.protocol import StudentReader
     from sglang_optimal.runtime.managers.tokenizer_manager import _UNSUPPORTED, MixedTokenizerManager
 
     manager = SimpleNamespace(
-        mixing_config=MixingConfig(student_model_path="s"), common_vocab_size=64, student_context_length=100,
-        student_max_chars=1000, _encode_student_text=None, _encode_student_messages=None,
+        mixing_config=MixingConfig(student_model_path="s"),
+        student_reader=StudentReader(str.encode, list, vocab_size=64, context_length=100, max_chars=1000),
     )  # fmt: skip
     manager._check_plain = lambda obj: MixedTokenizerManager._check_plain(manager, obj)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sglang_optimal.runtime.core import MixedRows
 from sglang_optimal.runtime.sampling import filters as truncation
-from sglang_optimal.runtime.sampling.filters import truncation_of
+from sglang_optimal.runtime.sampling.filters import filters_of
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="flashinfer's kernels run on a GPU")
 
@@ -127,7 +127,7 @@ def logits_of(rows: int, width: int, backend: SimpleNamespace) -> Tensor:
 def test_as_in_lockstep(backend, name, width):
     settings = BATCHES[name]
     info, logits = info_of(settings, backend.device), logits_of(len(settings), width, backend)
-    got, expected = truncation_of(info, mixed()).probs(logits), lockstep(logits, info)
+    got, expected = filters_of(info, mixed()).probs(logits), lockstep(logits, info)
     assert got.sum(-1).tolist() == pytest.approx([1.0] * len(settings), abs=1e-5)
     for row, chosen in enumerate(settings):
         if chosen.get("top_k") == 1:  # lockstep draws one of equals, or takes the first where all rows are greedy
@@ -145,7 +145,7 @@ def test_another_requests_min_p_counts(backend):
     first, both = mixed(torch.tensor([0], device=backend.device)), {"top_k": 2, "top_p": 0.5}
     for other, last in (({}, 3 / 7), ({"min_p": 0.01}, 0.0 if backend.name == "flashinfer" else 3 / 7)):
         info = info_of([both, other], backend.device)
-        got = truncation_of(info, first).probs(logits[:1])
+        got = filters_of(info, first).probs(logits[:1])
         assert got[0].tolist() == pytest.approx([1 - last, last, 0, 0])
         assert torch.allclose(got[0], lockstep(logits, info)[0], atol=1e-6)
 
@@ -154,24 +154,24 @@ def test_rows_are_those_that_were_asked_for(backend):
     settings = BATCHES["joint"]
     info, index = info_of(settings, backend.device), torch.tensor([4, 0], device=backend.device)
     logits = logits_of(len(settings), 301, backend)
-    got = truncation_of(info, mixed(index)).repeat(2).probs(logits[index].repeat(2, 1))
+    got = filters_of(info, mixed(index)).repeat(2).probs(logits[index].repeat(2, 1))
     assert torch.allclose(got, lockstep(logits, info)[index].repeat(2, 1), atol=1e-6)
 
 
 def test_what_runs(backend):
     """Kernels where SGLang has them, and only for limits that some row has."""
-    kernels = truncation_of(info_of([{"top_k": 5}, {}]), mixed()).kernels
+    kernels = filters_of(info_of([{"top_k": 5}, {}]), mixed()).kernels
     if backend.name == "pytorch":
         assert kernels is None
     else:
         assert kernels.top_k is sampler.top_k_renorm_prob and kernels.top_p is None and kernels.joint
-        kernels = truncation_of(info_of([{"top_p": 0.5, "min_p": 0.1}, {}]), mixed()).kernels
+        kernels = filters_of(info_of([{"top_p": 0.5, "min_p": 0.1}, {}]), mixed()).kernels
         assert kernels.top_p is sampler.top_p_renorm_prob and kernels.top_k is None and not kernels.joint
 
 
 def test_no_row_is_greedy_or_all_are(backend):
     for settings, every, some in (([{}, {"top_k": 2}], 0, 0), ([{}, {"top_k": 1}], 0, 1), ([{"top_k": 1}] * 2, 1, 1)):
-        found = truncation_of(info_of(settings), mixed())
+        found = filters_of(info_of(settings), mixed())
         assert (found.greedy, found.some_greedy) == (every, some)
 
 
@@ -183,7 +183,7 @@ def test_flashinfers_draws(backend, name):
     draws, width = 50_000, 3001
     for chosen in BATCHES[name]:
         info, logits = info_of([chosen, *BATCHES[name]], "cuda"), logits_of(1, width, backend)
-        expected = truncation_of(info, mixed(torch.tensor([0], device="cuda"))).probs(logits)[0].double().cpu() * draws
+        expected = filters_of(info, mixed(torch.tensor([0], device="cuda"))).probs(logits)[0].double().cpu() * draws
         probs = (logits / info.temperatures[0]).softmax(-1).repeat(draws, 1)
         top_k, top_p, min_p = (limit[:1].repeat(draws) for limit in (info.top_ks, info.top_ps, info.min_ps))
         if info.need_min_p_sampling:
@@ -205,7 +205,7 @@ def test_flashinfers_draws(backend, name):
 @pytest.mark.parametrize("name", BATCHES)
 def test_the_host_does_not_wait(backend, name):
     settings = BATCHES[name]
-    found, logits = truncation_of(info_of(settings, "cuda"), mixed()), logits_of(len(settings), 5001, backend)
+    found, logits = filters_of(info_of(settings, "cuda"), mixed()), logits_of(len(settings), 5001, backend)
     found.probs(logits)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from sglang.lang.interpreter import StreamExecutor
 from sglang.lang.ir import (
@@ -16,7 +16,7 @@ from sglang.lang.ir import (
     SglVariable,
 )
 
-Context = str | Sequence[dict[str, Any]] | Sequence[int] | SglExpr | None
+Context: TypeAlias = str | Sequence[dict[str, Any]] | Sequence[int] | SglExpr | None
 """Text, chat messages, token ids (the student's only), an expression; None: the text of the state so far."""
 
 
@@ -97,7 +97,7 @@ def resolve(context: Context, executor: StreamExecutor) -> str | list[dict[str, 
     if context is None:
         return executor.text_
     if not isinstance(context, SglExpr):
-        return context
+        return context if isinstance(context, str) else list[Any](context)
     # SGLang renders the roles, in a conversation of its own.
     scratch = StreamExecutor(
         executor.backend, {}, executor.default_sampling_para, executor.chat_template, stream=False, use_thread=False

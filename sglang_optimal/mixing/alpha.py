@@ -113,8 +113,13 @@ class AlphaParams:
 
     def repeat(self, times: int) -> AlphaParams:
         """The settings of [times · B] rows, all rows once and then again."""
-        columns = (self.method, self.alpha_min, self.alpha_max, self.fixed_alpha)
-        return AlphaParams(*(column.repeat(times) for column in columns), self.methods_present)
+        return AlphaParams(
+            self.method.repeat(times),
+            self.alpha_min.repeat(times),
+            self.alpha_max.repeat(times),
+            self.fixed_alpha.repeat(times),
+            self.methods_present,
+        )
 
     def rows(self, rows: slice) -> AlphaParams:
         """A range of rows."""

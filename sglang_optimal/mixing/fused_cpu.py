@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from typing import Any
 
 import numba
 import numpy as np
@@ -352,13 +353,13 @@ def mix_rows(
         raise ValueError("out: must be contiguous in its last dimension.")
     teacher, student = _bits_of(teacher), _bits_of(student)
     strides = (teacher.stride(0), student.stride(0), out.stride(0))
-    settings = (t.numpy() for t in (params.method, params.alpha_min, params.alpha_max, params.fixed_alpha))
-    rows = (
+    settings = [t.numpy() for t in (params.method, params.alpha_min, params.alpha_max, params.fixed_alpha)]
+    rows: tuple[Any, ...] = (
         _flat(teacher), _flat(student), strides, width, temperature.reshape(-1).numpy(), *settings,
         want_ess_ratio, _flat(out), stats.numpy(),
     )  # fmt: skip
     workers = max(min(torch.get_num_threads(), size), 1)
-    others = [_threads().submit(_mix_rows, *rows, first, workers) for first in range(1, workers)]
+    others = [_threads().submit(partial(_mix_rows, *rows, first, workers)) for first in range(1, workers)]
     _mix_rows(*rows, 0, workers)
     for other in others:
         other.result()

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,8 +95,9 @@ def mix(
     if len(parts) == 1:
         return parts[0]
     rest = [field.name for field in dataclasses.fields(Mixture) if field.name != "logits"]
-    columns = {name: [getattr(part, name) for part in parts] for name in rest}
-    return Mixture(logits, **{name: None if v[0] is None else torch.cat(v) for name, v in columns.items()})
+    columns: dict[str, Any] = {name: [getattr(part, name) for part in parts] for name in rest}
+    columns = {name: None if values[0] is None else torch.cat(values) for name, values in columns.items()}
+    return Mixture(logits, **columns)
 
 
 def compile_kernels(device: torch.device | str, width: int = 16) -> None:

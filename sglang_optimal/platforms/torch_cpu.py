@@ -53,7 +53,7 @@ def ignore_pinned_memory() -> None:
         return wrapper
 
     torch.tensor, torch.zeros = unpinned(torch.tensor), unpinned(torch.zeros)
-    torch.Tensor.pin_memory = lambda self, device=None: self
+    torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore
 
 
 def write_slots(

@@ -146,6 +146,12 @@ class MixedRows:
         """The same of a tensor on the host."""
         return tensor if self.device_row_ids is None else tensor.index_select(0, self.row_ids_cpu)
 
+    def put(self, tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Write ``values`` [n, …] into the mixed rows of a tensor [B, …], in place; returns it."""
+        if self.device_row_ids is None:
+            return tensor.copy_(values)
+        return tensor.index_copy_(0, self.device_row_ids, values)
+
     def student_lens(self, batch: ScheduleBatch, ahead: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Lengths of the students' rows [n] in a decode batch, ``ahead`` tokens after its own: on the device, on the
         host (None where the batch has none there)."""
@@ -160,22 +166,49 @@ class DraftRows:
     """The rows of a speculative decode batch.
 
     Attributes:
-        mixed: all mixed rows; None without any. drafted: those that can be drafted for; None without any.
-        inner: [n] int64, the drafted ones among the mixed; None when they are the same.
+        all_mixed: all mixed rows; None without any. all_drafted: those that can be drafted for; None without any.
+        drafted_in_mixed: [n] int64, the drafted ones among the mixed; None when they are the same.
     """
 
-    mixed: MixedRows | None
-    drafted: MixedRows | None
-    inner: torch.Tensor | None
+    all_mixed: MixedRows | None
+    all_drafted: MixedRows | None
+    drafted_in_mixed: torch.Tensor | None
+
+    @property
+    def mixed(self) -> MixedRows:
+        """All mixed rows.
+
+        Raises:
+            RuntimeError: there are none.
+        """
+        if self.all_mixed is None:
+            raise RuntimeError("no row of the batch is mixed")
+        return self.all_mixed
+
+    @property
+    def drafted(self) -> MixedRows:
+        """Those that can be drafted for.
+
+        Raises:
+            RuntimeError: there are none.
+        """
+        if self.all_drafted is None:
+            raise RuntimeError("no row of the batch can be drafted for")
+        return self.all_drafted
 
 
 @dataclasses.dataclass
 class DecodePlan:
-    """One decode step of the student. seq_lens: [n] including the new token; out_cache_loc: [n] its slots."""
+    """One decode step of the student.
+
+    Attributes:
+        seq_lens: [n] including the new token; seq_lens_cpu: the same on the host, None where the batch has none there.
+        out_cache_loc: [n] the new token's slots.
+    """
 
     rows: MixedRows
     seq_lens: torch.Tensor
-    seq_lens_cpu: torch.Tensor
+    seq_lens_cpu: torch.Tensor | None
     out_cache_loc: torch.Tensor
 
 

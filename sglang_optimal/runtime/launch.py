@@ -50,7 +50,7 @@ def _other_than(*fine: Any) -> Callable[[Any], bool]:
     return lambda value: bool(value) and value not in fine
 
 
-def _names_weights(extra_config: str | dict[str, Any]) -> bool:
+def _names_weights(extra_config: Any) -> bool:
     """Whether the loaders' extra configuration has a place of one model's weights, which the other would load too."""
     with contextlib.suppress(TypeError, json.JSONDecodeError):  # SGLang's to refuse
         extra_config = json.loads(extra_config)
@@ -229,7 +229,7 @@ def server_defaults(config: MixingConfig) -> dict[str, Any]:
     return defaults
 
 
-def _adapter(config: MixingConfig) -> dict[str, str]:
+def _adapter(config: MixingConfig) -> dict[str, str | None]:
     """SGLang's record of the student's adapter."""
     return {"lora_name": STUDENT_ADAPTER, "lora_path": config.student_lora_path}
 

@@ -181,8 +181,8 @@ def _view_of_first() -> None:
     def draft(self, *args, **kwargs):
         given.clear()
         drafted = right(self, *args, **kwargs)
-        if in_force() == "first-view" and drafted.first is not None:
-            drafted.first = given[0]
+        if in_force() == "first-view" and drafted.lockstep_logits is not None:
+            drafted.lockstep_logits = given[0]
         return drafted
 
     StudentTpModelWorker.forward_decode, MixingSpecWorker._draft = forward_decode, draft

@@ -22,7 +22,7 @@ from sglang_optimal.runtime.entrypoints.openai import chat_side
 from sglang_optimal.runtime.entrypoints.openai import serving_chat as openai_api
 from sglang_optimal.runtime.entrypoints.openai.chat_side import ChatSide
 from sglang_optimal.runtime.entrypoints.openai.serving_chat import MixedOpenAIServingChat
-from sglang_optimal.runtime.managers.tokenizer_manager import ChatSides
+from sglang_optimal.runtime.managers.tokenizer_manager import ChatSides, MixedTokenizerManager
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 FAMILIES = (
@@ -64,6 +64,8 @@ def flags(monkeypatch):
 class Manager(SimpleNamespace):
     """What SGLang's chat handler asks of the tokenizer manager."""
 
+    sides_of_a_chat = MixedTokenizerManager.sides_of_a_chat
+
     def config_value(self, name: str):
         return None
 
@@ -85,7 +87,8 @@ def build(tokenizer, source: str, *, chat_template=None, two_models: bool) -> Mi
     model = SimpleNamespace(hf_config=config, is_multimodal=False, get_default_sampling_params=dict)
     manager = Manager(
         tokenizer=with_template(), model_config=model, server_args=None, served_model_name="m", model_path="/m/model",
-        processor=None, mixing_config=MixingConfig(student_model_path="/m/model"), student_max_chars=10**6,
+        processor=None, mixing_config=MixingConfig(student_model_path="/m/model"),
+        student_reader=SimpleNamespace(max_chars=10**6),
     )  # fmt: skip
     templates = template_manager.TemplateManager()
     templates.load_chat_template(manager, chat_template, "/m/model")

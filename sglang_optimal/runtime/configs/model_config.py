@@ -43,7 +43,7 @@ def check_architectures(server_args, config: MixingConfig, *, resolved: bool) ->
     """
     sides = {"--model-path": lambda: ModelConfig.from_server_args(server_args)}
     if not config.shared_weights:
-        path, revision = config.student_model_path, config.student_revision
+        path, revision = config.student_path, config.student_revision
         sides["--student-model-path"] = lambda: student_model_config(server_args, path, revision)
     for flag, read in sides.items():
         try:

@@ -39,7 +39,7 @@ class MixedEngine(Engine):
                     "mixing_mode: an engine that drafts and one that does not cannot run in one process, where SGLang "
                     "has one configuration; shut the first down, or start one of them in a process of its own."
                 )
-        self.mixing_config = config
+        self.mixing_config: MixingConfig = config
         self.init_tokenizer_manager_func = tokenizer_manager_init(config)
         self.run_scheduler_process_func = self.scheduler_process(config)
         with launch.self_check_heeded():

@@ -123,7 +123,9 @@ def _merged(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list(content) if content and not isinstance(content, str) else [_text_part(content or "")]
+    if isinstance(content, str):
+        return [_text_part(content)]
+    return list(content) or [_text_part("")]
 
 
 def _text_part(text: str) -> dict[str, Any]:

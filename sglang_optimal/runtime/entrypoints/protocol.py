@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from array import array
 from collections.abc import Callable, Sequence
@@ -157,39 +158,42 @@ def messages_of(fields: dict[str, Any], side: str, max_chars: int) -> tuple[list
     return messages, checked_template_kwargs(fields.get(name) or {}, name)
 
 
+@dataclasses.dataclass(frozen=True)
+class StudentReader:
+    """How a server's student reads.
+
+    Attributes:
+        encode_text, encode_messages: its tokenizer; and its chat template, with extra variables for it.
+        vocab_size: number of ids both models know; ids must lie in [0, vocab_size).
+        context_length: in tokens. max_chars: characters that can fit into it at the most.
+    """
+
+    encode_text: Callable[[str], Sequence[int]]
+    encode_messages: Callable[[list[dict], dict], Sequence[int]]
+    vocab_size: int
+    context_length: int
+    max_chars: int
+
+
 def to_wire(
     custom_params: dict[str, Any],
+    fields: dict[str, Any],
     config: MixingConfig,
-    *,
-    others_read: bool = False,
-    encode_text: Callable[[str], Sequence[int]],
-    encode_messages: Callable[[list[dict], dict], Sequence[int]],
-    vocab_size: int,
-    context_length: int,
-    max_chars: int,
+    reader: StudentReader,
     max_new_tokens: int | None,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Check a request's mixing fields and tokenize its student context (in the tokenizer manager).
 
     Args:
-        custom_params: as the client sent them.
-        others_read: see `mixing_fields`.
-        encode_text, encode_messages: the student's tokenizer; and its chat template, with extra variables for it.
-        vocab_size: number of ids both models know; ids must lie in [0, vocab_size).
-        context_length: the student's context length, in tokens.
-        max_chars: characters that can fit into it at the most.
+        custom_params: as the client sent them. fields: those of them that are `mixing_fields`; not empty.
         max_new_tokens: the request's limit, or None.
 
     Returns:
-        New custom_params, with ``student_input_ids`` and every setting filled in; None for a plain request.
+        New custom_params, with ``student_input_ids`` and every setting filled in.
 
     Raises:
         ValueError: names the field and the fix.
     """
-    fields = mixing_fields(custom_params, others_read=others_read)
-    if not fields:
-        return None
-    check_has_student(fields, config)
     for name in TEACHER_FIELDS:
         if fields.get(name) is not None:
             raise ValueError(f"{name}: {_TEACHER_ONLY_WITH[name]}")
@@ -202,14 +206,14 @@ def to_wire(
     if name == "student_text":
         if not isinstance(value, str) or not value:
             raise ValueError("student_text: must be a non-empty string.")
-        check_size(len(value), max_chars, name)
-        ids = list(encode_text(value))
+        check_size(len(value), reader.max_chars, name)
+        ids = list(reader.encode_text(value))
     elif name == "student_messages":
-        ids = list(encode_messages(*messages_of(fields, "student", max_chars)))
+        ids = list(reader.encode_messages(*messages_of(fields, "student", reader.max_chars)))
     elif isinstance(value, RenderedPrompt):
         name, ids = value.source, list(value)
     else:
-        ids = _checked_ids(value, vocab_size, context_length)
+        ids = _checked_ids(value, reader.vocab_size, reader.context_length)
     if given[0] != "student_messages":
         for extra in ("student_system_prompt", "student_chat_template_kwargs"):
             if fields.get(extra) is not None:
@@ -217,10 +221,10 @@ def to_wire(
     if not ids:
         raise ValueError(f"{name}: the student context has no tokens.")
     wanted = len(ids) + max(max_new_tokens or 1, 1)
-    if wanted > context_length:
+    if wanted > reader.context_length:
         raise ValueError(
             f"{name}: the student context is too long: {len(ids)} tokens and {max_new_tokens or 1} new ones exceed the "
-            f"student's context length of {context_length}. Shorten it or lower max_new_tokens."
+            f"student's context length of {reader.context_length}. Shorten it or lower max_new_tokens."
         )
     for name in ("return_mixing_info", "return_prompts"):
         if fields.get(name) is not None and not isinstance(fields[name], bool):
@@ -239,7 +243,8 @@ def from_wire(custom_params: Any) -> StudentContext | None:
     """The student context of a request that ``to_wire`` has checked; None for a plain request."""
     if not isinstance(custom_params, dict) or custom_params.get("student_input_ids") is None:
         return None
-    alpha = AlphaSettings(**{k: custom_params.get(k) for k in ALPHA_KEYS})
+    settings: dict[str, Any] = {name: custom_params.get(name) for name in ALPHA_KEYS}
+    alpha = AlphaSettings(**settings)
     return StudentContext(
         prompt_ids=array("q", custom_params["student_input_ids"]),
         alpha=alpha,

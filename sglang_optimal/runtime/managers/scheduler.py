@@ -13,6 +13,7 @@ from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput, UpdateWe
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import PrefillAdder
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_device
@@ -26,7 +27,7 @@ from sglang_optimal.runtime.managers.schedule_policy import MixedPrefillAdder
 from sglang_optimal.runtime.managers.scheduler_components.invariant_checker import MixedSchedulerInvariantChecker
 from sglang_optimal.runtime.managers.self_check import SelfCheck, SelfCheckError
 from sglang_optimal.runtime.managers.shared_tp_worker import SharedTpModelWorker
-from sglang_optimal.runtime.managers.tp_worker import SeparateTpModelWorker
+from sglang_optimal.runtime.managers.tp_worker import MixedTpModelWorker, SeparateTpModelWorker
 from sglang_optimal.runtime.model_executor.weight_updater import HELD, is_for_student
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,11 @@ class MixedScheduler(Scheduler):
     Args:
         mixing_config: the student and the defaults.
     """
+
+    tp_worker: MixedTpModelWorker
+    # SGLang's, which sets them in a method.
+    _request_dispatcher: TypeBasedDispatcher
+    invariant_checker: SchedulerInvariantChecker
 
     def __init__(self, *args, mixing_config: MixingConfig, **kwargs):
         self.mixing_config = mixing_config
@@ -203,7 +209,7 @@ def _check_decode_mem(original: Callable[..., bool], batch: ScheduleBatch, selec
     return batch.tree_cache.student_kv.can_decode(student, teacher)
 
 
-def _prepare_for_decode(original: Callable[[], None], batch: ScheduleBatch) -> None:
+def _prepare_for_decode(original: Callable[[ScheduleBatch], None], batch: ScheduleBatch) -> None:
     """Where a step takes slots ahead, both sides do at once: a request may end before the step is run."""
     original(batch)
     if not batch.spec_algorithm.is_none():

@@ -14,6 +14,7 @@ import random
 import time
 from array import array
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -53,19 +54,33 @@ class _Probe:
     """A request of the check.
 
     Attributes:
-        teacher, student: what each side reads. tokens: how many to generate.
+        teacher, student: what each side reads; a plain one has no student. tokens: how many to generate.
         alpha: its settings, as on the wire; None: plain.
         penalty: a frequency penalty, too small to change anything; it is not drafted for then.
+        sent: SGLang's, once it has been sent.
         sides: logits that the mixing saw.
     """
 
     teacher: array
-    student: array | None
+    student: array
     tokens: int
-    alpha: dict | None
+    alpha: dict[str, Any] | None
     penalty: float = 0.0
-    req: Req | None = None
+    sent: Req | None = None
     sides: list[tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=list)
+
+    @property
+    def req(self) -> Req:
+        if self.sent is None:
+            raise SelfCheckError("a request of the check was not sent")
+        return self.sent
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The alpha settings of a mixed one."""
+        if self.alpha is None:
+            raise SelfCheckError("a plain request of the check is taken for a mixed one")
+        return self.alpha
 
     @property
     def output_ids(self) -> array:
@@ -124,10 +139,7 @@ class SelfCheck:
         ends = [{**middle, "alpha_method": "fixed", "fixed_alpha": alpha} for alpha in (0.0, 1.0)]
         # Of every kind one that ends late, so that each is decoded beside the others.
         alphas = [(middle, 0.0), (middle, 1e-6), (None, 0.0), (ends[0], 0.0), (ends[1], 0.0), (None, 0.0)]
-        probes = [
-            _Probe(ids(), None if alpha is None else ids(), _STEPS - i, alpha, penalty)
-            for i, (alpha, penalty) in enumerate(alphas)
-        ]
+        probes = [_Probe(ids(), ids(), _STEPS - i, alpha, penalty) for i, (alpha, penalty) in enumerate(alphas)]
         # What both contexts begin with is computed once where weights are shared, and the student's prefill comes last.
         if longest >= _LONGEST:
             common = ids(MIN_ALIASED_PREFIX + 4)
@@ -188,7 +200,7 @@ class SelfCheck:
 
         def created(*args, **kwargs) -> Req:
             req = create(*args, **kwargs)
-            self._probes[req.rid].req = req
+            self._probes[req.rid].sent = req
             return req
 
         senders = (scheduler.ipc_channels.send_to_tokenizer, scheduler.ipc_channels.send_to_detokenizer)
@@ -287,7 +299,7 @@ class SelfCheck:
         n, v = probe.tokens, self._worker.vocab_size
         teacher, student = (torch.stack([pair[i][:v] for pair in probe.sides[:n]]) for i in (0, 1))
         alpha = AlphaParams.uniform(
-            n, probe.alpha["alpha_method"], fixed_alpha=probe.alpha["fixed_alpha"] or 0.0, device=teacher.device
+            n, probe.settings["alpha_method"], fixed_alpha=probe.settings["fixed_alpha"] or 0.0, device=teacher.device
         )
         temperature = torch.ones(n, device=teacher.device)
         mixture = mix(teacher, student, temperature, alpha, ess_ratio=True, implementation="torch")
@@ -306,7 +318,7 @@ class SelfCheck:
                     "device. Report it; --student-weights none serves without mixing."
                 )
         values = dict(zip(SERIES, seen.T, strict=True))
-        fixed = probe.alpha["fixed_alpha"]
+        fixed = probe.settings["fixed_alpha"]
         if fixed is not None:
             side = "teacher" if fixed == 1.0 else "student"
             gap = (values["mixture_logprob"] - values[f"{side}_logprob"]).abs().max()

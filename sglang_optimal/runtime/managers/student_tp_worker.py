@@ -33,7 +33,7 @@ class StudentTpModelWorker(TpModelWorker):
 
     def __init__(self, config: MixingConfig, **worker_kwargs):
         self._mixing = config
-        self.weights_path = config.student_model_path
+        self.weights_path = config.student_path
         self.weight_version: str | None = None
         with _own_expert_layout():
             super().__init__(**worker_kwargs)
@@ -42,7 +42,7 @@ class StudentTpModelWorker(TpModelWorker):
 
     def _init_model_config(self) -> None:
         mixing = self._mixing
-        self.model_config = student_model_config(self.server_args, mixing.student_model_path, mixing.student_revision)
+        self.model_config = student_model_config(self.server_args, mixing.student_path, mixing.student_revision)
 
     def update_weights_from_disk(self, request: UpdateWeightFromDiskReqInput) -> tuple[bool, str]:
         """New weights of the same shapes, in place. Returns (success, message); on failure the old weights stay."""

@@ -22,6 +22,8 @@ from sglang_optimal.runtime.entrypoints.openai.chat_side import ChatSide
 from sglang_optimal.runtime.entrypoints.openai.stream_series import SERIES_RECORDER
 from sglang_optimal.runtime.entrypoints.protocol import (
     STUDENT_FIELDS,
+    StudentReader,
+    check_has_student,
     mixing_fields,
     take_carried,
     take_teacher_messages,
@@ -68,9 +70,14 @@ class MixedTokenizerManager(TokenizerManager):
 
     Attributes:
         chat_sides: set after construction, when SGLang has read its templates; None without a student or a tokenizer.
+        student_reader: how the student reads; only with one.
     """
 
     chat_sides: ChatSides | None = None
+    student_reader: StudentReader
+    # SGLang's, which sets them in a method.
+    model_path: str
+    served_model_name: str
 
     def __init__(self, *args, mixing_config: MixingConfig, **kwargs):
         self.mixing_config = mixing_config
@@ -80,17 +87,21 @@ class MixedTokenizerManager(TokenizerManager):
         super().init_tokenizer_and_processor()
         config = self.mixing_config
         self.student_tokenizer = None
-        self.teacher_max_chars = self.student_max_chars = 0
+        self.teacher_max_chars = 0
         if config.student_model_path is None:
             return
         model_config = student_model_config(self.server_args, config.student_model_path, config.student_revision)
         self.student_model_config = model_config
-        self.student_context_length = model_config.context_len
-        self.common_vocab_size = min(self.model_config.vocab_size, model_config.vocab_size)
         if self.tokenizer is not None:
             self.student_tokenizer = self.tokenizer if self._one_tokenizer() else self._student_s_own_tokenizer()
         self.teacher_max_chars = _max_chars(self.tokenizer, self.model_config.context_len)
-        self.student_max_chars = _max_chars(self.student_tokenizer, self.student_context_length)
+        self.student_reader = StudentReader(
+            encode_text=self._encode_student_text,
+            encode_messages=self._encode_student_messages,
+            vocab_size=min(self.model_config.vocab_size, model_config.vocab_size),
+            context_length=model_config.context_len,
+            max_chars=_max_chars(self.student_tokenizer, model_config.context_len),
+        )
 
     def _one_tokenizer(self) -> bool:
         config, model = self.mixing_config, get_model()
@@ -177,19 +188,18 @@ class MixedTokenizerManager(TokenizerManager):
         customs = [p.get("custom_params") if isinstance(p, dict) else None for p in params]
         config, limit = self.mixing_config, self.teacher_max_chars
         parts = [take_teacher_messages(c, config, limit) if isinstance(c, dict) else None for c in customs]
-        if not any(parts):
+        given = [part for part in parts if part is not None]
+        if not given:
             return
-        if not all(parts):
+        if len(given) < len(parts):
             raise ValueError(
                 f"teacher_messages: sampling_params[{parts.index(None)}] has none; give it in each or none."
             )
         if obj.text or obj.input_ids is not None or obj.input_embeds is not None:
             raise ValueError("teacher_messages: takes the place of text and input_ids; send one of them.")
-        if self.tokenizer is None:
-            raise ValueError("teacher_messages: the server runs with --skip-tokenizer-init; send input_ids.")
-        side = self.chat_sides.teacher
-        ids = [side.ids(messages, "teacher_messages", kwargs) for messages, kwargs, _ in parts]
-        params = [{**p, "custom_params": rest} for p, (_, _, rest) in zip(params, parts, strict=True)]
+        side = self.sides_of_a_chat("teacher_messages", "send input_ids").teacher
+        ids = [side.ids(messages, "teacher_messages", kwargs) for messages, kwargs, _ in given]
+        params = [{**p, "custom_params": rest} for p, (_, _, rest) in zip(params, given, strict=True)]
         obj.text = None
         obj.input_ids, obj.sampling_params = (ids, params) if batch else (ids[0], params[0])
 
@@ -248,22 +258,12 @@ class MixedTokenizerManager(TokenizerManager):
         if self.mixing_config.student_lora_path is not None and params.get("beam_width") not in (None, 1):
             # SGLang counts an adapter for each request, where beam search has more rows, and ends the process.
             raise ValueError("beam_width: beam search is not supported beside --student-lora-path; remove it.")
-        others_read = bool(obj.custom_logit_processor)
-        if not mixing_fields(custom, others_read=others_read):
+        fields = mixing_fields(custom, others_read=bool(obj.custom_logit_processor))
+        if custom is None or not fields:
             self._check_plain(obj)
             return
-        has_student = self.mixing_config.student_model_path is not None
-        wire = to_wire(
-            custom,
-            self.mixing_config,
-            others_read=others_read,
-            encode_text=self._encode_student_text,
-            encode_messages=self._encode_student_messages,
-            vocab_size=self.common_vocab_size if has_student else 0,
-            context_length=self.student_context_length if has_student else 0,
-            max_chars=self.student_max_chars if has_student else 0,
-            max_new_tokens=params.get("max_new_tokens"),
-        )
+        check_has_student(fields, self.mixing_config)
+        wire = to_wire(custom, fields, self.mixing_config, self.student_reader, params.get("max_new_tokens"))
         for name in _UNSUPPORTED:
             if _is_given(getattr(obj, name, None)):
                 raise ValueError(f"{name}: not supported in a mixed request; remove it or the student context.")
@@ -271,12 +271,12 @@ class MixedTokenizerManager(TokenizerManager):
             raise ValueError("beam_width: beam search is not supported in a mixed request; remove one of the two.")
         # A new dict: the requests of one batch may share theirs.
         obj.sampling_params = {**params, "custom_params": wire}
-        if custom.get("return_prompts"):
+        if fields.get("return_prompts"):
             obj.mixing_prompts = self._prompts(list(input_ids), wire["student_input_ids"])
 
     def _prompts(self, teacher: list[int], student: list[int]) -> dict[str, list[int] | str]:
         prompts: dict[str, list[int] | str] = {"teacher_prompt_ids": teacher, "student_prompt_ids": student}
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and self.student_tokenizer is not None:
             for side, tokenizer in (("teacher", self.tokenizer), ("student", self.student_tokenizer)):
                 prompts[f"{side}_prompt_text"] = tokenizer.decode(prompts[f"{side}_prompt_ids"])
         return prompts
@@ -292,16 +292,24 @@ class MixedTokenizerManager(TokenizerManager):
         )
 
     def _encode_student_text(self, text: str) -> list[int]:
-        return self._student_tokenizer("student_text").encode(text)
+        if self.student_tokenizer is None:
+            raise ValueError("student_text: the server runs with --skip-tokenizer-init; send student_input_ids.")
+        return self.student_tokenizer.encode(text)
 
     def _encode_student_messages(self, messages: list[dict], kwargs: dict) -> list[int]:
-        self._student_tokenizer("student_messages")
-        return self.chat_sides.student.ids(messages, "student_messages", kwargs)
+        return self.sides_of_a_chat("student_messages", "send student_input_ids").student.ids(
+            messages, "student_messages", kwargs
+        )
 
-    def _student_tokenizer(self, field: str):
-        if self.student_tokenizer is None:
-            raise ValueError(f"{field}: the server runs with --skip-tokenizer-init; send student_input_ids.")
-        return self.student_tokenizer
+    def sides_of_a_chat(self, field: str, instead: str) -> ChatSides:
+        """How each model reads ``field``.
+
+        Raises:
+            ValueError: neither does, without a tokenizer; ``instead``: what can be sent.
+        """
+        if self.chat_sides is None:
+            raise ValueError(f"{field}: the server runs with --skip-tokenizer-init; {instead}.")
+        return self.chat_sides
 
     def update_request_meta_info(self, meta_info, state, customized_info, index, finish_reason) -> None:
         # SGLang pads plain requests with None when a mixed one shares the message; leave their meta_info as it was.

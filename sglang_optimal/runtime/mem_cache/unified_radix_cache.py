@@ -18,7 +18,23 @@ from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
 class MixedUnifiedRadixCache(UnifiedRadixCache):
     """SGLang's own radix cache plus the student's side of the same events."""
 
-    student_kv: StudentKV | None = None
+    _student_kv: StudentKV | None = None
+
+    @property
+    def student_kv(self) -> StudentKV:
+        """The student's KV.
+
+        Raises:
+            RuntimeError: `attach` has not been called.
+        """
+        if self._student_kv is None:
+            raise RuntimeError("the teacher's radix cache has no student")
+        return self._student_kv
+
+    def attach(self, student_kv: StudentKV) -> None:
+        """Tell this student of what happens from now on."""
+        self._student_kv = student_kv
+        student_kv.attach(self)
 
     def checkpoint(self, req: Req, *, up_to: int, **kwargs) -> None:
         super().checkpoint(req, up_to=up_to, **kwargs)
@@ -33,14 +49,22 @@ class MixedUnifiedRadixCache(UnifiedRadixCache):
 
     def reset(self) -> None:
         super().reset()
-        if self.student_kv is not None:
-            self.student_kv.reset()
+        if self._student_kv is not None:  # SGLang resets a cache as it makes it
+            self._student_kv.reset()
 
 
 def create_mixed_unified_radix_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
-    """Factory of ``--radix-cache-backend optimal``."""
+    """Factory of ``--radix-cache-backend optimal``.
+
+    Raises:
+        RuntimeError: SGLang's own scheduler asked for it, which has no student.
+    """
     cache = create_unified_radix_cache(ctx, cache_class=MixedUnifiedRadixCache)
-    cache.student_kv = getattr(ctx.tp_worker, "student_kv", None)
-    if cache.student_kv is not None:
-        cache.student_kv.attach(cache)
+    student_kv = getattr(ctx.tp_worker, "student_kv", None)
+    if student_kv is None:
+        raise RuntimeError(
+            "--radix-cache-backend optimal needs a student: start the server with python -m "
+            "sglang_optimal.launch_server."
+        )
+    cache.attach(student_kv)
     return cache

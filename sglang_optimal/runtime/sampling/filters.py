@@ -10,7 +10,7 @@ from sglang_optimal.mixing.truncation import Kernels, Truncation
 from sglang_optimal.runtime.core import MixedRows
 
 
-def truncation_of(info: SamplingBatchInfo, rows: MixedRows) -> Truncation:
+def filters_of(info: SamplingBatchInfo, rows: MixedRows) -> Truncation:
     """The settings of some rows of a batch, to be applied as lockstep applies them to that batch."""
     return Truncation(
         temperature=rows.select(info.temperatures).view(-1),

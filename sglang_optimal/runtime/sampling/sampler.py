@@ -19,22 +19,36 @@ BACKEND = "optimal"
 
 
 @dataclasses.dataclass
+class MixedLogits:
+    """What was mixed at one position of n rows, and what came of it.
+
+    Attributes:
+        teacher, student: [n, V] logits, transformed. temperature: [n, 1].
+        mixture: of both.
+    """
+
+    teacher: torch.Tensor
+    student: torch.Tensor
+    temperature: torch.Tensor
+    mixture: Mixture
+
+
+@dataclasses.dataclass
 class MixingStep:
     """One batch's mixed rows on their way through SGLang's sampling.
 
     Attributes:
         rows: which rows of the batch, and their settings.
-        student_logits: [n, V_student].
+        student_logits: [n, V_student], once the student's forward was launched and until they are mixed.
         vocab_size: number of ids both models have; the mixture's support is [0, vocab_size).
+        mixed: once they are mixed, and until the token is sampled.
         failure: why there are no student logits (they are NaN then, and the rows end with this message); else None.
     """
 
     rows: MixedRows
-    student_logits: torch.Tensor
+    student_logits: torch.Tensor | None
     vocab_size: int
-    teacher_logits: torch.Tensor | None = None
-    temperatures: torch.Tensor | None = None
-    mixture: Mixture | None = None
+    mixed: MixedLogits | None = None
     failure: str | None = None
 
     def apply_logit_transforms(self, width: int, info: SamplingBatchInfo) -> None:
@@ -48,14 +62,11 @@ class MixingStep:
             or info.logit_bias is not None
         ):
             return
-        logits = self.student_logits.float()
+        logits = self._student_logits().float()
         # SGLang's transforms take the whole batch at the teacher's width.
         full = logits.new_zeros((len(info), width))
         known = logits[:, : self.vocab_size]
-        if self.rows.device_row_ids is None:
-            full[:, : self.vocab_size] = known
-        else:
-            full[self.rows.device_row_ids, : self.vocab_size] = known
+        self.rows.put(full[:, : self.vocab_size], known)
         info.apply_logits_bias(full)
         self.student_logits = self.rows.select(full)
 
@@ -67,29 +78,33 @@ class MixingStep:
         v = self.vocab_size
         width = logits.shape[-1]
         teacher = self.rows.select(logits)
-        self.teacher_logits = teacher[:, :v]
-        self.temperatures = self.rows.select(info.temperatures)
-        self.student_logits = self.student_logits[:, :v]
+        student, self.student_logits = self._student_logits()[:, :v], None
+        temperature = self.rows.select(info.temperatures)
         # Where only one model knows an id, it stays masked.
         mixed = torch.empty((len(teacher), width), dtype=torch.float32, device=logits.device)
         mixed[:, v:] = -torch.inf
-        self.mixture = mix(
-            self.teacher_logits,
-            self.student_logits,
-            self.temperatures,
-            self.rows.alpha,
-            ess_ratio=self.rows.info,
-            out=mixed[:, :v],
-        )
-        make_samplable(mixed, self.mixture)
+        mixture = mix(teacher[:, :v], student, temperature, self.rows.alpha, ess_ratio=self.rows.info, out=mixed[:, :v])
+        self.mixed = MixedLogits(teacher[:, :v], student, temperature, mixture)
+        make_samplable(mixed, mixture)
         if self.rows.device_row_ids is None:
             return mixed.to(logits.dtype)
-        return logits.index_copy_(0, self.rows.device_row_ids, mixed.to(logits.dtype))
+        return self.rows.put(logits, mixed.to(logits.dtype))
 
-    def extras(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[n, len(SERIES)] float32 for the sampled tokens [B]."""
-        token_ids = self.rows.select(token_ids).long()
-        return token_series(self.mixture, self.teacher_logits, self.student_logits, self.temperatures, token_ids)
+    def take_mixed(self) -> MixedLogits:
+        """What was mixed, which the step then lets go: it lives on with the batch for two more iterations.
+
+        Raises:
+            RuntimeError: nothing was.
+        """
+        mixed, self.mixed = self.mixed, None
+        if mixed is None:
+            raise RuntimeError("the logits of the step were not mixed")
+        return mixed
+
+    def _student_logits(self) -> torch.Tensor:
+        if self.student_logits is None:
+            raise RuntimeError("the student's forward of the step was not launched")
+        return self.student_logits
 
 
 def token_series(

@@ -21,7 +21,7 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from sglang_optimal.names import SERIES
 from sglang_optimal.runtime.managers.dead_ends import NOTHING_LEFT
-from sglang_optimal.runtime.sampling.sampler import MixingStep
+from sglang_optimal.runtime.sampling.sampler import MixingStep, token_series
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,11 @@ class MixingObserver:
         return sampling_info.mixing
 
     def after_sample(self, state: MixingStep, token_ids: torch.Tensor) -> MixingDeviceOutput:
-        values = state.extras(token_ids).unsqueeze(1)
+        mixed = state.take_mixed()
+        token_ids = state.rows.select(token_ids).long()
+        values = token_series(mixed.mixture, mixed.teacher, mixed.student, mixed.temperature, token_ids).unsqueeze(1)
         if self.on_sides is not None:
-            self.on_sides(state.rows.reqs, state.teacher_logits, state.student_logits)
-        # Free both models' logits now: the step lives on with the batch for two more iterations.
-        state.teacher_logits = state.student_logits = state.mixture = None
+            self.on_sides(state.rows.reqs, mixed.teacher, mixed.student)
         return MixingDeviceOutput(state.rows.row_ids, values, self, state.failure)
 
 

@@ -7,6 +7,7 @@ SGLang's own. The seam misses a few members that it calls on its built-in algori
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType, SpeculativeAlgorithm
@@ -67,14 +68,21 @@ class MixingDraftInput(SpecInput):
 
     def filter_batch(self, new_indices: torch.Tensor, new_indices_cpu: list[int] | None = None) -> None:
         """Keep the given rows."""
-        if self.future_indices is not None:
-            self.future_indices = self.future_indices[new_indices]
-        else:
-            self.bonus_tokens = self.bonus_tokens[new_indices]
+        self._replace(lambda values: values[new_indices])
 
     def merge_batch(self, other: MixingDraftInput) -> None:
         """Add the rows of ``other`` behind."""
+        self._replace(lambda values: torch.cat([values, other._values()]))
+
+    def _values(self) -> torch.Tensor:
+        """What there is of the two."""
+        values = self.bonus_tokens if self.future_indices is None else self.future_indices
+        if values is None:
+            raise RuntimeError("a step left no tokens to the next")
+        return values
+
+    def _replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.future_indices is not None:
-            self.future_indices = torch.cat([self.future_indices, other.future_indices])
+            self.future_indices = change(self._values())
         else:
-            self.bonus_tokens = torch.cat([self.bonus_tokens, other.bonus_tokens])
+            self.bonus_tokens = change(self._values())

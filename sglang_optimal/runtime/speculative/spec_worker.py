@@ -26,12 +26,12 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_optimal.mixing import mix
 from sglang_optimal.mixing.speculation import verify, verify_greedy
-from sglang_optimal.mixing.truncation import Truncation
+from sglang_optimal.mixing.truncation import Truncation as SamplingFilters
 from sglang_optimal.runtime.core import DecodePlan, DraftRows, MixedRows, student_of
 from sglang_optimal.runtime.managers.schedule_batch import decode_rows
 from sglang_optimal.runtime.model_executor.host_copy import sent
 from sglang_optimal.runtime.model_executor.student_failure import student_failure
-from sglang_optimal.runtime.sampling.filters import truncation_of
+from sglang_optimal.runtime.sampling.filters import filters_of
 from sglang_optimal.runtime.sampling.sampler import MixingStep, make_samplable, token_series
 from sglang_optimal.runtime.speculative.adaptive_draft_length import AdaptiveDraftLength, FixedDraftLength
 from sglang_optimal.runtime.speculative.draft_temperature import DraftTemperature
@@ -96,16 +96,16 @@ class MixingSpecWorker(BaseSpecWorker):
             return self._finish(batch, result, batch.seq_lens, result.next_token_ids, on_publish)
         rows = self._rows(batch)
         last = batch.spec_info.bonus_tokens.long()
-        host = [] if rows.drafted is None else rows.drafted.row_ids
-        with self.lengths.step(len(host)) if host else contextlib.nullcontext(0) as length:
-            if length and len(host) * (length + 1) < self._too_many:
+        row_ids = [] if rows.all_drafted is None else rows.drafted.row_ids
+        with self.lengths.step(len(row_ids)) if row_ids else contextlib.nullcontext(0) as length:
+            if length and len(row_ids) * (length + 1) < self._too_many:
                 try:
                     result = self._speculate(batch, rows, last, length, on_publish)
-                    self._launched.append((length, host))
+                    self._launched.append((length, row_ids))
                     return result
                 except torch.OutOfMemoryError as error:
-                    self._without_memory(error, len(host) * (length + 1))
-            self._launched.append((0, host))
+                    self._without_memory(error, len(row_ids) * (length + 1))
+            self._launched.append((0, row_ids))
             return self._lockstep(batch, rows, last, on_publish)
 
     def _without_memory(self, error: torch.OutOfMemoryError, positions: int) -> None:
@@ -126,22 +126,22 @@ class MixingSpecWorker(BaseSpecWorker):
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         """The scheduler has the result of the oldest decode step that it has not had yet."""
-        length, host = self._launched.popleft()
+        length, row_ids = self._launched.popleft()
         if length:
-            self.lengths.observe(length, [num_correct_drafts_per_req[i] for i in host])
+            self.lengths.observe(length, [num_correct_drafts_per_req[i] for i in row_ids])
 
     def _rows(self, batch: ScheduleBatch) -> DraftRows:
         # As in Planner: the list of requests is a new one whenever it changes.
         if self._cached is None or self._cached[0] is not batch.reqs:
             kv = self.target_worker.student_kv
-            host = [i for i, req in enumerate(batch.reqs) if student_of(req) is not None]
-            drafted = [i for i in host if can_draft(batch.reqs[i])]
-            mixed = MixedRows.build(batch, host, kv) if host else None
-            if drafted == host:
+            row_ids = [i for i, req in enumerate(batch.reqs) if student_of(req) is not None]
+            drafted = [i for i in row_ids if can_draft(batch.reqs[i])]
+            mixed = MixedRows.build(batch, row_ids, kv) if row_ids else None
+            if drafted == row_ids:
                 rows = DraftRows(mixed, mixed, None)
             else:
-                inner = sent([host.index(i) for i in drafted], batch.device)[1]
-                rows = DraftRows(mixed, MixedRows.build(batch, drafted, kv) if drafted else None, inner)
+                drafted_in_mixed = sent([row_ids.index(i) for i in drafted], batch.device)[1]
+                rows = DraftRows(mixed, MixedRows.build(batch, drafted, kv) if drafted else None, drafted_in_mixed)
             self._cached = batch.reqs, rows
         return self._cached[1]
 
@@ -155,7 +155,7 @@ class MixingSpecWorker(BaseSpecWorker):
     def _lockstep(self, batch: ScheduleBatch, rows: DraftRows, last: torch.Tensor, on_publish) -> GenerationBatchResult:
         """One token for each request."""
         batch = self._as_decode(batch, last)
-        batch.student_plan = None if rows.mixed is None else self._plan(batch, rows.mixed, 0)
+        batch.student_plan = None if rows.all_mixed is None else self._plan(batch, rows.mixed, 0)
         result = self.target_worker.forward_batch_generation(batch)
         result.accept_lens = torch.ones(len(batch.reqs), dtype=torch.int32, device=batch.device)
         result.speculative_num_draft_tokens = 1
@@ -194,34 +194,37 @@ class MixingSpecWorker(BaseSpecWorker):
         size, n, v, width = len(batch.reqs), len(drafted.row_ids), target.vocab_size, length + 1
         bias = batch.sampling_info.logit_bias
         bias = None if bias is None else drafted.select(bias)[:, :v]
-        truncation = truncation_of(batch.sampling_info, drafted)
+        filters = filters_of(batch.sampling_info, drafted)
 
-        draft = self._draft(batch, rows, length, self.temperature.sharpened(truncation), bias)
-        forward = self._verify_forward(batch, drafted, draft.tokens)
+        draft = self._draft(batch, rows, length, self.temperature.sharpened(filters), bias)
+        forward = self._verify_forward(batch, drafted, draft.token_ids)
         logits = forward.logits_output.next_token_logits
-        first = None if n == size else self._first_tokens(batch, rows, draft, logits[:size])
-        teacher = logits if first is None else torch.cat([drafted.select(logits[:size]), logits[size:]])
+        lockstep = None if n == size else self._lockstep_tokens(batch, rows, draft, logits[:size])
+        teacher = logits if lockstep is None else torch.cat([drafted.select(logits[:size]), logits[size:]])
         teacher = teacher[:, :v]
         if bias is not None:
             teacher = teacher + bias.repeat(width, 1)
-        student, every = draft.logits.view(width * n, v), truncation.repeat(width)
-        mixture = mix(teacher, student, every.temperature, drafted.alpha.repeat(width), ess_ratio=drafted.info)
+        # All n rows at the first position, then at the second, …
+        student, filters_everywhere = draft.logits.view(width * n, v), filters.repeat(width)
+        temperature = filters_everywhere.temperature
+        mixture = mix(teacher, student, temperature, drafted.alpha.repeat(width), ess_ratio=drafted.info)
         make_samplable(mixture.logits, mixture)
-        if truncation.greedy:
-            tokens, accepted = verify_greedy(mixture.logits.argmax(-1).view(width, n), draft.tokens)
+        if draft.probs is None:
+            target_token_ids = mixture.logits.argmax(-1).view(width, n)
+            token_ids, num_accepted = verify_greedy(target_token_ids, draft.token_ids)
         else:
-            chances = every.probs(mixture.logits).view(width, n, v)
+            target_probs = filters_everywhere.probs(mixture.logits).view(width, n, v)
             if draft.failure is None:
-                self.temperature.observe(draft.logits[0], chances[0], truncation)
-            tokens, accepted = verify(chances, draft.chances, draft.tokens)
-        tokens, accepted = self._broadcast(tokens), self._broadcast(accepted)
+                self.temperature.observe(draft.logits[0], target_probs[0], filters)
+            token_ids, num_accepted = verify(target_probs, draft.probs, draft.token_ids)
+        token_ids, num_accepted = self._broadcast(token_ids), self._broadcast(num_accepted)
 
-        values = token_series(mixture, teacher, student, every.temperature, tokens.reshape(-1))
-        step = VerifyOutput(rows, tokens, accepted, values.view(width, n, -1), mixture.logits.view(width, n, v))
+        values = token_series(mixture, teacher, student, temperature, token_ids.reshape(-1)).view(width, n, -1)
+        output = VerifyOutput(rows, token_ids, num_accepted, values, mixture.logits.view(width, n, v))
         observer = target.model_runner.sampling_observer
         if observer.on_sides is not None:
-            step.show(observer.on_sides, teacher.view(width, n, v), draft.logits)
-        result = step.result(batch, first, observer, draft.failure)
+            output.show(observer.on_sides, teacher.view(width, n, v), draft.logits)
+        result = output.result(batch, lockstep, observer, draft.failure)
         result.can_run_cuda_graph = forward.can_run_graph
         lens = result.accept_lens
         last = result.next_token_ids.view(size, width).gather(1, (lens - 1).long().unsqueeze(1)).squeeze(1)
@@ -241,24 +244,24 @@ class MixingSpecWorker(BaseSpecWorker):
     # -- parts of a step -------------------------------------------------------------------------------------------
 
     def _draft(
-        self, batch: ScheduleBatch, rows: DraftRows, length: int, truncation: Truncation, bias: torch.Tensor | None
+        self, batch: ScheduleBatch, rows: DraftRows, length: int, filters: SamplingFilters, bias: torch.Tensor | None
     ) -> Draft:
         """``length`` + 1 forwards of the student, each on what it drew from the one before."""
         target, drafted = self.target_worker, rows.drafted
         n, v = len(drafted.row_ids), target.vocab_size
-        draft = Draft.empty(length, n, v, batch.device, greedy=truncation.greedy)
+        draft = Draft.empty(length, n, v, batch.device, greedy=filters.greedy)
         try:
             for ahead in range(length + 1):
                 # The first forward has the rows that are not drafted for as well.
                 part = rows.mixed if ahead == 0 else drafted
-                ids = part.select(batch.input_ids) if ahead == 0 else draft.tokens[ahead - 1]
+                ids = part.select(batch.input_ids) if ahead == 0 else draft.token_ids[ahead - 1]
                 logits = target.student.forward_decode(batch, self._plan(batch, part, ahead), ids, view=True)
-                if ahead == 0 and rows.inner is not None:
-                    draft.first = logits.clone()
-                    logits = logits.index_select(0, rows.inner)
+                if ahead == 0 and rows.drafted_in_mixed is not None:
+                    draft.lockstep_logits = logits.clone()
+                    logits = logits.index_select(0, rows.drafted_in_mixed)
                 draft.logits[ahead] = logits[:, :v] if bias is None else logits[:, :v] + bias
                 if ahead < length:
-                    draft.tokens[ahead] = self._broadcast(draft.propose(ahead, truncation))
+                    draft.token_ids[ahead] = self._broadcast(draft.propose(ahead, filters))
         except torch.OutOfMemoryError:
             raise  # the step may go on in lockstep
         except Exception as error:
@@ -266,25 +269,25 @@ class MixingSpecWorker(BaseSpecWorker):
             draft.fill_invalid(len(rows.mixed.row_ids))
         return draft
 
-    def _verify_forward(self, batch: ScheduleBatch, drafted: MixedRows, drafts: torch.Tensor):
+    def _verify_forward(self, batch: ScheduleBatch, drafted: MixedRows, draft_token_ids: torch.Tensor):
         """The teacher's forward of all rows of ``batch``, then of the drafted rows once for each draft [k, n]."""
-        k, n = drafts.shape
-        pool_rows = torch.cat([batch.req_pool_indices, drafted.select(batch.req_pool_indices).repeat(k)])
+        k, n = draft_token_ids.shape
+        req_pool_indices = torch.cat([batch.req_pool_indices, drafted.select(batch.req_pool_indices).repeat(k)])
         seq_lens = torch.cat([batch.seq_lens, _ahead(drafted.select(batch.seq_lens), k)])
         cpu = batch.seq_lens_cpu
         part = decode_rows(
             batch,
             [*batch.reqs, *[batch.reqs[i] for i in drafted.row_ids] * k],
-            input_ids=torch.cat([batch.input_ids, drafts.reshape(-1)]),
-            req_pool_indices=pool_rows,
+            input_ids=torch.cat([batch.input_ids, draft_token_ids.reshape(-1)]),
+            req_pool_indices=req_pool_indices,
             seq_lens=seq_lens,
             seq_lens_cpu=None if cpu is None else torch.cat([cpu, _ahead(drafted.select_host(cpu), k)]),
-            out_cache_loc=_slots(batch.req_to_token_pool, pool_rows, seq_lens),
+            out_cache_loc=_slots(batch.req_to_token_pool, req_pool_indices, seq_lens),
         )
         runner = self.target_worker.model_runner
         return runner.forward(ForwardBatch.init_new(part, runner, return_hidden_states_before_norm=False))
 
-    def _first_tokens(
+    def _lockstep_tokens(
         self, batch: ScheduleBatch, rows: DraftRows, draft: Draft, logits: torch.Tensor
     ) -> tuple[torch.Tensor, LogitsProcessorOutput]:
         """What lockstep samples for all requests: the tokens [B] of those that are not drafted for, and more of them.
@@ -294,8 +297,9 @@ class MixingSpecWorker(BaseSpecWorker):
         """
         runner, info = self.target_worker.model_runner, batch.sampling_info
         info.mixing = None
-        if rows.inner is not None:  # else only plain requests are left
-            info.mixing = MixingStep(rows.mixed, draft.first, self.target_worker.vocab_size, failure=draft.failure)
+        if rows.drafted_in_mixed is not None:  # else only plain requests are left
+            logits_of_all = draft.lockstep_logits
+            info.mixing = MixingStep(rows.mixed, logits_of_all, self.target_worker.vocab_size, failure=draft.failure)
         output = LogitsProcessorOutput(next_token_logits=logits.clone())
         forward_batch = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
         return runner.sample(output, forward_batch), output

@@ -12,7 +12,7 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
 
 from sglang_optimal.mixing.speculation import draw
-from sglang_optimal.mixing.truncation import Truncation
+from sglang_optimal.mixing.truncation import Truncation as SamplingFilters
 from sglang_optimal.runtime.core import DraftRows
 from sglang_optimal.runtime.sampling.sampling_observer import MixingDeviceOutput, MixingObserver
 
@@ -22,42 +22,42 @@ class Draft:
     """What the student drafted for n rows.
 
     Attributes:
-        tokens: [k, n] int64. logits: [k+1, n, v] float32, the student's at each position, bias added.
-        chances: [k, n, v] float32, what the tokens were drawn from; None where all rows are greedy.
-        first: [m, V_student], its logits at the first position for all m mixed rows; None where n = m.
+        token_ids: [k, n] int64. logits: [k+1, n, v] float32, the student's at each position, bias added.
+        probs: [k, n, v] float32, what the tokens were drawn from; None where all rows are greedy.
+        lockstep_logits: [m, V_student], its logits at the first position for all m mixed rows; None where n = m.
         failure: why there is nothing; else None.
     """
 
-    tokens: torch.Tensor
+    token_ids: torch.Tensor
     logits: torch.Tensor
-    chances: torch.Tensor | None
-    first: torch.Tensor | None = None
+    probs: torch.Tensor | None
+    lockstep_logits: torch.Tensor | None = None
     failure: str | None = None
 
     @classmethod
     def empty(cls, k: int, n: int, v: int, device, *, greedy: bool) -> Draft:
         return cls(
-            tokens=torch.zeros((k, n), dtype=torch.int64, device=device),
+            token_ids=torch.zeros((k, n), dtype=torch.int64, device=device),
             logits=torch.empty((k + 1, n, v), device=device),
-            chances=None if greedy else torch.empty((k, n, v), device=device),
+            probs=None if greedy else torch.empty((k, n, v), device=device),
         )
 
-    def propose(self, position: int, truncation: Truncation) -> torch.Tensor:
-        """Tokens [n] drawn from the student's logits at ``position`` with ``truncation``."""
+    def propose(self, position: int, filters: SamplingFilters) -> torch.Tensor:
+        """Tokens [n] drawn from the student's logits at ``position`` with ``filters``."""
         logits = self.logits[position]
-        if self.chances is None:
+        if self.probs is None:
             return logits.argmax(-1)
-        chances = truncation.probs(logits.nan_to_num(0.0, 0.0) if _not_finite(logits) else logits)
-        self.chances[position] = chances
-        return draw(chances)
+        probs = filters.probs(logits.nan_to_num(0.0, 0.0) if _not_finite(logits) else logits)
+        self.probs[position] = probs
+        return draw(probs)
 
     def fill_invalid(self, mixed: int) -> None:
         """Leave nothing that could be taken for a distribution, after a failure; ``mixed``: number of mixed rows."""
-        self.tokens.zero_()
+        self.token_ids.zero_()
         self.logits.fill_(torch.nan)
-        if self.chances is not None:
-            self.chances.fill_(1.0 / self.chances.shape[-1])
-        self.first = torch.full((mixed, self.logits.shape[-1]), torch.nan, device=self.logits.device)
+        if self.probs is not None:
+            self.probs.fill_(1.0 / self.probs.shape[-1])
+        self.lockstep_logits = torch.full((mixed, self.logits.shape[-1]), torch.nan, device=self.logits.device)
 
 
 @dataclasses.dataclass
@@ -66,57 +66,56 @@ class VerifyOutput:
 
     Attributes:
         rows: which rows of the batch.
-        tokens: [w, n] int64, accepted: [n] int64; the first ``accepted`` + 1 tokens of a row count.
+        token_ids: [w, n] int64, num_accepted: [n] int64; the first ``num_accepted`` + 1 tokens of a row count.
         values: [w, n, len(SERIES)] float32.
         logits: [w, n, v], the mixture's.
     """
 
     rows: DraftRows
-    tokens: torch.Tensor
-    accepted: torch.Tensor
+    token_ids: torch.Tensor
+    num_accepted: torch.Tensor
     values: torch.Tensor
     logits: torch.Tensor
 
     def show(self, on_sides, teacher: torch.Tensor, student: torch.Tensor) -> None:
         """Tell ``MixingObserver.on_sides`` of both sides' logits [w, n, v] where a token came of them."""
         # Where mixed rows go on in lockstep beside them, it has been told of all first positions.
-        for ahead in range(0 if self.rows.inner is None else 1, len(self.tokens)):
-            rows = (self.accepted >= ahead).nonzero().view(-1)
+        for ahead in range(0 if self.rows.drafted_in_mixed is None else 1, len(self.token_ids)):
+            rows = (self.num_accepted >= ahead).nonzero().view(-1)
             reqs = [self.rows.drafted.reqs[i] for i in rows.tolist()]
             on_sides(reqs, teacher[ahead][rows], student[ahead][rows])
 
     def result(
         self,
         batch: ScheduleBatch,
-        first: tuple[torch.Tensor, LogitsProcessorOutput] | None,
+        lockstep: tuple[torch.Tensor, LogitsProcessorOutput] | None,
         observer: MixingObserver,
         failure: str | None,
     ) -> GenerationBatchResult:
         """SGLang's result of a speculative step, w tokens wide.
 
         Args:
-            first: tokens [B] and output of the requests that were not drafted for; None when all were.
+            lockstep: tokens [B] and output of the requests that were not drafted for; None when all were.
         """
-        width, size = len(self.tokens), len(batch.reqs)
-        rows, index = self.rows.drafted, self.rows.drafted.device_row_ids
-        tokens, lens, values = self.tokens.T, self.accepted + 1, self.values.transpose(0, 1)
-        if first is not None:
-            ids, output = first
-            some = tokens
+        width, size = len(self.token_ids), len(batch.reqs)
+        rows = self.rows.drafted
+        tokens, lens, values = self.token_ids.T, self.num_accepted + 1, self.values.transpose(0, 1)
+        if lockstep is not None:
+            lockstep_token_ids, lockstep_output = lockstep
+            drafted_token_ids = tokens
             tokens = tokens.new_zeros((size, width))
-            tokens[:, 0] = ids
-            tokens[index] = some
-            lens = lens.new_ones(size).index_copy_(0, index, lens)
+            tokens[:, 0] = lockstep_token_ids
+            rows.put(tokens, drafted_token_ids)
+            lens = rows.put(lens.new_ones(size), lens)
             rows = self.rows.mixed
-            if self.rows.inner is not None:
-                lockstep = output.auxiliary_device_output.values
-                some = values
-                values = lockstep.new_zeros((len(rows.row_ids), width, lockstep.shape[-1]))
-                values[:, :1] = lockstep
-                values[self.rows.inner] = some
+            if self.rows.drafted_in_mixed is not None:
+                lockstep_values, drafted_values = lockstep_output.auxiliary_device_output.values, values
+                values = lockstep_values.new_zeros((len(rows.row_ids), width, lockstep_values.shape[-1]))
+                values[:, :1] = lockstep_values
+                values[self.rows.drafted_in_mixed] = drafted_values
         output = LogitsProcessorOutput(next_token_logits=None)
         if batch.return_logprob:
-            self._write_logprobs(output, batch, None if first is None else first[1])
+            self._write_logprobs(output, batch, None if lockstep is None else lockstep[1])
         output.auxiliary_device_output = MixingDeviceOutput(rows.row_ids, values, observer, failure)
         return GenerationBatchResult(
             logits_output=output,
@@ -126,7 +125,7 @@ class VerifyOutput:
         )
 
     def _write_logprobs(
-        self, output: LogitsProcessorOutput, batch: ScheduleBatch, first: LogitsProcessorOutput | None
+        self, output: LogitsProcessorOutput, batch: ScheduleBatch, lockstep: LogitsProcessorOutput | None
     ) -> None:
         """The log-probabilities that requests asked for, w for each, by SGLang's own functions."""
         width, n, v = self.logits.shape
@@ -140,20 +139,20 @@ class VerifyOutput:
             token_ids_logprobs=[batch.token_ids_logprobs[i] for i in rows.row_ids],
         )
         own = LogitsProcessorOutput(next_token_logits=self.logits.transpose(0, 1).reshape(n * width, v))
-        compute_spec_logprobs(part, own, self.tokens.T.reshape(-1), chain_stride=width)
-        if first is None:
+        compute_spec_logprobs(part, own, self.token_ids.T.reshape(-1), chain_stride=width)
+        if lockstep is None:
             for name in _LOGPROB_LISTS:
                 setattr(output, name, getattr(own, name))
             output.next_token_logprobs = own.next_token_logprobs
             return
         size = len(batch.reqs)
         logprobs = own.next_token_logprobs.new_zeros((size, width))
-        logprobs[:, 0] = first.next_token_logprobs
-        logprobs[rows.device_row_ids] = own.next_token_logprobs
+        logprobs[:, 0] = lockstep.next_token_logprobs
+        rows.put(logprobs, own.next_token_logprobs)
         output.next_token_logprobs = logprobs
         nothing = logprobs.new_empty(0)
         for name in _LOGPROB_LISTS:
-            mine, theirs = getattr(own, name), getattr(first, name)
+            mine, theirs = getattr(own, name), getattr(lockstep, name)
             if mine is None and theirs is None:
                 continue
             merged: list = [nothing] * (size * width)

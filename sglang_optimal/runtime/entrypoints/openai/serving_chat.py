@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, ChatCompletionResponse, CompletionResponse
@@ -110,8 +110,7 @@ class MixedOpenAIServingChat(OpenAIServingChat):
         """What the student reads of the chat: as the teacher would, but for its own messages, system prompt and
         template variables."""
         manager, name = self.tokenizer_manager, "messages"
-        if manager.chat_sides is None:
-            raise ValueError("messages: the server runs with --skip-tokenizer-init; use /generate with token ids.")
+        sides = manager.sides_of_a_chat("messages", "use /generate with token ids")
         messages = shared
         if fields.get("student_messages") is not None:
             name = "student_messages"
@@ -120,12 +119,12 @@ class MixedOpenAIServingChat(OpenAIServingChat):
         student = request.model_copy(deep=True, update={"stream": False, "custom_params": None, "input_ids": None})
         if messages is not shared:
             student.messages = as_request({"messages": messages}, name).messages
-        check_size_of(student.messages, manager.student_max_chars, name)
+        check_size_of(student.messages, manager.student_reader.max_chars, name)
         own = fields.get("student_chat_template_kwargs")
         if own is not None:
             own = _checked_variables(own, "student_chat_template_kwargs")
             student.chat_template_kwargs = {**(student.chat_template_kwargs or {}), **own}
-        return RenderedPrompt(manager.chat_sides.student.ids_of(student, name), name)
+        return RenderedPrompt(sides.student.ids_of(student, name), name)
 
     def _build_chat_response(self, request, ret, created):
         response = super()._build_chat_response(request, ret, created)
@@ -164,13 +163,13 @@ class MixedCompletionResponse(CompletionResponse):
     sglext: dict[str, Any] | None = None
 
 
-def _recorded_stream(chunks: Callable, openai_request, *args) -> AsyncIterator[str]:
+def _recorded_stream(chunks: Callable, openai_request, *args) -> AsyncGenerator[str, None]:
     """SGLang's server-sent events; those of a mixed request carry the series of the tokens they bring."""
     events, fields = chunks(*args), _fields_of(openai_request)
     return _with_stream_series(events) if fields else events
 
 
-async def _with_stream_series(events: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _with_stream_series(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
     recorder = SeriesRecorder()
     async with contextlib.aclosing(events) as stream:
         token = SERIES_RECORDER.set(recorder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from sglang_optimal.names import PROMPTS, SERIES
@@ -36,7 +36,7 @@ class SeriesRecorder:
         self._seen: dict[int, int] = {}
         self._waiting: dict[int, dict[str, Any]] = {}
 
-    async def wrap(self, outputs: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    async def wrap(self, outputs: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[dict[str, Any], None]:
         """Yield what ``outputs`` yields."""
         async with contextlib.aclosing(outputs):
             async for output in outputs:
