@@ -37,7 +37,7 @@ def write_card(folder: Path) -> Path:
     elif len(shards["accepted"]) > 1:
         (folder / "data" / EMPTY_SHARD).unlink(missing_ok=True)  # of a time when there were none
         shards = _finished(folder)
-    tally, models = Tally(), Counter()
+    tally, models = Tally(), Counter[tuple]()
     for row in read_rows(shards["accepted"] + shards["rejected"], [*TALLIED, *MODEL_COLUMNS]):
         tally.add(row)
         models[tuple(row[name] for name in MODEL_COLUMNS)] += 1

@@ -160,7 +160,8 @@ class Servers:
 
         def enough(state: tenacity.RetryCallState) -> bool:
             nonlocal failures
-            failures += state.outcome.exception().reached
+            error = state.outcome.exception() if state.outcome is not None else None
+            failures += isinstance(error, _Failed) and error.reached
             if time.monotonic() - self._last_answer > self._settings.max_downtime:
                 return True
             return failures > self._settings.retries and self._last_answer > began

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, create_model, field_validator, model_validator
@@ -200,13 +200,19 @@ def _optional(name: str, field: FieldInfo) -> Any:
     return kind | None, Field(None, description=field.description, json_schema_extra=field.json_schema_extra)
 
 
-Mixing = create_model(
-    "Mixing",
-    __base__=_Mixing,
-    __doc__=_Mixing.__doc__,
-    __module__=__name__,
-    **{name: _optional(name, field) for name, field in SETTINGS.items()},
-)
+if TYPE_CHECKING:
+
+    class Mixing(_Mixing):
+        """What a type checker sees."""
+
+else:
+    Mixing = create_model(
+        "Mixing",
+        __base__=_Mixing,
+        __doc__=_Mixing.__doc__,
+        __module__=__name__,
+        **{name: _optional(name, field) for name, field in SETTINGS.items()},
+    )
 
 
 class Client(Section):
@@ -359,7 +365,7 @@ def _known_keys(location: tuple) -> list[str]:
 
 
 _FORMS = {"<turns>": Turns, "<messages>": Message}
-_SECTIONS: dict[tuple[Any, str], type[Section]] = {
+_SECTIONS: dict[tuple[Any, str], Any] = {
     **{(DistillConfig, name): f.annotation for name, f in DistillConfig.model_fields.items()},
     (Contexts, "strategies"): Strategy,
 }

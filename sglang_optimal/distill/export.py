@@ -116,7 +116,7 @@ def _checked(
 ) -> dict[str, Any] | None:
     """The row as it is written, or None if it is left out; counts it where it differs."""
     kind = check.difference(row, shaped) if check is not None else None
-    if kind is None:
+    if check is None or kind is None:
         return shaped
     if on_mismatch == "refuse" or (kind == PROMPT and on_mismatch == "skip"):
         raise ValueError(
@@ -136,7 +136,14 @@ def _shape(format: str, tokenizer: str | None) -> Callable[[dict[str, Any]], dic
     if format == "text" and tokenizer is not None:
         template = load_tokenizer(tokenizer)
         return lambda row: {"text": _rendered(row, template)}
-    shapes = {"sft": _sft, "trl-sft": trl_sft, "trl-tokens": _tokens, "trl-gkd": _sft, "text": _text, "records": dict}
+    shapes: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        "sft": _sft,
+        "trl-sft": trl_sft,
+        "trl-tokens": _tokens,
+        "trl-gkd": _sft,
+        "text": _text,
+        "records": dict,
+    }
     return shapes[format]
 
 
@@ -209,7 +216,8 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], *, records: bool)
     from sglang_optimal.distill.records import schema
 
     names = schema()
-    writer, count, batch = None, 0, []
+    batch: list[dict[str, Any]] = []
+    writer, count = None, 0
 
     def flush() -> None:
         nonlocal writer, count

@@ -381,6 +381,7 @@ def _record(
     sample: Sample,
     models: dict[str, str | None],
 ) -> Record:
+    series: dict[str, Any] = sample.series
     return Record(
         id=task.id,
         problem_id=task.problem.id,
@@ -392,7 +393,7 @@ def _record(
         text=sample.text,
         token_ids=sample.token_ids,
         finish_reason=sample.finish_reason,
-        **sample.series,
+        **series,
         sampling=asked,
         seed=asked["sampling_seed"],
         teacher_prompt_tokens=sample.prompt_tokens,

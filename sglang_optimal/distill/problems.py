@@ -56,7 +56,7 @@ def load_problems(data: Data) -> list[Problem]:
 
 def _rows(data: Data) -> tuple[list[str], Any]:
     """(columns, rows)"""
-    path = Path(data.path)
+    path = Path(_path(data))
     if path.is_file() and kind_of(path) is not None:
         rows = read_table(path, data.encoding)
         names = list(rows[0]) if rows else []
@@ -135,8 +135,14 @@ def _open(data: Data):
         datasets.utils.logging.set_verbosity(quiet)
 
 
+def _path(data: Data) -> str:
+    if data.path is None:
+        raise ValueError("data.path: is required.")
+    return data.path
+
+
 def _arguments(data: Data) -> dict[str, Any]:
-    path = Path(data.path)
+    path = Path(_path(data))
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise ValueError(f"data.path: {path} is none of {', '.join(ENDINGS)}.")

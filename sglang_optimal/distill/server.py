@@ -75,7 +75,7 @@ class OwnServer:
         deadline = time.monotonic() + START_DEADLINE
         async with httpx.AsyncClient(trust_env=False, timeout=5) as http:
             while True:
-                status = self._process.poll()
+                status = self._running().poll()
                 if status is not None:
                     raise ValueError(f"the server ended with status {status}: {self._said(before)}")
                 with contextlib.suppress(httpx.TransportError), closed_at_once():
@@ -88,11 +88,16 @@ class OwnServer:
     async def _watch(self) -> None:
         """Start it again when it dies; requests wait and are sent again meanwhile."""
         for _ in range(STARTS - 1):
-            while self._process.poll() is None:
+            while self._running().poll() is None:
                 await asyncio.sleep(0.5)
             await self._stop()  # what is left of it
             with contextlib.suppress(ValueError):
                 await self._start()
+
+    def _running(self) -> subprocess.Popen:
+        if self._process is None:
+            raise RuntimeError("the server has not been started")
+        return self._process
 
     async def _stop(self) -> None:
         process = self._process

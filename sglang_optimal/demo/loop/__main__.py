@@ -120,9 +120,9 @@ async def _accuracy(url: str, held_out: list[WordProblem]) -> Accuracy:
     from sglang_optimal.distill.config import load_config
 
     config = load_config(CONFIG)
-    return await asyncio.to_thread(
-        student_accuracy, url, held_out, config.contexts.student, config.sampling.max_new_tokens
-    )
+    template = config.contexts.student
+    assert isinstance(template, str), "the loop's student reads one text"
+    return await asyncio.to_thread(student_accuracy, url, held_out, template, config.sampling.max_new_tokens)
 
 
 def _generate(name: str, mixing: dict[str, Any], url: str, out: Path, seed: int, console: Console) -> Arm:
@@ -201,6 +201,7 @@ def _report(before: Accuracy, arms: list[Arm], minutes: float, out: Path, consol
                 "training": arm.training, "solved": arm.accuracy.solved, "interval": arm.accuracy.interval(),
             }
             for arm in arms
+            if arm.accuracy is not None
         },
     }  # fmt: skip
     (out / "result.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import select
 import subprocess
 import sys
@@ -59,7 +60,7 @@ class MathProcess:
             if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
                 self._end()
                 return {"error": f"no verdict within {self._limit:g} s"}
-            piece = process.stdout.read1()
+            piece = os.read(process.stdout.fileno(), 65536)  # what there is, without waiting for more
             if not piece:
                 status = process.wait()
                 self._end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def write_report(folder: Path, output: Path | None = None, *, tokenizer: str | N
     find_shards(folder, "accepted")  # no run: say so before anything is read
     statistics = collect(folder, samples)
     named = [_named(values) for values, _ in statistics.models.most_common()]
-    candidates = [models[key] for key in ("student_model", "teacher_model") for models in named if models[key]]
+    pairs = [(models["student_model"], models["teacher_model"]) for models in named]
+    candidates = [model for side in zip(*pairs, strict=True) for model in side if model]
     chosen, name, agrees = choose_tokenizer(tokenizer, list(dict.fromkeys(candidates)), statistics.selected)
     shown = sample_data(statistics.selected, chosen)
     page = _render(
@@ -95,12 +97,17 @@ def _named(values: tuple[str | None, ...]) -> dict[str, str | None]:
     return dict(zip(MODEL_COLUMNS, values, strict=True))
 
 
+def _distinct(values: Iterable[str | None]) -> list[str]:
+    """Those that are not empty, once each, in their order."""
+    return [value for value in dict.fromkeys(values) if value]
+
+
 def _settings(statistics, named: list[dict[str, str | None]]) -> list[tuple[str, str]]:
     """What the run was, as (name, value)."""
     run = statistics.run
     rows = []
     for side in ("teacher", "student"):
-        models = list(dict.fromkeys(m[f"{side}_model"] for m in named if m[f"{side}_model"]))
+        models = _distinct(m[f"{side}_model"] for m in named)
         rows.append((side, ", ".join(models) or "not stored"))
     if run.method == "fixed":
         alpha = "fixed" if run.fixed_alpha is None else f"fixed at {run.fixed_alpha:g}"
@@ -121,7 +128,7 @@ def _settings(statistics, named: list[dict[str, str | None]]) -> list[tuple[str,
         state += f", {run.failed:,} failed (the same command tries them again)"
     rows.append(("state", state + (f"; started {run.started}" if run.started else "")))
     for name, key in (("SGLang", "sglang_version"), ("sglang_optimal", "sglang_optimal_version")):
-        versions = list(dict.fromkeys(m[key] for m in named if m[key]))
+        versions = _distinct(m[key] for m in named)
         if versions:
             rows.append((name, ", ".join(versions)))
     return rows

@@ -58,7 +58,9 @@ def alpha_distribution(statistics: Statistics) -> Picture | None:
         if run.method != "fixed":
             for i, bound in enumerate((run.alpha_min, run.alpha_max)):
                 axes.axvline(bound, color=SOFT, linewidth=1, linestyle="--", label=None if i else "bounds of α")
-        axes.axvline(statistics.mean("alpha"), ymax=0.86, color=INK, linewidth=1.4, label="mean")
+        mean = statistics.mean("alpha")
+        if mean is not None:
+            axes.axvline(mean, ymax=0.86, color=INK, linewidth=1.4, label="mean")
         low, high = histogram.low, histogram.high
         axes.set_xlim(low - 0.15 if low < 0 else -0.02, high + 0.15 if high > 1 else 1.02)
         axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
@@ -125,7 +127,10 @@ def kl_by_position(statistics: Statistics) -> Picture | None:
 
 
 def kl_distribution(statistics: Statistics) -> Picture | None:
-    histograms = {name: both(statistics, lambda g, n=name: g.kl_histograms[n]) for name, *_ in KL_LINES}
+    histograms = {
+        name: both(statistics, lambda group, n=name: group.kl_histograms[n])  # type: ignore[misc]
+        for name, *_ in KL_LINES
+    }
     if not any(h.total for h in histograms.values()):
         return None
 

@@ -105,7 +105,7 @@ class PositionSeries:
         bins, values = position_bins[finite], values[finite]
         self.count += np.bincount(bins, minlength=len(self.count))
         self.sum += np.bincount(bins, weights=values, minlength=len(self.count))
-        if self.values is not None:
+        if self.values is not None and self.edges is not None:
             flat = bins * self.values.shape[1] + bin_of(values, self.edges)
             self.values += np.bincount(flat, minlength=self.values.size).reshape(self.values.shape)
 
@@ -129,6 +129,8 @@ class PositionSeries:
 
     def quantiles(self, starts: np.ndarray, qs: list[float], low: float, high: float) -> np.ndarray:
         """See `quantiles`; shape (len(qs), len(starts))."""
+        if self.values is None or self.edges is None:
+            raise ValueError("edges: none were given, so that there are means only.")
         return quantiles(np.add.reduceat(self.values, starts, axis=0), self.edges, qs, low, high)
 
 

@@ -47,7 +47,7 @@ class RunInfo:
     def read(cls, folder: Path) -> RunInfo:
         """Raises ValueError: a run.json is damaged."""
         manifests = read_manifests(folder)
-        config = next((m["config"] for m in manifests if m.get("config")), {})
+        config: dict[str, Any] = next((m["config"] for m in manifests if m.get("config")), {})
         mixing = config.get("mixing") or {}
         fixed = mixing.get("fixed_alpha")
         filters = next((m["filters"] for m in manifests if m.get("filters")), None)

@@ -180,7 +180,7 @@ def _filters(statistics: Statistics) -> Verdict | None:
     share = count / tally.total
     good = share <= FILTER_SHARE and tally.accepted > 0
     reasons = {reason: c for (f, reason), c in tally.reasons.items() if f == name}
-    reason = max(reasons, key=reasons.get)
+    reason = max(reasons, key=reasons.__getitem__)
     who = "The server refuses" if name == "server" else f"The filter `{name}` rejects"
     text = (
         f"{who} most: {count:,} of {tally.total:,} samples ({percent(share)}), usually as "
@@ -212,7 +212,7 @@ def _strategies(statistics: Statistics) -> Verdict | None:
     if len(strategies) < 2:
         return None
     rates = {name: accepted / total for name, (accepted, total) in strategies.items()}
-    best, worst = max(rates, key=rates.get), min(rates, key=rates.get)
+    best, worst = max(rates, key=rates.__getitem__), min(rates, key=rates.__getitem__)
     if rates[best] == rates[worst]:
         return Verdict(
             "good", "Prefix strategies", f"{percent(rates[best])} of samples are accepted with each of them."
