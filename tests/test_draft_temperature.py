@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_optimal.mixing.truncation import Truncation
+from sglang_optimal.mixing.filters import SamplingFilters
 from sglang_optimal.runtime.speculative.draft_temperature import EVERY, DraftTemperature
 
 
-def settings(rows: int, top_k: int = 1 << 30) -> Truncation:
+def settings(rows: int, top_k: int = 1 << 30) -> SamplingFilters:
     ones = torch.ones(rows)
-    return Truncation(ones * 0.8, torch.full((rows,), top_k), ones, ones * 0, needed=top_k < 1 << 30, greedy=False)
+    return SamplingFilters(ones * 0.8, torch.full((rows,), top_k), ones, ones * 0, needed=top_k < 1 << 30, greedy=False)
 
 
 def factor(temperature: DraftTemperature) -> float:

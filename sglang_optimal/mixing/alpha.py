@@ -55,6 +55,11 @@ class AlphaParams:
         alpha_min, alpha_max: [B] float32 bounds of solved alphas; FIXED ignores them.
         fixed_alpha: [B] float32, read where the method is FIXED.
         methods_present: the methods that occur, known on the host so that only these are solved.
+
+    Example:
+        >>> params = AlphaParams.from_lists(["entropy", "fixed"], [0.0, 0.0], [0.5, 1.0], [0.0, 1.5])
+        >>> params.fixed_alpha, sorted(method.name for method in params.methods_present)
+        (tensor([0.0000, 1.5000]), ['ENTROPY', 'FIXED'])
     """
 
     method: Tensor
@@ -72,7 +77,10 @@ class AlphaParams:
         fixed_alpha: Sequence[float],
         device: torch.device | str = "cpu",
     ) -> AlphaParams:
-        """Args: one entry per row; methods by name or value.
+        """Settings of B rows, from one entry a row in each list.
+
+        Args:
+            methods: names (`ALPHA_METHODS`) or values. device: where the tensors go, CPU or CUDA.
 
         Raises:
             ValueError: lists of different lengths, or an unknown method.

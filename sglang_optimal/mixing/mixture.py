@@ -69,6 +69,18 @@ def mix(
 
     Raises:
         ValueError: shapes that do not fit, or an implementation that the device cannot run.
+
+    Source:
+        alpha of ``kl_symmetry`` is the Chernoff point of the two distributions: Chernoff, "A measure of asymptotic
+        efficiency for tests of a hypothesis based on the sum of observations" (1952).
+
+    Example:
+        >>> teacher, student = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 2.0, 0.0]])
+        >>> mixture = mix(teacher, student, torch.ones(1), AlphaParams.uniform(1, "kl_symmetry"))
+        >>> mixture.alpha, mixture.logits
+        (tensor([0.5000]), tensor([[1., 1., 0.]]))
+        >>> bool(torch.isclose(mixture.kl_to_student, mixture.kl_to_teacher))
+        True
     """
     if teacher_logits.shape != student_logits.shape or teacher_logits.dim() != 2:
         raise ValueError(

@@ -71,17 +71,17 @@ def test_every_position_is_drawn_from_the_target(seed, sharpness):
 
 
 MUTANTS = {
-    "the residual is the target itself": ("(weights - proposal[", "(weights - 0 * proposal["),
+    "the residual is the target itself": ("(weights - draft_probs[", "(weights - 0 * draft_probs["),
     "the residual is not cut at zero": (".clamp_(min=0.0)", ".abs_()"),
     "always accepted": ("* p < q", "* p < 2 * q"),
     "accepted too seldom": ("* p < q", "* p < 0.8 * q"),
     "after all drafts the last target": (
-        "weights = target[accepted, column]",
-        "weights = target[accepted.clamp(max=k-1), column]",
+        "weights = target_probs[num_accepted, column]",
+        "weights = target_probs[num_accepted.clamp(max=k-1), column]",
     ),
     "the proposal of the next position": (
-        "proposal[accepted.clamp(max=k - 1)",
-        "proposal[(accepted + 1).clamp(max=k - 1)",
+        "draft_probs[num_accepted.clamp(max=k - 1)",
+        "draft_probs[(num_accepted + 1).clamp(max=k - 1)",
     ),
 }
 

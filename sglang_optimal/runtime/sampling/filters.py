@@ -6,13 +6,13 @@ from sglang.srt.layers import sampler
 from sglang.srt.runtime_context import get_exec
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-from sglang_optimal.mixing.truncation import Kernels, Truncation
+from sglang_optimal.mixing.filters import Kernels, SamplingFilters
 from sglang_optimal.runtime.core import MixedRows
 
 
-def filters_of(info: SamplingBatchInfo, rows: MixedRows) -> Truncation:
+def filters_of(info: SamplingBatchInfo, rows: MixedRows) -> SamplingFilters:
     """The settings of some rows of a batch, to be applied as lockstep applies them to that batch."""
-    return Truncation(
+    return SamplingFilters(
         temperature=rows.select(info.temperatures).view(-1),
         top_k=rows.select(info.top_ks),
         top_p=rows.select(info.top_ps),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sglang_optimal.mixing.truncation import Truncation
+from sglang_optimal.mixing.filters import SamplingFilters
 
 FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3)
 EVERY = 8
@@ -27,12 +27,12 @@ class DraftTemperature:
         self._overlaps[FACTORS.index(1.0)] = 1e-6  # until something is known
         self._steps = 0
 
-    def sharpened(self, truncation: Truncation) -> Truncation:
+    def sharpened(self, truncation: SamplingFilters) -> SamplingFilters:
         """The requests' settings with the temperature to draft at."""
         # Not by indexing with a number that the device has: the host would wait for it.
         return truncation.scaled(self._factors.index_select(0, self._overlaps.argmax(0, keepdim=True)))
 
-    def observe(self, student_logits: Tensor, target: Tensor, truncation: Truncation) -> None:
+    def observe(self, student_logits: Tensor, target: Tensor, truncation: SamplingFilters) -> None:
         """Told of the first position of a step: the student's logits [n, v], and what the mixture draws from [n, v]."""
         self._steps += 1
         if self._steps % EVERY != 1:

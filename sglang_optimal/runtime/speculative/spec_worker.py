@@ -25,8 +25,8 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_optimal.mixing import mix
+from sglang_optimal.mixing.filters import SamplingFilters
 from sglang_optimal.mixing.speculation import verify, verify_greedy
-from sglang_optimal.mixing.truncation import Truncation as SamplingFilters
 from sglang_optimal.runtime.core import DecodePlan, DraftRows, MixedRows, student_of
 from sglang_optimal.runtime.managers.schedule_batch import decode_rows
 from sglang_optimal.runtime.model_executor.host_copy import sent

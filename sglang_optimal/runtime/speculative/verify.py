@@ -11,8 +11,8 @@ from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
 
+from sglang_optimal.mixing.filters import SamplingFilters
 from sglang_optimal.mixing.speculation import draw
-from sglang_optimal.mixing.truncation import Truncation as SamplingFilters
 from sglang_optimal.runtime.core import DraftRows
 from sglang_optimal.runtime.sampling.sampling_observer import MixingDeviceOutput, MixingObserver
 

@@ -17,7 +17,7 @@ from oracle import filter_probs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from sglang_optimal.mixing.truncation import Kernels, Truncation
+from sglang_optimal.mixing.filters import Kernels, SamplingFilters
 
 ALL = 1 << 30  # SGLang's "no top-k"
 
@@ -65,8 +65,8 @@ def test_the_kernels_here_do_what_flashinfers_documentation_shows():
     assert torch.allclose(top_k_kernel(probs, torch.full((4,), 3)), torch.tensor(top_k), atol=1e-4)
 
 
-def rows(*settings: dict, kernels: str | None = None, **fields) -> Truncation:
-    """Truncation of one row for each settings; ``kernels``: "joint", "in turn", or None to sort."""
+def rows(*settings: dict, kernels: str | None = None, **fields) -> SamplingFilters:
+    """SamplingFilters of one row for each settings; ``kernels``: "joint", "in turn", or None to sort."""
 
     def column(name: str, default: float, dtype=torch.float32) -> Tensor:
         return torch.tensor([row.get(name, default) for row in settings], dtype=dtype)
@@ -77,7 +77,7 @@ def rows(*settings: dict, kernels: str | None = None, **fields) -> Truncation:
     if kernels is not None:
         by_rank, by_mass = top_k_kernel if used("top_k") else None, top_p_kernel if used("top_p") else None
         fields["kernels"] = Kernels(by_rank, by_mass, joint=kernels == "joint")
-    return Truncation(
+    return SamplingFilters(
         temperature=column("temperature", 1.0),
         top_k=column("top_k", ALL, torch.int32),
         top_p=column("top_p", 1.0),

@@ -33,7 +33,7 @@ class Kernels:
 
 
 @dataclasses.dataclass
-class Truncation:
+class SamplingFilters:
     """Temperature, top-k, top-p and min-p of R rows.
 
     Attributes:
@@ -42,6 +42,12 @@ class Truncation:
         greedy: whether every row takes its most likely token. some_greedy: whether any row may.
         largest_top_k: at least as large as every top-k; None when that is unknown.
         kernels: None to sort.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> filters = SamplingFilters(one, torch.tensor([2]), one, 0 * one, needed=True, greedy=False)
+        >>> filters.probs(torch.tensor([[1.0, 3.0, 1.5, 0.0]]))
+        tensor([[0.0000, 0.8176, 0.1824, 0.0000]])
     """
 
     temperature: Tensor
@@ -54,12 +60,12 @@ class Truncation:
     largest_top_k: int | None = None
     kernels: Kernels | None = None
 
-    def repeat(self, times: int) -> Truncation:
+    def repeat(self, times: int) -> SamplingFilters:
         """The settings of [times · R] rows, position after position."""
         names = ("temperature", "top_k", "top_p", "min_p")
         return dataclasses.replace(self, **{name: getattr(self, name).repeat(times) for name in names})
 
-    def scaled(self, factor: Tensor) -> Truncation:
+    def scaled(self, factor: Tensor) -> SamplingFilters:
         """The same with another temperature: ``factor`` (a scalar) times as high."""
         return dataclasses.replace(self, temperature=self.temperature * factor)
 
