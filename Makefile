@@ -88,9 +88,10 @@ audit: $(READY)  ## known vulnerabilities of everything installed; fails if some
 	$(BIN)/pip freeze --exclude-editable > $(VENV)/audit.txt
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off -r $(VENV)/audit.txt
 
-lint: $(READY)  ## ruff: rules and format
+lint: $(READY)  ## ruff: rules and format; mypy: types; half a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(READY)  ## rewrite the files as ruff wants them
 	$(BIN)/ruff check --fix .

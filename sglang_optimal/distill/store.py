@@ -170,6 +170,11 @@ class RecordStore:
     def _shard_path(self, kind: str, number: int) -> Path:
         return self.folder / KINDS[kind] / f"{kind}-{self._tag}{number:05d}.{self._format}"
 
+    def _number(self, path: Path, kind: str) -> int:
+        number = _number(path, kind, self._tag)
+        assert number is not None, f"{path} is none of `_files`"
+        return number
+
     def _recovered(self, kind: str) -> _Journal:
         """Count what is there, finish what was under way, and open the journal that comes next."""
         following = 0
@@ -178,7 +183,7 @@ class RecordStore:
                 if _number(part, kind, self._tag) is not None:
                     part.unlink()
         for path in self._files(kind):
-            number = _number(path, kind, self._tag)
+            number = self._number(path, kind)
             following = max(following, number + 1)
             if path.parent == self._journal:
                 if self._shard_path(kind, number).exists():
@@ -190,10 +195,9 @@ class RecordStore:
                 self.tally.add(row)
         journals = [p for p in self._files(kind) if p.parent == self._journal]
         for path in journals[:-1]:
-            number = _number(path, kind, self._tag)
-            self._seal(kind, _Journal(path, number))
+            self._seal(kind, _Journal(path, self._number(path, kind)))
         if journals:
-            following = _number(journals[-1], kind, self._tag)
+            following = self._number(journals[-1], kind)
         return _Journal(self._journal_path(kind, following), following)
 
     def _seal(self, kind: str, journal: _Journal) -> None:
