@@ -8,18 +8,19 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from sglang_optimal.series import SERIES
+from sglang_optimal.names import SERIES
 from tiny_models import EOS, SMALL_SPECIAL_TOKENS, build_small_tokenizer, small_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from sglang_optimal.distill.records import Record
 from sglang_optimal.distill.report import write_report
 from sglang_optimal.distill.report.histogram import ALPHA_EDGES, KL_EDGES, LOGPROB_EDGES
-from sglang_optimal.distill.report.samples import token_limit, token_pieces
+from sglang_optimal.distill.report.samples import token_limit
 from sglang_optimal.distill.report.selection import Selection
 from sglang_optimal.distill.report.statistics import collect
 from sglang_optimal.distill.report.verdicts import verdicts, wilson
 from sglang_optimal.distill.store import RecordStore
+from sglang_optimal.token_view import token_pieces
 
 EOS_ID = SMALL_SPECIAL_TOKENS.index(EOS)
 HOSTILE = (

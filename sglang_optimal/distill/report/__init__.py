@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang_optimal.distill.records import MODEL_COLUMNS
 from sglang_optimal.distill.store import find_shards, replace_file
+from sglang_optimal.token_view import script, style
 
 __all__ = ["write_report"]
 
@@ -85,7 +86,7 @@ def _render(**values: Any) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["code"] = code
-    return environment.get_template("page.html.j2").render(**values)
+    return environment.get_template("page.html.j2").render(tokens_css=style(), tokens_js=script(), **values)
 
 
 def _json_for_script(value: Any) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_optimal.names import SERIES
+from sglang_optimal.token_view import token_pieces
 
 TOKEN_BUDGET = 250_000
 """Most tokens in one page, about 13 MB; longer samples are cut evenly when the selected ones have more."""
@@ -89,24 +90,6 @@ def sample_data(rows: Sequence[dict[str, Any]], tokenizer: Any = None) -> list[d
             }
         )
     return samples
-
-
-def token_pieces(decode: Callable[[tuple[int, ...]], str], ids: Sequence[int]) -> list[str]:
-    """The text that each token adds. A character split over several tokens belongs to its last one.
-
-    Unlike decoding every prefix, the time is linear in the number of tokens: one token of context is enough for the
-    blanks between words.
-    """
-    pieces: list[str] = []
-    start = done = 0
-    for end in range(1, len(ids) + 1):
-        text = decode(tuple(ids[start:end]))
-        if text.endswith("\ufffd") and end < len(ids) and end - done < 8:
-            pieces.append("")
-            continue
-        pieces.append(text[len(decode(tuple(ids[start:done]))) :])
-        start, done = done, end
-    return pieces
 
 
 def token_limit(lengths: Sequence[int], budget: int) -> int:

@@ -11,12 +11,12 @@ from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
-from sglang_optimal import page
+from sglang_optimal import token_view
 
 
 async def mixing_page() -> HTMLResponse:
     """A page to try mixing in a browser."""
-    return HTMLResponse(page.html())
+    return HTMLResponse(token_view.page())
 
 
 @auth_level(AuthLevel.ADMIN_OPTIONAL)
