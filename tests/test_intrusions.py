@@ -47,6 +47,16 @@ def test_a_class_ends_in_the_name_of_what_it_extends(pair):
         assert cls.__name__.endswith(base.__name__.removeprefix("Base"))
 
 
+@pytest.mark.parametrize("pair", list(intrusions.subclasses()), ids=lambda pair: pair[0].__name__)
+def test_overrides_say_what_they_add(pair):
+    cls, _ = pair
+    for name in intrusions.overridden()[cls.__name__]:
+        member = vars(cls)[name]
+        function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+        if name != "__init__" and callable(function):  # the class speaks for its constructor
+            assert function.__doc__, f"{cls.__name__}.{name}"
+
+
 def test_hooked():
     assert {names(row[0])[0] for row in table("Hooked")} == intrusions.hooked()
 

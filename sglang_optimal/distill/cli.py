@@ -126,13 +126,13 @@ def _stops() -> Iterator[list[int]]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from sglang_optimal.distill.client import NoServer
+    from sglang_optimal.distill.client import NoServerAvailable
     from sglang_optimal.distill.pipeline import run
 
     config = _config(args)
     try:
         result = run(config, shard=_shard(args.shard))
-    except NoServer as error:
+    except NoServerAvailable as error:
         return _say(f"stopped: {error} The same command goes on from here.", 1)
     tally = result.tally
     print(f"{result.folder}: {tally.accepted} accepted, {tally.rejected} rejected, {tally.tokens} tokens")

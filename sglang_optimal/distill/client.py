@@ -24,15 +24,15 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before a request, or a server that failed, is tried again; doubled each time, with jitter."""
 
 
-class Refused(Exception):
+class BadRequestError(Exception):
     """The server will not take this request (HTTP 400): its message."""
 
 
-class GaveUp(Exception):
+class RetriesExhausted(Exception):
     """Servers failed on this request again and again while they answered others."""
 
 
-class NoServer(Exception):
+class NoServerAvailable(Exception):
     """The run cannot go on: no server answers, or none lets us in."""
 
 
@@ -117,17 +117,17 @@ class Servers:
 
         Raises:
             ValueError: a server has no student.
-            NoServer: none answers within ``max_downtime``, or the key is wrong.
+            NoServerAvailable: none answers within ``max_downtime``, or the key is wrong.
         """
         began = time.monotonic()
         while True:
-            answers = await asyncio.gather(*(self._look(endpoint) for endpoint in self._endpoints))
+            answers = await asyncio.gather(*(self._probe(endpoint) for endpoint in self._endpoints))
             if any(answers):
                 self._last_answer = time.monotonic()
                 return
             if time.monotonic() - began > self._settings.max_downtime:
                 urls = ", ".join(endpoint.url for endpoint in self._endpoints)
-                raise NoServer(f"no server answers at {urls}.")
+                raise NoServerAvailable(f"no server answers at {urls}.")
             await asyncio.sleep(FIRST_PAUSE)
 
     def models(self, endpoint: str) -> dict[str, str | None]:
@@ -137,7 +137,7 @@ class Servers:
     async def refresh(self) -> None:
         """Look again what the servers run: someone may put new weights into them. Servers that do not answer keep what
         was known of them."""
-        await asyncio.gather(*(self._look(endpoint) for endpoint in self._endpoints))
+        await asyncio.gather(*(self._probe(endpoint) for endpoint in self._endpoints))
 
     async def generate(
         self, teacher: Context, student: Context, sampling: dict[str, Any], fields: dict[str, Any]
@@ -150,9 +150,9 @@ class Servers:
             fields: more mixing fields, such as ``alpha_method``.
 
         Raises:
-            Refused: HTTP 400.
-            GaveUp: this request failed ``retries`` times while others succeeded.
-            NoServer: see `check`.
+            BadRequestError: HTTP 400.
+            RetriesExhausted: this request failed ``retries`` times while others succeeded.
+            NoServerAvailable: see `check`.
         """
         body = request_body(teacher, student, sampling, fields)
         began = time.monotonic()
@@ -176,30 +176,32 @@ class Servers:
             return await retrying(self._once, body)
         except _Failed as error:
             if failures > self._settings.retries and self._last_answer > began:
-                raise GaveUp(str(error)) from None
-            raise NoServer(f"no server has answered for {self._settings.max_downtime:.0f} s: {error}") from None
+                raise RetriesExhausted(str(error)) from None
+            raise NoServerAvailable(
+                f"no server has answered for {self._settings.max_downtime:.0f} s: {error}"
+            ) from None
 
     async def _once(self, body: dict[str, Any]) -> Sample:
-        endpoint = await self._pick()
+        endpoint = await self._choose()
         began = time.monotonic()
         try:
             with closed_at_once():
                 response = await self._http.post(f"{endpoint.url}/generate", json=body)
             sample = _sample(response, endpoint.url, time.monotonic() - began)
         except httpx.TransportError as error:
-            self._rest(endpoint)
+            self._back_off(endpoint)
             reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
             raise _Failed(f"{endpoint.url}: {type(error).__name__} {error}".rstrip(), reached=reached) from None
         except _Failed:
-            self._rest(endpoint)
+            self._back_off(endpoint)
             raise
-        except Refused:
+        except BadRequestError:
             self._answered(endpoint)
             raise
         self._answered(endpoint)
         return sample
 
-    async def _pick(self) -> _Endpoint:
+    async def _choose(self) -> _Endpoint:
         """The next server that is not resting; waits when all are."""
         while True:
             now = time.monotonic()
@@ -208,11 +210,11 @@ class Servers:
                 if endpoint.resting_until <= now:
                     self._next = (self._next + i + 1) % len(self._endpoints)
                     if not endpoint.models:
-                        await self._look(endpoint)
+                        await self._probe(endpoint)
                     return endpoint
             await asyncio.sleep(max(0.01, min(e.resting_until for e in self._endpoints) - now))
 
-    def _rest(self, endpoint: _Endpoint) -> None:
+    def _back_off(self, endpoint: _Endpoint) -> None:
         now = time.monotonic()
         if now >= endpoint.resting_until:  # many requests fail at once when a server dies: count that once
             endpoint.failures += 1
@@ -222,7 +224,7 @@ class Servers:
         endpoint.failures, endpoint.resting_until = 0, 0.0
         self._last_answer = time.monotonic()
 
-    async def _look(self, endpoint: _Endpoint) -> bool:
+    async def _probe(self, endpoint: _Endpoint) -> bool:
         """Whether it answers; notes its models."""
         try:
             with closed_at_once():
@@ -230,7 +232,7 @@ class Servers:
         except httpx.TransportError:
             return False
         if response.status_code in (401, 403):
-            raise NoServer(f"{endpoint.url}: wants an API key; set client.api_key_env.")
+            raise NoServerAvailable(f"{endpoint.url}: wants an API key; set client.api_key_env.")
         if response.status_code >= 500:
             return False
         try:
@@ -282,7 +284,7 @@ def request_body(
 
 def _sample(response: httpx.Response, endpoint: str, latency: float) -> Sample:
     if response.status_code in (401, 403):
-        raise NoServer(f"{endpoint}: wants an API key; set client.api_key_env.")
+        raise NoServerAvailable(f"{endpoint}: wants an API key; set client.api_key_env.")
     if response.status_code in (408, 429) or response.status_code >= 500:
         busy = response.status_code in (429, 503)
         raise _Failed(f"{endpoint}: HTTP {response.status_code}", reached=not busy)
@@ -291,7 +293,7 @@ def _sample(response: httpx.Response, endpoint: str, latency: float) -> Sample:
     except ValueError:
         raise _Failed(f"{endpoint}: the answer is no JSON (HTTP {response.status_code})") from None
     if response.status_code != 200:
-        raise Refused(_message(answer))
+        raise BadRequestError(_message(answer))
     meta = answer["meta_info"]
     reason = (meta.get("finish_reason") or {}).get("type", "abort")
     if reason == "abort":  # the server let go of it: shutting down, flushing, pausing
@@ -300,7 +302,7 @@ def _sample(response: httpx.Response, endpoint: str, latency: float) -> Sample:
     tokens = answer["output_ids"]
     short = [name for name in SERIES if len(series.get(name, ())) != len(tokens)]
     if short:
-        raise NoServer(f"{endpoint}: answers without {short[0]} for every token; is it a server that mixes?")
+        raise NoServerAvailable(f"{endpoint}: answers without {short[0]} for every token; is it a server that mixes?")
     return Sample(
         text=answer["text"],
         token_ids=tokens,

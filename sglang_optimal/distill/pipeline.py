@@ -21,7 +21,7 @@ from rich.console import Console
 
 from sglang_optimal import __version__
 from sglang_optimal.distill.card import write_card
-from sglang_optimal.distill.client import GaveUp, NoServer, Refused, Sample, Servers
+from sglang_optimal.distill.client import BadRequestError, NoServerAvailable, RetriesExhausted, Sample, Servers
 from sglang_optimal.distill.config import DistillConfig
 from sglang_optimal.distill.contexts import ContextBuilder, Task
 from sglang_optimal.distill.filters import FilterChain
@@ -158,7 +158,7 @@ def run(config: DistillConfig, *, shard: tuple[int, int] = (0, 1), console: Cons
 
     Raises:
         ValueError: the settings or the folder are wrong; nothing was sampled.
-        NoServer: no server answers any more. What is there is kept: run it again.
+        NoServerAvailable: no server answers any more. What is there is kept: run it again.
         OSError: the disk is full or the folder cannot be written; the same.
     """
     if config.output.dir is None:
@@ -282,7 +282,7 @@ class _Run:
             for task in queue:
                 try:
                     self._keep(await self._sampled_record(servers, task))
-                except GaveUp as error:
+                except RetriesExhausted as error:
                     progress.failed += 1
                     self._say(f"failed: {task.id}: {error}")
 
@@ -332,7 +332,7 @@ class _Run:
         sampling, fields = self._plan.sampling(task), self._plan.mixing_fields()
         try:
             sample = await servers.generate(teacher, student, sampling, fields)
-        except Refused as error:
+        except BadRequestError as error:
             problems = self._refused.setdefault(str(error), set())
             problems.add(task.problem.id)
             if self._sampled == 0 and len(problems) >= min(REFUSALS, len(self._plan.problems)):
@@ -421,7 +421,7 @@ def _first(errors: BaseExceptionGroup) -> BaseException:
             stack += error.exceptions
         else:
             flat.append(error)
-    return next((e for e in flat if isinstance(e, ValueError | NoServer | OSError)), flat[0])
+    return next((e for e in flat if isinstance(e, ValueError | NoServerAvailable | OSError)), flat[0])
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:

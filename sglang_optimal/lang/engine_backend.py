@@ -29,12 +29,14 @@ class EngineRuntimeEndpoint(RuntimeEndpoint):
         self.chat_template = get_chat_template_by_model_path(self.model_info["model_path"])
 
     def generate(self, s: StreamExecutor, sampling_params: SglSamplingParams) -> tuple[str, dict[str, Any]]:
+        """As SGLang's, by the engine."""
         output = self._generate_http_request(s, self._data(s, sampling_params))
         return output["text"], output["meta_info"]
 
     def generate_stream(
         self, s: StreamExecutor, sampling_params: SglSamplingParams
     ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """As SGLang's, by the engine."""
         chunks = self._start({**self._data(s, sampling_params), "stream": True})
         position = 0
         try:
@@ -72,22 +74,28 @@ class EngineRuntimeEndpoint(RuntimeEndpoint):
         return self.engine.loop.run_until_complete(anext(self._start(data)))
 
     def commit_lazy_operations(self, s: StreamExecutor) -> None:
+        """By a generation of nothing, as SGLang's."""
         self._generate_http_request(s, {"text": s.text_, "sampling_params": {"max_new_tokens": 0}})
 
     fill_image = commit_lazy_operations
 
     def cache_prefix(self, prefix_str: str) -> None:
+        """Of the engine, by a generation of nothing."""
         data = {"text": prefix_str, "sampling_params": {"max_new_tokens": 0}}
         self.engine.loop.run_until_complete(anext(self._start(data)))
 
     def flush_cache(self) -> None:
+        """The engine's."""
         self.engine.flush_cache()
 
     def get_server_info(self) -> dict[str, Any]:
+        """The engine's."""
         return self.engine.get_server_info()
 
     def start_profile(self) -> None:
+        """The engine's."""
         self.engine.start_profile()
 
     def stop_profile(self) -> None:
+        """The engine's."""
         self.engine.stop_profile()

@@ -24,6 +24,7 @@ class MixedSglSamplingParams(SglSamplingParams):
     custom_params: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_srt_kwargs(self) -> dict[str, Any]:
+        """SGLang's, with the mixing fields."""
         return {**super().to_srt_kwargs(), "custom_params": self.custom_params}
 
 

@@ -67,6 +67,7 @@ class GroupedRowsTorchNativeAttnBackend(TorchNativeAttnBackend):
     _grouped: _Grouped | None = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Group the rows of the batch by length, once for all layers."""
         super().init_forward_metadata(forward_batch)
         self._grouped = None
         if forward_batch.forward_mode.is_decode():
@@ -77,6 +78,7 @@ class GroupedRowsTorchNativeAttnBackend(TorchNativeAttnBackend):
     def _run_sdpa_forward_decode(
         self, query: torch.Tensor, output: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *args, **kwargs
     ) -> torch.Tensor:
+        """All rows of the batch in one call, where SGLang makes one for each."""
         grouped = self._grouped
         windowed = kwargs.get("sliding_window_size") is not None or kwargs.get("is_cross_attn")
         if grouped is None or windowed or len(grouped.group) != len(query) or k_cache.dtype != query.dtype:

@@ -23,6 +23,7 @@ class TorchCpuSRTPlatform(CpuDeviceMixin, SRTPlatform):
         return "torch_native"
 
     def is_pin_memory_available(self, device=None) -> bool:
+        """Never: there is no device to pin memory for."""
         return False
 
     def init_backend(self) -> None:
@@ -35,6 +36,7 @@ class TorchCpuSRTPlatform(CpuDeviceMixin, SRTPlatform):
         allocation.assign_req_to_token_pool_func = write_slots
 
     def get_device(self, device_id: int = 0) -> str:
+        """The name alone, without an index."""
         # SGLang's argument resolution wants the name (it splits off an index).
         return "cpu"
 

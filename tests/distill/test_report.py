@@ -8,7 +8,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from sglang_optimal.names import SERIES
 from tiny_models import EOS, SMALL_SPECIAL_TOKENS, build_small_tokenizer, small_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -20,6 +19,7 @@ from sglang_optimal.distill.report.selection import Selection
 from sglang_optimal.distill.report.statistics import collect
 from sglang_optimal.distill.report.verdicts import verdicts, wilson
 from sglang_optimal.distill.store import RecordStore
+from sglang_optimal.names import SERIES
 from sglang_optimal.token_view import token_pieces
 
 EOS_ID = SMALL_SPECIAL_TOKENS.index(EOS)
@@ -288,7 +288,7 @@ def test_what_is_wrong_is_amber(tmp_path):
         records.append(one)
     manifest = {"config": {"mixing": {"alpha_method": "kl_symmetry", "alpha_min": 0.1, "alpha_max": 0.9}}}
     found = marks(build(tmp_path, records, manifest))
-    assert {mark for mark, _ in found.values()} == {"look"} and len(found) == 8
+    assert {mark for mark, _ in found.values()} == {"warn"} and len(found) == 8
     assert "ratio 2.000" in found["KL balance"][1]
     assert "50 % of tokens are at α = 0.1" in found["α at its bounds"][1].replace("49 %", "50 %")
     assert "`copy` has 100 %" in found["Prefix strategies"][1]
@@ -302,8 +302,8 @@ def test_balances_are_judged_by_the_method(tmp_path, method):
         one.kl_to_student = [0.4] * len(one.token_ids)
         one.ess_ratio = [1.3] * len(one.token_ids)
     found = marks(build(tmp_path, records, {"config": {"mixing": {"alpha_method": method}}}))
-    assert found["KL balance"][0] == ("look" if method is None else "none")
-    assert found["ESS balance"][0] == ("look" if method == "ess_balance" else "good")
+    assert found["KL balance"][0] == ("warn" if method is None else "none")
+    assert found["ESS balance"][0] == ("warn" if method == "ess_balance" else "good")
 
 
 def test_wilson():

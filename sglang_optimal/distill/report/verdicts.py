@@ -22,7 +22,7 @@ STRATEGY_GAP = 0.20
 class Verdict:
     """mark: ``good``, ``look`` (amber), or ``none`` when there is nothing to judge by."""
 
-    mark: Literal["good", "look", "none"]
+    mark: Literal["good", "warn", "none"]
     title: str
     text: str
 
@@ -48,8 +48,8 @@ def minus(value: float, form: str) -> str:
     return format(value, form).replace("-", "−")
 
 
-def _mark(good: bool) -> Literal["good", "look"]:
-    return "good" if good else "look"
+def _mark(good: bool) -> Literal["good", "warn"]:
+    return "good" if good else "warn"
 
 
 def _where(statistics: Statistics) -> str:

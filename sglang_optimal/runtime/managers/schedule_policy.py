@@ -25,6 +25,7 @@ class MixedPrefillAdder(PrefillAdder):
             self.memory_budget.total_offset += future
 
     def add_one_req(self, req: Req, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
+        """SGLang's, where the student's context fits as well; its slots are taken with the teacher's first chunk."""
         if student_of(req) is None:
             return super().add_one_req(req, has_chunked_req, truncation_align_size)
         kv = self.student_kv

@@ -66,16 +66,19 @@ class MixedScheduler(Scheduler):
         logger.info("Self-check: both sides' logits are right: %s", self.self_check_report)
 
     def init_tp_model_worker(self) -> None:
+        """The worker with a student, in place of SGLang's."""
         worker_class = SharedTpModelWorker if self.mixing_config.shared_weights else SeparateTpModelWorker
         self.tp_worker = worker_class(
             self.mixing_config, server_args=self.server_args, gpu_id=get_device().gpu_id, nccl_port=self.nccl_port
         )
 
     def init_chunked_prefill(self) -> None:
+        """SGLang's, and the planner of the students' chunks."""
         super().init_chunked_prefill()
         self.student_planner = Planner(self.tp_worker.student_kv, self.chunked_prefill_size)
 
     def init_metrics_reporter(self) -> None:
+        """SGLang's, and the metrics of mixing beside them."""
         super().init_metrics_reporter()
         self.mixing_metrics = None
         context = self.metrics_reporter.metrics_collector_context
@@ -89,19 +92,23 @@ class MixedScheduler(Scheduler):
             observer.on_tokens = self.mixing_metrics.observe
 
     def init_request_dispatcher(self) -> None:
+        """SGLang's, with updates of weights passing here first."""
         super().init_request_dispatcher()
         ours = TypeBasedDispatcher([(UpdateWeightFromDiskReqInput, self.update_weights_from_disk)])
         ours += self._request_dispatcher
         self._request_dispatcher = ours
 
     def init_invariant_checker(self) -> None:
+        """SGLang's, which counts the student's slots as well."""
         super().init_invariant_checker()
         self.invariant_checker = MixedSchedulerInvariantChecker.like(self.invariant_checker, self.tp_worker.student_kv)
 
     def get_prefill_adder_class(self) -> type[PrefillAdder]:
+        """The one that asks for room on both sides."""
         return MixedPrefillAdder
 
     def _create_generation_req(self, recv_req, *args, **kwargs) -> Req:
+        """SGLang's request, with the student's side."""
         req = super()._create_generation_req(recv_req, *args, **kwargs)
         req.student = from_wire(req.sampling_params.custom_params)
         if req.student is not None and self.mixing_metrics is not None:
@@ -109,6 +116,7 @@ class MixedScheduler(Scheduler):
         return req
 
     def init_req_max_new_tokens(self, req: Req) -> None:
+        """SGLang's limit of a request's length, lowered to what the student's context and pool allow."""
         super().init_req_max_new_tokens(req)
         # Slots that a speculative step takes ahead, beyond the one for the next token.
         ahead = get_alloc_reserve_per_decode() - 1 if self.mixing_config.longest_draft else 0
@@ -136,6 +144,7 @@ class MixedScheduler(Scheduler):
         params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
 
     def _add_request_to_queue(self, req: Req, *args, **kwargs) -> None:
+        """SGLang's; a request that was refused goes on without its student context."""
         # SGLang refuses a request by running it on one dummy token; it must not wait for room for its student context.
         # One that was aborted by its client, and put back before that took effect, still samples a token, as it began.
         if student_of(req) is not None and getattr(req.to_finish, "status_code", None) == HTTPStatus.BAD_REQUEST:
@@ -143,6 +152,7 @@ class MixedScheduler(Scheduler):
         super()._add_request_to_queue(req, *args, **kwargs)
 
     def run_batch(self, batch: ScheduleBatch, *args, **kwargs):
+        """SGLang's, after the student's part of the batch has been planned."""
         if batch.forward_mode.is_extend() or batch.spec_algorithm.is_none():
             batch.student_plan = self.student_planner.plan(batch)
         # else the speculative worker makes the plan: under overlap the lengths are not known yet
@@ -167,6 +177,7 @@ class MixedScheduler(Scheduler):
         return UpdateWeightFromDiskReqOutput(success=success, message=message)
 
     def on_idle(self) -> None:
+        """SGLang's; metrics are published and the student's slots counted."""
         super().on_idle()
         if self.mixing_metrics is not None:
             self.mixing_metrics.refresh()
@@ -174,6 +185,7 @@ class MixedScheduler(Scheduler):
             self.invariant_checker.check_idle()
 
     def get_internal_state(self, recv_req):
+        """SGLang's, with a section ``mixing``."""
         output = super().get_internal_state(recv_req)
         teacher, tree = self.token_to_kv_pool_allocator, self.tree_cache
         output.internal_state["mixing"] = {

@@ -235,7 +235,7 @@ class SelfCheck:
             yield
 
     def _see(self, reqs: list[Req], teacher: torch.Tensor, student: torch.Tensor) -> None:
-        """Told of both sides' logits [n, V] of the next position of each request."""
+        """Keep both sides' logits [n, V] of the next position of each request."""
         for req, t, s in zip(reqs, teacher.float(), student.float(), strict=True):
             self._probes[req.rid].sides.append((t.clone(), s.clone()))
 

@@ -66,6 +66,7 @@ class SharedTpModelWorker(MixedTpModelWorker):
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def alloc_memory_pool(self, *args, **kwargs) -> None:
+        """SGLang's, with a second table of rows behind the first."""
         runner = self.model_runner
         wire_components = runner._init_post_memory_pool_components
 
@@ -82,6 +83,7 @@ class SharedTpModelWorker(MixedTpModelWorker):
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def forward_batch_generation(self, batch: ScheduleBatch | None, *args, **kwargs):
+        """SGLang's; its forward adds the students' rows that are noted here."""
         if batch is not None and batch.sampling_info is not None:
             plan = getattr(batch, "student_plan", None)
             step = None if plan is None else MixingStep(plan.rows, None, self.vocab_size)

@@ -41,6 +41,7 @@ class StudentTpModelWorker(TpModelWorker):
         self._layout = checkpoint_layout(self.weights_path, config.student_revision)
 
     def _init_model_config(self) -> None:
+        """The student's, where SGLang's is the scheduler's model."""
         mixing = self._mixing
         self.model_config = student_model_config(self.server_args, mixing.student_path, mixing.student_revision)
 
@@ -59,7 +60,7 @@ class StudentTpModelWorker(TpModelWorker):
         return success, message
 
     def _all_ranks_ok(self, success: bool) -> bool:
-        """Whether something went well on every rank."""
+        """Combine ``success`` of all ranks: true where it is true on each."""
         if get_parallel().tp_size == 1:
             return success
         every = torch.tensor(int(success))

@@ -84,6 +84,7 @@ class MixedTokenizerManager(TokenizerManager):
         super().__init__(*args, **kwargs)
 
     def init_tokenizer_and_processor(self) -> None:
+        """SGLang's, and how the student reads."""
         super().init_tokenizer_and_processor()
         config = self.mixing_config
         self.student_tokenizer = None
@@ -131,6 +132,7 @@ class MixedTokenizerManager(TokenizerManager):
 
     @property
     def serving_chat_class(self):
+        """Of the chat route: the one for both sides, where there is a student."""
         if self.mixing_config.student_model_path is None:
             return super().serving_chat_class
         from sglang_optimal.runtime.entrypoints.openai.serving_chat import MixedOpenAIServingChat
@@ -138,6 +140,7 @@ class MixedTokenizerManager(TokenizerManager):
         return MixedOpenAIServingChat
 
     def generate_request(self, obj, request=None):
+        """SGLang's, after what belongs to the whole request has been unpacked and checked."""
         if isinstance(obj, GenerateReqInput):
             if not hasattr(obj, "is_single"):
                 # SGLang asks for it when the answer has ended, even if the request was refused before it looked at it;
@@ -174,6 +177,7 @@ class MixedTokenizerManager(TokenizerManager):
             await asyncio.sleep(0.05)
 
     async def _wait_for_model_update_from_disk(self, obj: UpdateWeightFromDiskReqInput):
+        """SGLang's; what is served by name stays the teacher when the student is updated."""
         # What SGLang serves by name is the teacher.
         teacher = self.model_path, self.served_model_name
         result = await super()._wait_for_model_update_from_disk(obj)
@@ -204,6 +208,7 @@ class MixedTokenizerManager(TokenizerManager):
         obj.input_ids, obj.sampling_params = (ids, params) if batch else (ids[0], params[0])
 
     def _create_tokenized_object(self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, *args, **kwargs):
+        """SGLang's, after the request has been checked and its student context tokenized."""
         vocab_size = self.model_config.vocab_size
         with client_errors():
             if input_embeds is None and mm_inputs is None:  # a processor's placeholders may lie outside
@@ -221,20 +226,25 @@ class MixedTokenizerManager(TokenizerManager):
         return tokenized
 
     async def release_memory_occupation(self, obj, request=None):
+        """SGLang's, where it acts on all there is."""
         self._check_memory_saver("release_memory_occupation")
         return await super().release_memory_occupation(obj, request)
 
     async def resume_memory_occupation(self, obj, request=None):
+        """SGLang's, where it acts on all there is."""
         self._check_memory_saver("resume_memory_occupation")
         return await super().resume_memory_occupation(obj, request)
 
     async def load_lora_adapter(self, obj, request=None):
+        """SGLang's; refused beside a student that is an adapter."""
         return self._no_adapters() or await super().load_lora_adapter(obj, request)
 
     async def load_lora_adapter_from_tensors(self, obj, request=None):
+        """SGLang's; refused beside a student that is an adapter."""
         return self._no_adapters() or await super().load_lora_adapter_from_tensors(obj, request)
 
     async def unload_lora_adapter(self, obj, request=None):
+        """SGLang's; refused beside a student that is an adapter."""
         return self._no_adapters() or await super().unload_lora_adapter(obj, request)
 
     def _no_adapters(self) -> LoRAUpdateOutput | None:
@@ -312,6 +322,7 @@ class MixedTokenizerManager(TokenizerManager):
         return self.chat_sides
 
     def update_request_meta_info(self, meta_info, state, customized_info, index, finish_reason) -> None:
+        """SGLang's, without series in plain requests, and with the prompts that were asked for."""
         # SGLang pads plain requests with None when a mixed one shares the message; leave their meta_info as it was.
         own = {
             key: values
@@ -325,6 +336,7 @@ class MixedTokenizerManager(TokenizerManager):
             meta_info.update(getattr(state.obj, "mixing_prompts", {}))
 
     async def _handle_abort_finish_reason(self, out, state, *args, **kwargs):
+        """SGLang's; a request that left itself nothing to sample is a bad one."""
         # A request that leaves itself nothing to sample is a bad one, and no fault of the server's.
         blame_request(out["meta_info"]["finish_reason"], state.obj.sampling_params)
         return await super()._handle_abort_finish_reason(out, state, *args, **kwargs)

@@ -191,6 +191,7 @@ class SeparateTpModelWorker(MixedTpModelWorker):
         return max(teacher * student // (teacher + student) // page * page, page)
 
     def init_attention_backends(self) -> None:
+        """Of both models."""
         with self._ordinary_steps():
             super().init_attention_backends()
             self.student.init_attention_backends()
@@ -198,6 +199,7 @@ class SeparateTpModelWorker(MixedTpModelWorker):
             fence_plans(worker.model_runner.attn_backend)
 
     def init_cuda_graphs(self, capture_decode_cuda_graph: bool = True) -> None:
+        """Of both models."""
         self._share_fusion_workspace()
         with self._ordinary_steps():
             super().init_cuda_graphs(capture_decode_cuda_graph)
@@ -251,6 +253,7 @@ class SeparateTpModelWorker(MixedTpModelWorker):
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def forward_batch_generation(self, batch: ScheduleBatch | None, *args, **kwargs):
+        """SGLang's, after the student's forward."""
         if batch is None or batch.sampling_info is None:
             return super().forward_batch_generation(batch, *args, **kwargs)
         step = batch.sampling_info.mixing = self._student_step(batch)

@@ -37,17 +37,20 @@ class MixedUnifiedRadixCache(UnifiedRadixCache):
         student_kv.attach(self)
 
     def checkpoint(self, req: Req, *, up_to: int, **kwargs) -> None:
+        """SGLang's; the student's prompt enters its radix cache at the same moment."""
         super().checkpoint(req, up_to=up_to, **kwargs)
         # A finished request is checkpointed once more on its way out; on_release covers that one.
         if student_of(req) is not None and not req.finished():
             self.student_kv.checkpoint(req)
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
+        """SGLang's; the student's slots go at the same moment."""
         super().on_release(req, checkpointed=checkpointed)
         if student_of(req) is not None:
             self.student_kv.release(req, keep=checkpointed)
 
     def reset(self) -> None:
+        """SGLang's, and the student's."""
         super().reset()
         if self._student_kv is not None:  # SGLang resets a cache as it makes it
             self._student_kv.reset()

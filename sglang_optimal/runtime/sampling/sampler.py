@@ -117,7 +117,7 @@ def token_series(
 
 
 def make_samplable(mixed: torch.Tensor, mixture: Mixture) -> None:
-    """Rows that no mixture came of get finite logits [n, V], in place.
+    """Give finite logits [n, V] to rows that no mixture came of, in place.
 
     Sampling from NaN would end the whole process. The statistics stay as they are, which ends the request.
     """
@@ -135,6 +135,7 @@ class MixtureSampler(Sampler):
     """
 
     def forward(self, logits_output, sampling_info: SamplingBatchInfo, *args, **kwargs) -> torch.Tensor:
+        """Mix the rows that are mixed, then sample as SGLang does."""
         step = getattr(sampling_info, "mixing", None)
         if step is not None:
             logits_output.next_token_logits = step.mix_into(logits_output.next_token_logits, sampling_info)

@@ -77,7 +77,7 @@ class EqualSides:
         self._warned = False
 
     def add(self, req: Req, values: Sequence[float]) -> None:
-        """Told the values of ``SERIES`` for one token."""
+        """Count one token, by its values of ``SERIES``."""
         if req.student.prompt_ids == req.origin_input_ids:
             return
         self._seen += 1

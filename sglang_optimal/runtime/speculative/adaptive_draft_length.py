@@ -37,7 +37,7 @@ class FixedDraftLength:
         return self.length
 
     def observe(self, length: int, accepted: Sequence[int]) -> None:
-        """Told how many of ``length`` drafts each row of a finished step had accepted."""
+        """Take note of how many of ``length`` drafts each row of a finished step had accepted."""
 
 
 class AdaptiveDraftLength(FixedDraftLength):

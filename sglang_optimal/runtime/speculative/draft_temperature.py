@@ -33,7 +33,12 @@ class DraftTemperature:
         return truncation.scaled(self._factors.index_select(0, self._overlaps.argmax(0, keepdim=True)))
 
     def observe(self, student_logits: Tensor, target: Tensor, truncation: SamplingFilters) -> None:
-        """Told of the first position of a step: the student's logits [n, v], and what the mixture draws from [n, v]."""
+        """Take note of the first position of a step.
+
+        Args:
+            student_logits: [n, v]. target: [n, v], probabilities that the mixture draws from.
+            truncation: of the rows.
+        """
         self._steps += 1
         if self._steps % EVERY != 1:
             return

@@ -20,6 +20,7 @@ class MixingCustomSpecAlgo(CustomSpecAlgo):
     """The student drafts, the mixture of both models decides."""
 
     def has_draft_kv(self) -> bool:
+        """No: the teacher's pool has none, and the student has a pool of its own."""
         return False  # in the teacher's pool; the student has its own
 
     def need_topk(self) -> bool:

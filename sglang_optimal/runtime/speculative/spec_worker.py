@@ -84,6 +84,7 @@ class MixingSpecWorker(BaseSpecWorker):
 
     @property
     def spec_v2_attn_backends(self) -> tuple:
+        """Those whose plans SGLang prepares ahead: both models'."""
         target = self.target_worker
         return target.model_runner.attn_backend, target.student.model_runner.attn_backend
 

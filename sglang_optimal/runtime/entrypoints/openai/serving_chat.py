@@ -48,6 +48,7 @@ class MixedOpenAIServingChat(OpenAIServingChat):
     """SGLang's ``/v1/chat/completions`` for both sides of a mixed request."""
 
     def _convert_to_internal_request(self, request: ChatCompletionRequest, raw_request=None):
+        """SGLang's, of a request whose two sides have been split."""
         custom, session = take_carried(request.custom_params, request.session_params)
         if custom is not request.custom_params:
             request = request.model_copy(update={"custom_params": custom, "session_params": session})
@@ -127,10 +128,12 @@ class MixedOpenAIServingChat(OpenAIServingChat):
         return RenderedPrompt(sides.student.ids_of(student, name), name)
 
     def _build_chat_response(self, request, ret, created):
+        """SGLang's answer, with the series in ``sglext.mixing``."""
         response = super()._build_chat_response(request, ret, created)
         return _with_series(response, ret) if isinstance(response, ChatCompletionResponse) else response
 
     def _generate_chat_stream(self, adapted_request, request, raw_request):
+        """SGLang's events, with the series of the tokens they bring."""
         chunks = super()._generate_chat_stream
         return _recorded_stream(chunks, request, adapted_request, request, raw_request)
 

@@ -35,6 +35,7 @@ class MixedSchedulerInvariantChecker(SchedulerInvariantChecker):
             self._report_leak("student pool", leak)
 
     def self_check_during_busy(self) -> None:
+        """SGLang's, and the student's slots."""
         # Explicit, because a class with slots is made anew, and super() would look for the old one.
         SchedulerInvariantChecker.self_check_during_busy(self)
         if self.get_last_batch() is None:
@@ -43,6 +44,7 @@ class MixedSchedulerInvariantChecker(SchedulerInvariantChecker):
         assert problem is None, problem
 
     def _get_total_uncached_sizes(self) -> tuple[int, int]:
+        """SGLang's, with what students hold in the teacher's pool."""
         full, swa = SchedulerInvariantChecker._get_total_uncached_sizes(self)
         return full + (private_tokens(self.student_kv) if self.student_kv.one_pool else 0), swa
 
