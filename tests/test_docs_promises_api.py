@@ -396,7 +396,7 @@ def test_other_fields_of_the_offline_api():
     [
         {"grammar": "g"},
         {"custom_logit_processor": "p"},
-        {"student": None},
+        {"mixing": None},
         {"frequency_penalty": 0.1},
         {"presence_penalty": -0.1},
         {"repetition_penalty": 1.1},
@@ -409,7 +409,7 @@ def test_requests_that_take_one_token_a_step(change):
     from sglang_optimal.runtime.speculative.spec_worker import can_draft
 
     params = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
-    request = {"grammar": None, "custom_logit_processor": None, "student": "its context"}
+    request = {"grammar": None, "custom_logit_processor": None, "mixing": SimpleNamespace(student="its side")}
 
     def drafted(change) -> bool:
         own = {name: change.get(name, value) for name, value in request.items()}

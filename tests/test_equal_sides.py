@@ -6,13 +6,15 @@ import logging
 import types
 from array import array
 
+from sglang_optimal.config import AlphaSettings
 from sglang_optimal.names import SERIES
+from sglang_optimal.runtime.core import MixedRequest, Side
 from sglang_optimal.runtime.sampling.sampling_observer import EqualSides
 
 
 def request(teacher: list[int], student: list[int]):
-    context = types.SimpleNamespace(prompt_ids=array("q", student))
-    return types.SimpleNamespace(origin_input_ids=array("q", teacher), student=context)
+    sides = [Side("teacher", array("q", teacher)), Side("student", array("q", student))]
+    return types.SimpleNamespace(origin_input_ids=sides[0].prompt_ids, mixing=MixedRequest(sides, AlphaSettings()))
 
 
 def values(kl: float) -> list[float]:

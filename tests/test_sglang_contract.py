@@ -14,6 +14,7 @@ import re
 import textwrap
 import tomllib
 import types
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -540,9 +541,12 @@ def test_a_request_that_is_put_back_stays_mixed(monkeypatch):
     """Unless SGLang has refused it, and runs it on a dummy token to its end."""
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+    from sglang_optimal.config import AlphaSettings
+    from sglang_optimal.runtime.core import MixedRequest, Side
     from sglang_optimal.runtime.managers.scheduler import MixedScheduler, Scheduler
 
     monkeypatch.setattr(Scheduler, "_add_request_to_queue", lambda self, req: None)
+    sides = [Side(model, array("q", [1])) for model in ("teacher", "student")]
     scheduler = object.__new__(MixedScheduler)
     for end, mixed in (
         (None, True),
@@ -550,9 +554,9 @@ def test_a_request_that_is_put_back_stays_mixed(monkeypatch):
         (FINISH_ABORT("no", 500), True),
         (FINISH_ABORT("no", 400), False),
     ):
-        req = types.SimpleNamespace(student=object(), to_finish=end)
+        req = types.SimpleNamespace(mixing=MixedRequest(sides, AlphaSettings()), to_finish=end)
         scheduler._add_request_to_queue(req)
-        assert (req.student is not None) is mixed, end
+        assert (req.mixing is not None) is mixed, end
 
 
 def test_entry_point_groups():

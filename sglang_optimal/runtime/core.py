@@ -1,9 +1,9 @@
 """What rides on SGLang's objects: the state of a mixed request, and a batch's part for the student.
 
-- ``Req.student``: a `StudentContext`; None for a plain request. Set by the scheduler when the request arrives, and dies
+- ``Req.mixing``: a `MixedRequest`; None for a plain request. Set by the scheduler when the request arrives, and dies
   with it.
-- ``Req.student.kv``: a `StudentKVState`. Set by `StudentKV.allocate` when the request is admitted; dies at its finish,
-  abort or retraction, when the slots are given back.
+- ``Req.mixing.student.kv``: a `StudentKVState`. Set by `StudentKV.allocate` when the request is admitted; dies at its
+  finish, abort or retraction, when the slots are given back.
 - ``ScheduleBatch.student_plan``: a `PrefillPlan` or `DecodePlan`. Set before a forward by the scheduler or, where the
   student drafts, by the speculative worker; a forward's result keeps it alive until the device has read it.
 - ``ScheduleBatch.spec_info``: a `MixingDraftInput` (speculative/spec_info.py). What one step with drafts leaves to the
@@ -30,20 +30,38 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass
-class StudentContext:
-    """The student's side of one request.
+class Side:
+    """One model's part in a mixed request.
 
     Attributes:
-        prompt_ids: token ids of the student's prompt (S); the student reads S + the output tokens.
-        alpha: how alpha is chosen.
-        return_mixing_info: whether the client asked for every per-token series.
-        kv: the student's KV slots; None while the request holds none.
+        model: ``teacher`` or ``student``.
+        prompt_ids: token ids of its prompt; each model reads its own and then the output tokens.
+        kv: its KV slots, where they are not SGLang's own (``Req.kv``, the teacher's); None while it holds none.
     """
 
+    model: str
     prompt_ids: array
+    kv: StudentKVState | None = None
+
+
+@dataclasses.dataclass
+class MixedRequest:
+    """What is mixed for one request.
+
+    Attributes:
+        sides: the models with their contexts; today two, the teacher first. Their weights, α and 1 − α, are solved for
+            every token.
+        alpha: how.
+        return_mixing_info: whether the client asked for every per-token series.
+    """
+
+    sides: list[Side]
     alpha: AlphaSettings
     return_mixing_info: bool = False
-    kv: StudentKVState | None = None
+
+    @property
+    def student(self) -> Side:
+        return self.sides[1]
 
 
 @dataclasses.dataclass
@@ -82,14 +100,15 @@ class StudentKVState:
         return len(self.ids) - self.start
 
 
-def student_of(req: Req):
-    """The request's StudentContext, or None for a plain request."""
-    return getattr(req, "student", None)
+def student_of(req: Req) -> Side | None:
+    """The student's side of the request, or None for a plain request."""
+    mixing: MixedRequest | None = getattr(req, "mixing", None)
+    return None if mixing is None else mixing.student
 
 
 def length_offset(req: Req) -> int:
     """``len(S) − len(T)``: student length minus teacher length, the same at every step."""
-    return len(req.student.prompt_ids) - len(req.origin_input_ids)
+    return len(req.mixing.student.prompt_ids) - len(req.origin_input_ids)
 
 
 @dataclasses.dataclass
@@ -117,7 +136,7 @@ class MixedRows:
     @classmethod
     def build(cls, batch: ScheduleBatch, row_ids: list[int], kv: StudentKV) -> MixedRows:
         reqs = [batch.reqs[i] for i in row_ids]
-        settings = [req.student.alpha for req in reqs]
+        settings = [req.mixing.alpha for req in reqs]
         device = batch.device
         offsets_cpu, offsets = sent([length_offset(req) for req in reqs], device)
         row_ids_cpu, device_row_ids = sent(row_ids, device)
@@ -135,7 +154,7 @@ class MixedRows:
                 [0.5 if s.fixed_alpha is None else s.fixed_alpha for s in settings],
                 device,
             ),
-            info=any(req.student.return_mixing_info for req in reqs),
+            info=any(req.mixing.return_mixing_info for req in reqs),
         )
 
     def select(self, tensor: torch.Tensor) -> torch.Tensor:

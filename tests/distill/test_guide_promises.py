@@ -205,7 +205,9 @@ def ranks(monkeypatch, module, count: int) -> None:
 
 def failed_rows():
     state = types.SimpleNamespace(failed=False)
-    return state, types.SimpleNamespace(reqs=[types.SimpleNamespace(student=types.SimpleNamespace(kv=state))])
+    return state, types.SimpleNamespace(
+        reqs=[types.SimpleNamespace(mixing=types.SimpleNamespace(student=types.SimpleNamespace(kv=state)))]
+    )
 
 
 def test_after_which_failures_of_the_student_s_forward_the_process_ends(monkeypatch):

@@ -73,7 +73,7 @@ def test_three_columns_and_the_numbers_behind_a_token(client, page):
         shown = page.tip(token, hover=i == 0)
         assert shown.keys() == labels.keys()
         for label, name in labels.items():
-            assert float(shown[label]) == pytest.approx(meta[name][i], abs=2e-3), (label, i)
+            assert float(shown[label].replace("−", "-")) == pytest.approx(meta[name][i], abs=2e-3), (label, i)
     colours = [token.value_of_css_property("background-color") for token in tokens]
     assert len(set(colours)) > len(colours) / 2
     # Students' tokens are blue, teachers' orange.

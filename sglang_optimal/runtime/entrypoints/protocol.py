@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_optimal.config import ALPHA_KEYS, AlphaSettings, MixingConfig, check_known
 from sglang_optimal.names import CARRIER
-from sglang_optimal.runtime.core import StudentContext
+from sglang_optimal.runtime.core import MixedRequest, Side
 from sglang_optimal.runtime.entrypoints.messages import (
     characters,
     checked_messages,
@@ -239,15 +239,18 @@ def to_wire(
     }
 
 
-def from_wire(custom_params: Any) -> StudentContext | None:
-    """The student context of a request that ``to_wire`` has checked; None for a plain request."""
+def from_wire(custom_params: Any, teacher_ids: array) -> MixedRequest | None:
+    """What ``to_wire`` has checked; None for a plain request.
+
+    Args:
+        teacher_ids: token ids of the request's own prompt.
+    """
     if not isinstance(custom_params, dict) or custom_params.get("student_input_ids") is None:
         return None
     settings: dict[str, Any] = {name: custom_params.get(name) for name in ALPHA_KEYS}
-    alpha = AlphaSettings(**settings)
-    return StudentContext(
-        prompt_ids=array("q", custom_params["student_input_ids"]),
-        alpha=alpha,
+    return MixedRequest(
+        sides=[Side("teacher", teacher_ids), Side("student", array("q", custom_params["student_input_ids"]))],
+        alpha=AlphaSettings(**settings),
         return_mixing_info=bool(custom_params.get("return_mixing_info")),
     )
 

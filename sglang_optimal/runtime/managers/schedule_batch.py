@@ -59,7 +59,7 @@ class Planner:
         if not complete:
             return None
         rows = MixedRows.build(batch, complete, self.kv)
-        states = [req.student.kv for req in rows.reqs]
+        states = [req.mixing.student.kv for req in rows.reqs]
         for state in states:
             state.forwarded = True
         return PrefillPlan(
@@ -79,7 +79,7 @@ def micro_batches(reqs: list[Req], chunk_size: int | None) -> list[list[PrefillC
     batches: list[list[PrefillChunk]] = [[]]
     room = limit
     for req in reqs:
-        state = req.student.kv
+        state = req.mixing.student.kv
         start, length = state.start, len(state.ids)
         while start < length:
             if room == 0:

@@ -110,8 +110,8 @@ class MixedScheduler(Scheduler):
     def _create_generation_req(self, recv_req, *args, **kwargs) -> Req:
         """SGLang's request, with the student's side."""
         req = super()._create_generation_req(recv_req, *args, **kwargs)
-        req.student = from_wire(req.sampling_params.custom_params)
-        if req.student is not None and self.mixing_metrics is not None:
+        req.mixing = from_wire(req.sampling_params.custom_params, req.origin_input_ids)
+        if req.mixing is not None and self.mixing_metrics is not None:
             self.mixing_metrics.requests.inc()
         return req
 
@@ -129,13 +129,14 @@ class MixedScheduler(Scheduler):
                 )
                 return
             req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room)
-        if student_of(req) is None:
+        student = student_of(req)
+        if student is None:
             return
         longest = min(self.tp_worker.student_context_len - 1, self.tp_worker.student_kv.max_req_len(req) - ahead)
-        room = longest - len(req.student.prompt_ids) - 1
+        room = longest - len(student.prompt_ids) - 1
         if room < 1:
             req.set_finish_with_abort(
-                f"student context too long: {len(req.student.prompt_ids)} tokens, but the student's context length and "
+                f"student context too long: {len(student.prompt_ids)} tokens, but the student's context length and "
                 f"KV pool allow {longest - 2}."
             )
             return
@@ -148,7 +149,7 @@ class MixedScheduler(Scheduler):
         # SGLang refuses a request by running it on one dummy token; it must not wait for room for its student context.
         # One that was aborted by its client, and put back before that took effect, still samples a token, as it began.
         if student_of(req) is not None and getattr(req.to_finish, "status_code", None) == HTTPStatus.BAD_REQUEST:
-            req.student = None
+            req.mixing = None
         super()._add_request_to_queue(req, *args, **kwargs)
 
     def run_batch(self, batch: ScheduleBatch, *args, **kwargs):

@@ -98,7 +98,7 @@ class StudentKV(abc.ABC):
 
     def row_len(self, req: Req) -> int:
         """Length of the student's row: prefix and slots of its own."""
-        state = req.student.kv
+        state = req.mixing.student.kv
         # Not forwarded yet (waiting for the teacher's chunks): the row holds the prompt's slots and nothing else.
         return req.kv.kv_allocated_len + length_offset(req) if state.forwarded else len(state.ids)
 
@@ -115,7 +115,7 @@ class StudentKV(abc.ABC):
 
     def match(self, req: Req) -> StudentKVState:
         """Match the request's student context in the radix cache and lock what was found. Allocates nothing."""
-        ids = req.student.prompt_ids + req.output_ids
+        ids = req.mixing.student.prompt_ids + req.output_ids
         key = self._key(req, ids[:-1])  # the last token is always forwarded: its logits are needed
         result = self.tree.match_prefix(MatchPrefixParams(key=key))
         node, prefix_len = result.last_device_node, result.device_prefix_len
@@ -135,14 +135,14 @@ class StudentKV(abc.ABC):
         state.slots = alloc_token_slots(self.tree, state.extend_len)
         state.protected_len = state.start
         state.aliases_teacher = state.start > state.prefix_len
-        req.student.kv = state
+        req.mixing.student.kv = state
         self.active_reqs[id(req)] = req
         self.prompt_tokens += len(state.ids)
         self.cached_tokens += state.start
 
     def bind(self, req: Req) -> None:
         """Write the request's row, once the scheduler has given it one."""
-        state = req.student.kv
+        state = req.mixing.student.kv
         if state.bound:
             return
         row = req.kv.req_pool_idx
@@ -174,7 +174,7 @@ class StudentKV(abc.ABC):
         rows: list[int] = []
         positions: list[int] = []
         for req in reqs:
-            state = req.student.kv
+            state = req.mixing.student.kv
             start, end = len(state.ids) + state.reserved, self.row_len(req)
             rows += [req.kv.req_pool_idx] * (end - start)
             positions += range(start, end)
@@ -187,7 +187,7 @@ class StudentKV(abc.ABC):
 
     def checkpoint(self, req: Req) -> None:
         """After the prefill: put the prompt into the radix cache, so that others can share it at once."""
-        state = req.student.kv
+        state = req.mixing.student.kv
         if state is None or not state.forwarded or state.failed or self.tree.disable:
             return
         if state.protected_len >= len(state.ids):
@@ -214,11 +214,11 @@ class StudentKV(abc.ABC):
 
     def release(self, req: Req, *, keep: bool) -> None:
         """Give everything back; with ``keep`` the computed tokens stay in the radix cache."""
-        state = req.student.kv
+        state = req.mixing.student.kv
         if state is None:
             return
         total = self.row_len(req)
-        req.student.kv = None
+        req.mixing.student.kv = None
         del self.active_reqs[id(req)]
         if not state.bound:
             self.allocator.free_segment(state.slots, start_pos=state.start)
@@ -227,7 +227,7 @@ class StudentKV(abc.ABC):
         if keep and state.forwarded and not state.failed and not self.tree.disable:
             computed = min(req.owned_kv_len() + length_offset(req), total)
             if computed > state.protected_len and self._move_alias_to_tree(req, state):
-                state.ids = (req.student.prompt_ids + req.output_ids)[:computed]
+                state.ids = (req.mixing.student.prompt_ids + req.output_ids)[:computed]
                 self._insert(req, state, computed)
         row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         if total > state.protected_len:
@@ -361,7 +361,7 @@ class SharedStudentKV(StudentKV):
         return common - prefix_len if common - prefix_len >= MIN_ALIASED_PREFIX else 0
 
     def alias_teacher_prefix(self, req: Req) -> None:
-        state = req.student.kv
+        state = req.mixing.student.kv
         if not state.aliases_teacher:
             return
         shared = slice(state.prefix_len, state.start)
@@ -380,8 +380,8 @@ class SharedStudentKV(StudentKV):
 
     def max_req_len(self, req: Req) -> int:
         # T + S + 2 n tokens in one pool: the n that fits, as a length of the student's context.
-        both = len(req.origin_input_ids) + len(req.student.prompt_ids)
-        return len(req.student.prompt_ids) + max((self.size - 2 - both) // 2, 0)
+        both = len(req.origin_input_ids) + len(req.mixing.student.prompt_ids)
+        return len(req.mixing.student.prompt_ids) + max((self.size - 2 - both) // 2, 0)
 
     def reset(self) -> None:
         """The teacher's own reset clears the pool and the tree."""

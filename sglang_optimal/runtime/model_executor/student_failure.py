@@ -21,8 +21,8 @@ def student_failure(error: Exception, rows: MixedRows) -> str:
         raise error
     logger.error("student forward", exc_info=error)
     for req in rows.reqs:
-        if req.student.kv is not None:  # else it has just ended
-            req.student.kv.failed = True
+        if req.mixing.student.kv is not None:  # else it has just ended
+            req.mixing.student.kv.failed = True
     return f"the student's forward failed: {type(error).__name__}: {error}"
 
 

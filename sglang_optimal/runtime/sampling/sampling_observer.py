@@ -78,7 +78,7 @@ class EqualSides:
 
     def add(self, req: Req, values: Sequence[float]) -> None:
         """Count one token, by its values of ``SERIES``."""
-        if req.student.prompt_ids == req.origin_input_ids:
+        if req.mixing.student.prompt_ids == req.origin_input_ids:
             return
         self._seen += 1
         self.tokens += values[_KL_STUDENT] == 0.0 == values[_KL_TEACHER]
@@ -135,7 +135,7 @@ class MixingHostOutput:
             if req.customized_info is None:
                 req.customized_info = {}
             self.observer.equal_sides.add(req, values)
-            names = SERIES if req.student.return_mixing_info else SERIES[:1]
+            names = SERIES if req.mixing.return_mixing_info else SERIES[:1]
             for name, value in zip(names, values, strict=False):
                 req.customized_info.setdefault(name, []).append(value)
         return tokens

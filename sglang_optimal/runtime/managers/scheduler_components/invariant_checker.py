@@ -59,7 +59,7 @@ def leak_report(kv: StudentKV) -> str | None:
 
 def private_tokens(kv: StudentKV) -> int:
     """Tokens whose slots belong to one request, and to no radix cache."""
-    return sum(kv.row_len(req) - req.student.kv.protected_len for req in kv.active_reqs.values())
+    return sum(kv.row_len(req) - req.mixing.student.kv.protected_len for req in kv.active_reqs.values())
 
 
 def busy_report(kv: StudentKV, *, every_slot: bool) -> str | None:
@@ -87,7 +87,7 @@ def busy_report(kv: StudentKV, *, every_slot: bool) -> str | None:
 
 
 def _private_slots(kv: StudentKV, req: Req) -> torch.Tensor:
-    state = req.student.kv
+    state = req.mixing.student.kv
     if not state.bound:
         return state.slots
     return kv.req_to_token_pool.req_to_token[req.kv.req_pool_idx, state.protected_len : kv.row_len(req)]
