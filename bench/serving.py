@@ -23,11 +23,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -61,6 +58,7 @@ from bench.common import (
     random_prompts,
     save_figure,
 )
+from sglang_optimal.server_process import ServerFailed, running
 
 WORKLOADS = {"plain": 0.0, "mixed": 1.0, "half": 0.5}
 """Share of mixed requests."""
@@ -152,63 +150,36 @@ def parse_args() -> argparse.Namespace:
 @contextlib.contextmanager
 def serve(args: argparse.Namespace) -> Iterator[str]:
     """Run a server until the block ends; gives its base URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "sglang_optimal.launch_server", "--model-path", args.model_path]
-    command += ["--student-weights", args.student_weights]
+    argv = ["--model-path", args.model_path, "--student-weights", args.student_weights]
     if args.student_model_path:
-        command += ["--student-model-path", args.student_model_path]
+        argv += ["--student-model-path", args.student_model_path]
     args.server_log.parent.mkdir(parents=True, exist_ok=True)
-    with args.server_log.open("w") as log:
-        # A session of its own: Ctrl-C reaches this process alone, and what the server starts can be ended with it.
-        process = subprocess.Popen(
-            [*command, *args.server_args, "--port", port],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    args.server_log.unlink(missing_ok=True)
+    seconds = args.ready_check_timeout_sec
     try:
-        base_url = f"http://127.0.0.1:{port}"
-        try:
-            wait_until_ready(base_url, args.ready_check_timeout_sec, process)
-        except BenchError as error:
-            raise BenchError(f"{error}\n{args.server_log.read_text(errors='replace')[-4000:]}") from None
-        yield base_url
-    finally:
-        stop(process)
+        with running(
+            "sglang_optimal.launch_server", [*argv, *args.server_args], args.server_log,
+            seconds=seconds, headers=get_auth_headers(), grace=STOP_DEADLINE,
+        ) as server:  # fmt: skip
+            yield server.url
+    except ServerFailed as error:
+        raise BenchError(str(error)) from None
 
 
-def wait_until_ready(base_url: str, seconds: float, process: subprocess.Popen | None = None) -> None:
+def wait_until_ready(base_url: str, seconds: float) -> None:
     """Ask for ``/health`` until it answers.
 
     Raises:
-        BenchError: it did not in time, or its process ended.
+        BenchError: it did not in time.
     """
     deadline = time.monotonic() + seconds
     while True:
-        if process is not None and process.poll() is not None:
-            raise BenchError(f"the server ended with status {process.returncode}.")
         with contextlib.suppress(requests.RequestException):
             if requests.get(f"{base_url}/health", headers=get_auth_headers(), timeout=30).status_code == 200:
                 return
         if time.monotonic() > deadline:
             raise BenchError(f"no server was ready at {base_url} after {seconds} s.")
         time.sleep(0.5)
-
-
-def stop(process: subprocess.Popen) -> None:
-    """SGLang's graceful end; what is left of its processes after that is killed."""
-    try:
-        process.terminate()
-        process.wait(STOP_DEADLINE)
-    except subprocess.TimeoutExpired:
-        print(f"bench.serving: the server did not end within {STOP_DEADLINE} s and is killed.", file=sys.stderr)
-    finally:  # also when a second Ctrl-C ends the wait
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def server_info(base_url: str) -> dict[str, Any]:

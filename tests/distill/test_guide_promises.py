@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import re
 import shlex
-import subprocess
 import types
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from sglang_optimal.platforms import activate
 from sglang_optimal.runtime.mem_cache import student_kv
 from sglang_optimal.runtime.model_executor import student_failure as failure
 from sglang_optimal.runtime.speculative import spec_worker as speculative_worker
+from sglang_optimal.server_process import ServerProcess
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "sglang_optimal"
@@ -164,7 +164,7 @@ def test_a_server_of_the_run_s_own_has_five_starts(tmp_path, monkeypatch):
 
     async def start(own):
         started.append(own)
-        own._process = subprocess.Popen(["true"], start_new_session=True)
+        own._process = ServerProcess("this", [], own.url, own._log)  # ends at once
 
     async def live():
         own = server.OwnServer({}, {}, tmp_path / "server.log")

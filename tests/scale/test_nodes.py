@@ -8,7 +8,7 @@ import time
 import httpx
 import pytest
 from harness import SMALL, check_greedy, random_cases
-from serving import START_DEADLINE, as_argv, free_port, generate, start_process, stop_process
+from serving import START_DEADLINE, as_argv, free_port, generate, start_process
 
 
 @pytest.mark.slow
@@ -30,11 +30,11 @@ def test_two_nodes(tiny_pair, tiny_oracle, tmp_path):
                     if client.get("/health").status_code == 200:
                         break
                 said = "\n".join(log.read_text(errors="replace")[-3000:] for log in logs)
-                assert time.monotonic() < deadline and all(node.poll() is None for node in nodes), said
+                assert time.monotonic() < deadline and all(node.process.poll() is None for node in nodes), said
                 time.sleep(0.3)
             for case in random_cases(78, 4, 1):
                 answer = generate(client, input_ids=case.teacher, sampling_params=case.params())
                 assert check_greedy(tiny_oracle, case, answer) > 0
     finally:
         for node in nodes:
-            stop_process(node)
+            node.stop()

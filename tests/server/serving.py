@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +11,12 @@ from typing import Any
 
 import httpx
 
-START_DEADLINE, STOP_DEADLINE = 150, 20  # seconds; a start takes half a minute on two cores
+from sglang_optimal.server_process import ServerProcess, free_port, running
+
+__all__ = ["free_port"]
+
+START_DEADLINE = 150  # seconds; a start takes half a minute on two cores
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def as_argv(values: dict[str, Any]) -> list[str]:
@@ -25,12 +25,6 @@ def as_argv(values: dict[str, Any]) -> list[str]:
         flag = "--" + name.replace("_", "-")
         argv += [flag] if value is True else [flag, str(value)]
     return argv
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -51,56 +45,23 @@ def serve(
         api_key: start the server with it, and send it with every request of the client.
         environment: variables for the server, beside this process's own.
     """
-    port = free_port()
-    headers = {}
-    arguments = [*argv, "--port", str(port)]
+    headers, arguments = {}, list(argv)
     if api_key is not None:
         arguments += ["--api-key", api_key]
         headers["Authorization"] = f"Bearer {api_key}"
-    process = start_process(module, arguments, log, environment)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as client:
-            _wait_until_ready(client, process, log)
-            yield client
-    finally:
-        stop_process(process)
+    variables = {**OFFLINE, **(environment or {})}
+    with (
+        running(module, arguments, log, seconds=START_DEADLINE, headers=headers, environment=variables) as server,
+        httpx.Client(base_url=server.url, headers=headers, timeout=60) as client,
+    ):
+        yield client
 
 
 def start_process(
     module: str, argv: Sequence[str], log: Path, environment: dict[str, str] | None = None
-) -> subprocess.Popen:
-    """``python -m module argv`` in a session of its own, so that whatever it starts can be ended with it."""
-    command = [sys.executable, "-m", module, *argv]
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
-    with log.open("w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
-
-
-def _wait_until_ready(client: httpx.Client, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + START_DEADLINE
-    while True:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended with status {process.returncode}:\n{_tail(log)}")
-        with contextlib.suppress(httpx.TransportError):
-            if client.get("/health").status_code == 200:
-                return
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"the server was not ready after {START_DEADLINE} s:\n{_tail(log)}")
-        time.sleep(0.2)
-
-
-def stop_process(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_DEADLINE)
-    with contextlib.suppress(ProcessLookupError):  # whatever of the group did not go by itself
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _tail(log: Path, characters: int = 6000) -> str:
-    return log.read_text(errors="replace")[-characters:]
+) -> ServerProcess:
+    """One that is not waited for."""
+    return ServerProcess(module, argv, "", log, environment={**OFFLINE, **(environment or {})})
 
 
 def generate(client: httpx.Client, **body: Any) -> Any:

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 from harness import SMALL, Case, check_greedy, random_ids
-from serving import as_argv, free_port, generate, server_info, start_process, stop_process
+from serving import as_argv, free_port, generate, server_info, start_process
 
 START_SECONDS, END_SECONDS = 120, 30
 
@@ -68,7 +68,8 @@ def test_killed_restarted_and_given_up(tiny_pair, tiny_oracle, tmp_path):
     argv = ["--model-path", teacher, "--student-model-path", student, *as_argv(SMALL), "--max-restarts", "1"]
     log = tmp_path / "log"
     case = Case(random_ids(random.Random(92), 20), random_ids(random.Random(93), 20), 12)
-    process = start_process("sglang_optimal.launch_server", [*argv, "--port", str(port)], log)
+    server = start_process("sglang_optimal.launch_server", [*argv, "--port", str(port)], log)
+    process = server.process
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             for life in range(2):
@@ -82,7 +83,7 @@ def test_killed_restarted_and_given_up(tiny_pair, tiny_oracle, tmp_path):
         _, alive = psutil.wait_procs(left, timeout=10)
         assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
     finally:
-        stop_process(process)
+        server.stop()
     said = log.read_text(errors="replace")
     assert "restart 1 of 1" in said and "not started again after 1 restarts" in said
     assert "crashed with exit code -9" in said  # what SGLang says of it
@@ -90,13 +91,13 @@ def test_killed_restarted_and_given_up(tiny_pair, tiny_oracle, tmp_path):
 
 def test_arguments_that_are_wrong_are_not_tried_again(tmp_path):
     argv = ["--model-path", "/no/such/model", "--max-restarts", "3"]
-    process = start_process("sglang_optimal.launch_server", argv, tmp_path / "log")
+    process = start_process("sglang_optimal.launch_server", argv, tmp_path / "log").process
     assert process.wait(60) == 2
     assert (tmp_path / "log").read_text().count("no model at /no/such/model") == 1
 
 
 @pytest.mark.parametrize("value", ["-1", "x"])
 def test_a_bad_number(tmp_path, value):
-    process = start_process("sglang_optimal.launch_server", ["--max-restarts", value], tmp_path / "log")
+    process = start_process("sglang_optimal.launch_server", ["--max-restarts", value], tmp_path / "log").process
     assert process.wait(60) == 2
     assert "--max-restarts" in (tmp_path / "log").read_text()

@@ -1,0 +1,158 @@
+"""A server in a process of its own: started, waited for and ended in one way by runs, benchmarks and tests."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import requests
+
+PAUSE = 0.2
+"""Seconds between two questions whether it is ready."""
+
+
+class ServerFailed(RuntimeError):
+    """The server ended, or was not ready in time; the message has what it said last."""
+
+
+class ServerProcess:
+    """``python -m module argv`` in a session of its own, so that whatever it starts can be ended with it.
+
+    It dies with this process, also when that is killed: else it would keep the accelerator.
+
+    Args:
+        module: ``sglang_optimal.launch_server``, or SGLang's own.
+        argv: its arguments.
+        url: where it will answer.
+        log: file that everything it prints is added to.
+        environment: variables beside this process's own.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        argv: Sequence[str],
+        url: str,
+        log: Path,
+        *,
+        environment: Mapping[str, str] | None = None,
+    ):
+        self.url, self.log = url, log
+        with log.open("ab") as output:
+            self._begin = output.tell()
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+
+    def is_ready(self, headers: Mapping[str, str] | None = None) -> bool:
+        """Whether it answers; asks once.
+
+        Args:
+            headers: for its API key.
+
+        Raises:
+            ServerFailed: it has ended.
+        """
+        status = self.process.poll()
+        if status is not None:
+            raise ServerFailed(f"the server ended with status {status}: {self.last_words()}")
+        with contextlib.suppress(requests.RequestException), requests.Session() as session:
+            session.trust_env = False  # no proxy lies between this machine and itself
+            return session.get(f"{self.url}/health", headers=headers, timeout=30).status_code == 200
+        return False
+
+    def wait_until_ready(self, seconds: float, headers: Mapping[str, str] | None = None) -> None:
+        """Ask until it answers.
+
+        Raises:
+            ServerFailed: it ended, or did not within ``seconds``.
+        """
+        deadline = time.monotonic() + seconds
+        while not self.is_ready(headers):
+            if time.monotonic() > deadline:
+                raise ServerFailed(f"the server was not ready after {seconds:.0f} s; see {self.log}")
+            time.sleep(PAUSE)
+
+    def stop(self, grace: float = 20.0) -> bool:
+        """End it; what is left of its session after ``grace`` seconds is killed. Returns whether it went by itself."""
+        self.signal(signal.SIGTERM)
+        try:
+            self.process.wait(grace)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+        finally:  # also when Ctrl-C ends the wait
+            self.signal(signal.SIGKILL)
+            self.process.wait()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all of its session."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def last_words(self) -> str:
+        """The last error that it printed, or its last line."""
+        with self.log.open("rb") as log:
+            log.seek(self._begin)
+            lines = log.read().decode(errors="replace").strip().splitlines()
+        errors = [line for line in lines if "error:" in line.lower()]
+        return errors[-1] if errors else f"{lines[-1] if lines else 'nothing'} (see {self.log})"
+
+
+@contextlib.contextmanager
+def running(
+    module: str,
+    argv: Sequence[str],
+    log: Path,
+    *,
+    seconds: float,
+    headers: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
+    grace: float = 20.0,
+) -> Iterator[ServerProcess]:
+    """A server on a free port of this machine, ready within the block.
+
+    Args:
+        argv: its arguments, without the port.
+        seconds: for the start. grace: for the end. The others: see `ServerProcess`.
+
+    Raises:
+        ServerFailed: it did not start.
+    """
+    port = free_port()
+    server = ServerProcess(
+        module, [*argv, "--port", str(port)], f"http://127.0.0.1:{port}", log, environment=environment
+    )
+    try:
+        server.wait_until_ready(seconds, headers)
+        yield server
+    finally:
+        server.stop(grace)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _die_with_parent() -> None:
+    """In the child: end with the parent."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
