@@ -12,7 +12,10 @@ from harness import Case, check_all, check_greedy, check_pools, random_cases, ra
 from sglang_optimal.runtime.entrypoints.engine import MixedEngine
 
 
-@pytest.fixture(scope="module", params=[{}, {"mixing_mode": "speculative", "draft_tokens": 2}], ids=["", "drafts"])
+DRAFTS = {"mixing_mode": "speculative", "draft_tokens": 2}
+
+
+@pytest.fixture(scope="module", params=[{}, pytest.param(DRAFTS, marks=pytest.mark.slow)], ids=["", "drafts"])
 def sampler(request, tiny_pair):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MixedEngine, "scheduler_process", staticmethod(faulty_scheduler_process))

@@ -38,6 +38,7 @@ GPU_LIKE = ("small", "small-no-overlap")
 
 
 SLOW = (
+    "roomy",  # also tests/engine/test_two_engines.py
     "small-no-overlap",
     "shared-roomy",
     "shared-small-no-overlap",

@@ -38,7 +38,7 @@ ENGINES = {
     "triton-drafts": ("same_vocabulary_pair", {"triton": True, "mixing_mode": "auto", "draft_tokens": 2}),
     "triton-lora": ("one_model", {"triton": True, "lora": True}),
 }
-SLOW = ("triton", "triton-shared", "triton-drafts", "triton-lora")
+SLOW = ("wide", "triton", "triton-shared", "triton-drafts", "triton-lora")
 
 
 @pytest.fixture(scope="module")
