@@ -74,7 +74,11 @@ class ExportCheck:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Raises ValueError: names ``--tokenizer``."""
+    """Load a tokenizer by folder or id.
+
+    Raises:
+        ValueError: it cannot be loaded; the message names ``--tokenizer``.
+    """
     from transformers import AutoTokenizer
 
     try:
