@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +25,8 @@ README, API, COMPATIBILITY, BENCHMARKS = (
     (REPOSITORY / name).read_text()
     for name in ("README.md", "docs/api.md", "docs/compatibility.md", "docs/benchmarks.md")
 )
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 
 
 def section(text: str, heading: str) -> str:
@@ -206,6 +207,31 @@ def test_requests_of_the_self_check(pool, count):
     assert "first answers seven random requests (six in very small pools)" in flowing(API)
 
 
+# -- README.md and CONTRIBUTING.md: extras, versions, areas -----------------------------------------------------------
+
+
+def test_extras_and_versions():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert sorted(names(section(README, "## Install"))) == sorted(project["optional-dependencies"])
+    assert set(re.findall(r"'\.\[(\w+)\]'", README)) <= set(project["optional-dependencies"])
+    (pin,) = [name for name in project["dependencies"] if name.startswith("sglang==")]
+    assert f"`{pin}`" in section(README, "## Install")
+    assert f"version {project['version']}}}" in section(README, "## Citation")
+
+
+def test_the_index_names_every_page():
+    pages = {path.name for path in (REPOSITORY / "docs").glob("*.md")} - {"README.md"}
+    index = (REPOSITORY / "docs" / "README.md").read_text()
+    assert {name for row in rows(index) for name in re.findall(r"\]\((\w+\.md)\)", row[0])} == pages
+    assert set(re.findall(r"\]\(docs/(\w+\.md)\)", section(README, "## Docs"))) == {*pages, "README.md"}
+
+
+def test_every_area_of_the_tests_has_a_row():
+    listed = set(names(section((REPOSITORY / "CONTRIBUTING.md").read_text(), "## Tests")))
+    folders = {f"tests/{path.name}" for path in (REPOSITORY / "tests").iterdir() if list(path.glob("test_*.py"))}
+    assert listed == {*folders, "tests/test_*.py"}
+
+
 # -- README.md: figures ----------------------------------------------------------------------------------------------
 
 
@@ -241,6 +267,9 @@ def test_figures_of_a_gpu_and_of_the_demo():
     table = [row for row in rows(section(BENCHMARKS, "## On a GPU")) if len(row) == 8]
     shares = sorted(round(100 * float(row[table[0].index("m/t")])) for row in table[2:])
     assert len(shares) == 5 and f"{shares[0]} to {shares[-1]} % of the 7B's rate" in flowing(README)
+    limits = sorted(median(row[table[0].index("m/L")]) for row in table[2:])
+    batches = [row[0] for row in table[2:]]
+    assert f"for batches of {batches[0]} to {batches[-1]}, {limits[0]} to {limits[-1]} of L" in flowing(README)
     solved = re.findall(r"(\d+)&#160;of&#160;12|(\d+) of 12", (REPOSITORY / "docs" / "demo.svg").read_text())
     _, student, mixture = [a or b for a, b in solved]
     assert f"The student alone solves {student} of 12 problems, the mixture {mixture}," in flowing(README)

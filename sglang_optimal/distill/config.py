@@ -281,10 +281,19 @@ SECTIONS = tuple(DistillConfig.model_fields)
 
 
 def load_config(path: str | Path) -> DistillConfig:
-    """Read and check a run's YAML file.
+    """Read and check the YAML file of a run.
+
+    Nothing that the file names is opened: neither the data nor a server.
+
+    Args:
+        path: of the file, in UTF-8. configs/distillation.yaml has every key, docs/distillation_guide.md their meaning.
+
+    Returns:
+        The settings, with defaults where the file is silent. `sglang_optimal.distill.run` takes them.
 
     Raises:
-        ValueError: names the file, the key and the fix.
+        ValueError: no such file, no YAML mapping, an unknown key, a missing one or a value out of range. The message
+            names the file, every key that is wrong, and the nearest known key for a misspelt one.
     """
     path = Path(path)
     if not path.is_file():
@@ -299,7 +308,15 @@ def load_config(path: str | Path) -> DistillConfig:
 
 
 def parse_config(values: dict[str, Any], where: str = "config") -> DistillConfig:
-    """Check a run's settings; see `load_config`."""
+    """Check the settings of a run.
+
+    Args:
+        values: sections by name, as in the YAML file.
+        where: the name of their source, with which messages begin.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
     try:
         return DistillConfig.model_validate(values)
     except ValidationError as error:
@@ -372,7 +389,7 @@ _SECTIONS: dict[tuple[Any, str], Any] = {
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of a run's file, for editors and for checks elsewhere."""
+    """Return the JSON schema (draft 2020-12) of a run's file, for editors and for checks elsewhere."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **DistillConfig.model_json_schema(),

@@ -36,8 +36,13 @@ ON_MISMATCH = ("skip", "keep", "refuse")
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """written: records. checked: whether they were compared with what was sampled. differing: kind, of
-    `export_check.KINDS`: records that were left out (or kept) for it."""
+    """The counts of an export.
+
+    Attributes:
+        written: number of records in the file.
+        checked: whether they were compared with the tokens that were read and sampled.
+        differing: number of records that were left out (or kept) for each kind of difference in `export_check.KINDS`.
+    """
 
     written: int
     checked: bool
@@ -55,27 +60,31 @@ def export(
     check: bool = True,
     on_mismatch: str = "skip",
 ) -> Exported:
-    """Write the accepted records of a run to one file, and look whether it trains what was sampled.
+    """Write the accepted records of a run to one file, and check that a trainer would read the sampled tokens in it.
 
     Rows of chats and texts are rendered as TRL's trainers do, and compared with the ids that the student read and that
-    were sampled (`sglang_optimal.distill.export_check`); ``trl-tokens`` is those ids, and ``records`` what is stored.
+    were sampled (`sglang_optimal.distill.export_check`); ``trl-tokens`` holds those ids, and ``records`` the stored
+    columns. The file appears when it is complete; an error leaves an older one as it was.
 
     Args:
-        folder: of the run.
-        output: ``.jsonl`` or ``.parquet``; replaced when it is there.
+        folder: of the run, or of one that is still going on.
+        output: ``.jsonl`` or ``.parquet``, replaced if it exists; missing folders are made.
         format: one of `FORMATS`.
         columns: stored columns to keep beside the format's own, such as ``log_weight_student``.
-        rejected: the rejected records in place of the accepted ones.
+        rejected: write the rejected records in place of the accepted ones.
         tokenizer: folder or id of the trainer's tokenizer, whose chat template ``text`` uses as well; by default that
             of the records' student, where it is a folder here.
-        check: compare; never what was rejected.
-        on_mismatch: what becomes of a sample whose text has other tokens than were sampled, or that was cut where the
-            trainer would see an end: ``skip`` leaves it out, ``keep`` writes it, ``refuse`` writes nothing at all.
-            Another prompt is refused, unless it is ``keep``.
+        check: compare. Rejected records are never compared.
+        on_mismatch: how to treat a sample whose text has other tokens than were sampled, or that was cut where the
+            trainer would see an end: ``skip`` leaves it out, ``keep`` writes it, ``refuse`` writes nothing at all. A
+            row with another prompt is refused, unless ``on_mismatch`` is ``keep``.
+
+    Returns:
+        How many records were written, and how many differed.
 
     Raises:
-        ValueError: names the argument: an unknown format or column, no records, contexts that do not fit the format, no
-            tokenizer to compare with, a row that is refused.
+        ValueError: an unknown format or column, no records, contexts that do not fit the format, no tokenizer to
+            compare with, or a row that is refused. The message names the flag of ``distill export`` or the record.
     """
     check_known([on_mismatch], ON_MISMATCH, "--on-mismatch")
     check_known([format], FORMATS, "--format")
@@ -128,7 +137,7 @@ def _checked(
 
 
 def described(differing: Mapping[str, int]) -> str:
-    """What the counts of `Exported.differing` mean."""
+    """Return the counts of `Exported.differing` as a sentence."""
     return "; ".join(f"{count} records: {KINDS[kind]}" for kind, count in differing.items())
 
 
@@ -152,8 +161,17 @@ def _sft(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def trl_sft(row: dict[str, Any]) -> dict[str, Any]:
-    """TRL's prompt and completion of a stored row. A prefix of the assistant's belongs to the completion: TRL would
-    render it as a turn of its own."""
+    """Return TRL's prompt and completion of a stored row.
+
+    A prefix of the assistant's belongs to the completion: TRL would render it as a turn of its own.
+
+    Args:
+        row: a record as it is stored, by column.
+
+    Returns:
+        ``prompt`` and ``completion``: messages for chats, with ``chat_template_kwargs`` where the template was given
+        variables; text for plain contexts.
+    """
     if row["student_messages"] is None:
         return {"prompt": row["student_text"], "completion": row["text"]}
     *prompt, answer = _conversation(row)

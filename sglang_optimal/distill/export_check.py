@@ -74,11 +74,15 @@ class ExportCheck:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Raises ValueError: names ``--tokenizer``."""
+    """Load a tokenizer by folder or id, without running code of the model's.
+
+    Raises:
+        ValueError: it cannot be loaded; the message names ``--tokenizer``.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"--tokenizer: cannot load {name}: {error}") from None
 

@@ -1,7 +1,9 @@
 """Alpha: the teacher's weight, solved anew for every token.
 
 With r = log p_t − log p_s and A(α) = log Σ p_s^(1−α) p_t^α (convex, A(0) = A(1) = 0), the mixture is q ∝ p_s e^(αr),
-A' = E_q[r] and A'' = Var_q[r]. A' = KL(q‖p_s) − KL(q‖p_t), so its root is the Chernoff point.
+A' = E_q[r] and A'' = Var_q[r]. A' = KL(q‖p_s) − KL(q‖p_t), so its root is the minimum of A: the Chernoff point.
+
+Source: Chernoff 1952, "A Measure of Asymptotic Efficiency for Tests of a Hypothesis Based on the sum of Observations".
 """
 
 from __future__ import annotations
@@ -29,10 +31,10 @@ EQUAL_TAIL = 1e-2
 
 
 class AlphaMethod(enum.IntEnum):
-    """How alpha is chosen. The numbers are what ``AlphaParams.method`` holds."""
+    """The condition that alpha solves. The numbers are the entries of ``AlphaParams.method``."""
 
     KL_SYMMETRY = 0
-    """KL(q‖p_s) = KL(q‖p_t), the Chernoff point: A'(α) = 0."""
+    """KL(q‖p_s) = KL(q‖p_t), the Chernoff point: A'(α) = 0 (Chernoff 1952)."""
     ESS_BALANCE = 1
     """Σ p_s²/q = Σ p_t²/q, equal effective sample sizes: A(2−α) = A(−α)."""
     REVERSE_KL_SYMMETRY = 2
@@ -40,7 +42,7 @@ class AlphaMethod(enum.IntEnum):
     ENTROPY = 3
     """α = H(p_s) / (H(p_s) + H(p_t)): the more certain model weighs more."""
     FIXED = 4
-    """Given, and may lie outside [0, 1]."""
+    """α is given and may lie outside [0, 1]."""
 
 
 ALPHA_METHODS: tuple[str, ...] = tuple(method.name.lower() for method in AlphaMethod)
@@ -48,18 +50,25 @@ ALPHA_METHODS: tuple[str, ...] = tuple(method.name.lower() for method in AlphaMe
 
 @dataclasses.dataclass
 class AlphaParams:
-    """Per-row settings of one batch.
+    """Alpha settings of one batch, an entry for each of B rows. All tensors are on one device (cpu or cuda).
+
+    Make them with `from_lists` or `uniform`, which check and move them.
 
     Attributes:
-        method: [B] int64, an AlphaMethod each.
-        alpha_min, alpha_max: [B] float32 bounds of solved alphas; FIXED ignores them.
+        method: [B] int64, an `AlphaMethod` each.
+        alpha_min, alpha_max: [B] float32, bounds on solved alphas; FIXED ignores them.
         fixed_alpha: [B] float32, read where the method is FIXED.
         methods_present: the methods that occur, known on the host so that only these are solved.
 
     Example:
-        >>> params = AlphaParams.from_lists(["entropy", "fixed"], [0.0, 0.0], [0.5, 1.0], [0.0, 1.5])
-        >>> params.fixed_alpha, sorted(method.name for method in params.methods_present)
-        (tensor([0.0000, 1.5000]), ['ENTROPY', 'FIXED'])
+        >>> from sglang_optimal.mixing import AlphaParams
+        >>> params = AlphaParams.from_lists(
+        ...     ["kl_symmetry", "fixed"], alpha_min=[0.0, 0.0], alpha_max=[0.7, 1.0], fixed_alpha=[0.5, 1.5]
+        ... )
+        >>> params.method.tolist(), params.fixed_alpha.tolist()
+        ([0, 4], [0.5, 1.5])
+        >>> AlphaParams.uniform(3, "entropy").method.tolist()
+        [3, 3, 3]
     """
 
     method: Tensor
@@ -77,10 +86,13 @@ class AlphaParams:
         fixed_alpha: Sequence[float],
         device: torch.device | str = "cpu",
     ) -> AlphaParams:
-        """Settings of B rows, from one entry a row in each list.
+        """Make the settings of B rows from lists of B entries.
 
         Args:
-            methods: names (`ALPHA_METHODS`) or values. device: where the tensors go, CPU or CUDA.
+            methods: names in `ALPHA_METHODS`, or `AlphaMethod` values.
+            alpha_min, alpha_max: bounds on solved alphas.
+            fixed_alpha: alphas of the rows with FIXED; the others ignore theirs.
+            device: of the tensors, cpu or cuda. A copy to cuda is asynchronous, from pinned memory.
 
         Raises:
             ValueError: lists of different lengths, or an unknown method.
@@ -115,12 +127,16 @@ class AlphaParams:
         fixed_alpha: float = 0.5,
         device: torch.device | str = "cpu",
     ) -> AlphaParams:
-        """The same settings for every row."""
+        """Make the same settings for each of ``batch_size`` rows; the arguments are those of `from_lists`.
+
+        Raises:
+            ValueError: an unknown method.
+        """
         n = batch_size
         return cls.from_lists([method] * n, [alpha_min] * n, [alpha_max] * n, [fixed_alpha] * n, device)
 
     def repeat(self, times: int) -> AlphaParams:
-        """The settings of [times · B] rows, all rows once and then again."""
+        """Return the settings of [times · B] rows: all rows once, then all rows again."""
         return AlphaParams(
             self.method.repeat(times),
             self.alpha_min.repeat(times),
@@ -130,7 +146,7 @@ class AlphaParams:
         )
 
     def rows(self, rows: slice) -> AlphaParams:
-        """A range of rows."""
+        """Return the settings of a range of rows, as views."""
         return AlphaParams(
             self.method[rows], self.alpha_min[rows], self.alpha_max[rows], self.fixed_alpha[rows], self.methods_present
         )
@@ -146,9 +162,14 @@ def _method(value: str | AlphaMethod) -> AlphaMethod:
 
 
 def solve_alpha(pair: LogPair, params: AlphaParams) -> Tensor:
-    """Alpha of every row, [B] float32, within its bounds (FIXED: as given).
+    """Solve alpha for every row, in plain PyTorch.
 
-    Equal distributions give the middle of the bounds; an empty support gives 1.
+    Args:
+        pair: the distributions of B rows. params: their settings, on the same device (cpu or cuda).
+
+    Returns:
+        [B] float32, within the bounds of each row (FIXED: as given). Equal distributions give the middle of the bounds,
+        an empty common support gives 1, and NaN in a row stays NaN.
     """
     alpha = torch.zeros_like(params.fixed_alpha)
     for method in sorted(params.methods_present):
@@ -168,7 +189,13 @@ def solve_alpha(pair: LogPair, params: AlphaParams) -> Tensor:
 
 
 def kl_symmetry(pair: LogPair) -> tuple[Tensor, Tensor]:
-    """Root of A' in [0, 1] (A' increases from −KL(p_s‖p_t) to KL(p_t‖p_s)). Returns (alpha, equal), each [B]."""
+    """Find the root of A' in [0, 1], the Chernoff point (Chernoff 1952).
+
+    A' increases from −KL(p_s‖p_t) at 0 to KL(p_t‖p_s) at 1.
+
+    Returns:
+        (alpha [B] float32, equal [B] bool: whether the distributions are equal to float32 precision).
+    """
 
     def f(p: LogPair, alpha: Tensor) -> tuple[Tensor, Tensor]:
         _, first, second = p.derivatives(alpha)
@@ -178,7 +205,13 @@ def kl_symmetry(pair: LogPair) -> tuple[Tensor, Tensor]:
 
 
 def ess_balance(pair: LogPair) -> tuple[Tensor, Tensor]:
-    """Root of A(−α) − A(2−α) in [0, 1]; increasing. Returns (alpha, equal), each [B]."""
+    """Find the root of A(−α) − A(2−α) in [0, 1], where Σ p_s²/q = Σ p_t²/q.
+
+    These are the reciprocals of the effective sample sizes, per sample, of importance sampling from q for p_s and p_t.
+
+    Returns:
+        (alpha [B] float32, equal [B] bool), as `kl_symmetry`.
+    """
 
     def f(p: LogPair, alpha: Tensor) -> tuple[Tensor, Tensor]:
         low, low_slope = p.derivatives(-alpha, order=1)
@@ -189,7 +222,11 @@ def ess_balance(pair: LogPair) -> tuple[Tensor, Tensor]:
 
 
 def reverse_kl_symmetry(pair: LogPair) -> tuple[Tensor, Tensor]:
-    """Closed form: A'(1) / (A'(1) − A'(0)). Returns (alpha, equal), each [B]."""
+    """Return α = A'(1) / (A'(1) − A'(0)), where KL(p_s‖q) = KL(p_t‖q): a closed form.
+
+    Returns:
+        (alpha [B] float32, equal [B] bool), as `kl_symmetry`.
+    """
     zero = torch.zeros_like(pair.student_log_z)
     _, minus_kl_st = pair.derivatives(zero, order=1)
     _, kl_ts = pair.derivatives(zero + 1.0, order=1)
@@ -198,7 +235,11 @@ def reverse_kl_symmetry(pair: LogPair) -> tuple[Tensor, Tensor]:
 
 
 def entropy(pair: LogPair) -> tuple[Tensor, Tensor]:
-    """H(p_s) / (H(p_s) + H(p_t)); 1/2 when both are certain. Returns (alpha, equal), each [B]."""
+    """Return α = H(p_s) / (H(p_s) + H(p_t)), a heuristic; 1/2 where both are certain.
+
+    Returns:
+        (alpha [B] float32, equal [B] bool), as `kl_symmetry`.
+    """
     student, teacher = entropies(pair)
     total = student + teacher
     alpha = torch.where(total > 0, student / total, torch.where(total.isnan(), total, 0.5))
@@ -206,7 +247,7 @@ def entropy(pair: LogPair) -> tuple[Tensor, Tensor]:
 
 
 def entropies(pair: LogPair) -> tuple[Tensor, Tensor]:
-    """H(p_s), H(p_t) in nats, each [B] float32."""
+    """Return the entropies H(p_s) and H(p_t) in nats, each [B] float32."""
     result = []
     for alpha in (0.0, 1.0):
         w, _ = pair.weights(torch.full_like(pair.student_log_z, alpha))

@@ -1,7 +1,7 @@
 """Temperature, top-k, top-p and min-p of whole rows, as SGLang's samplers apply them.
 
-There are two of those. Without kernels a row is sorted and all limits look at that one order, so of equal tokens at an
-edge some stay and some go. Kernels find thresholds instead, so equal tokens stay together.
+Without kernels a row is sorted and all limits apply to that one order, so of equal tokens at an edge some stay and some
+go. Kernels find thresholds instead, so equal tokens stay together.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Kernels:
     """Top-k and top-p of a device, without sorting.
 
     Attributes:
-        top_k, top_p: (probs [R, V] float32, limit [R]) -> new [R, V] float32, what is kept, renormalised; None where no
-            row has that limit.
-        joint: whether top-p counts the mass of the whole row, and no row has a min-p. Else the limits come in turn:
-            top-p counts the mass of what top-k left, and min-p comes last.
+        top_k, top_p: (probs [R, V] float32, limit [R]) -> new [R, V] float32 of the tokens that stay, renormalised;
+            None where no row has that limit.
+        joint: True: top-p counts the mass of the whole row, and no row has a min-p. False: the limits apply in turn;
+            top-p counts the mass that top-k left, and min-p comes last.
     """
 
     top_k: Callable[[Tensor, Tensor], Tensor] | None
@@ -34,20 +34,33 @@ class Kernels:
 
 @dataclasses.dataclass
 class SamplingFilters:
-    """Temperature, top-k, top-p and min-p of R rows.
+    """Temperature, top-k, top-p and min-p of R rows. All tensors are on the device of the logits (cpu or cuda).
 
     Attributes:
-        temperature, top_p, min_p: [R] float32. top_k: [R] integer, 1 for a greedy row.
-        needed: whether any row truncates at all.
-        greedy: whether every row takes its most likely token. some_greedy: whether any row may.
-        largest_top_k: at least as large as every top-k; None when that is unknown.
-        kernels: None to sort.
+        temperature: [R] float32, positive.
+        top_k: [R] integer, at least 1; 1 for a greedy row, at least V for no limit.
+        top_p: [R] float32 in (0, 1]; 1 for no limit.
+        min_p: [R] float32 in [0, 1], relative to the most likely token; 0 for no limit.
+        needed: whether any row has a limit. False skips all of them.
+        greedy: whether every row takes its most likely token.
+        some_greedy: whether any row may do so; False saves looking for it.
+        largest_top_k: an upper bound of ``top_k``, known on the host; None: unknown, which sorts whole rows if need be.
+        kernels: the device's top-k and top-p; None: sort.
 
     Example:
-        >>> one = torch.ones(1)
-        >>> filters = SamplingFilters(one, torch.tensor([2]), one, 0 * one, needed=True, greedy=False)
-        >>> filters.probs(torch.tensor([[1.0, 3.0, 1.5, 0.0]]))
-        tensor([[0.0000, 0.8176, 0.1824, 0.0000]])
+        >>> import torch
+        >>> from sglang_optimal.mixing import SamplingFilters
+        >>> logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log().repeat(2, 1)
+        >>> filters = SamplingFilters(
+        ...     temperature=torch.tensor([1.0, 1.0]),
+        ...     top_k=torch.tensor([2, 4]),
+        ...     top_p=torch.tensor([1.0, 0.8]),
+        ...     min_p=torch.tensor([0.0, 0.0]),
+        ...     needed=True,
+        ...     greedy=False,
+        ... )
+        >>> [[round(p, 3) for p in row] for row in filters.probs(logits).tolist()]
+        [[0.667, 0.333, 0.0, 0.0], [0.556, 0.278, 0.167, 0.0]]
     """
 
     temperature: Tensor
@@ -61,18 +74,29 @@ class SamplingFilters:
     kernels: Kernels | None = None
 
     def repeat(self, times: int) -> SamplingFilters:
-        """The settings of [times · R] rows, position after position."""
+        """Return the settings of [times · R] rows: all rows once, then all rows again."""
         names = ("temperature", "top_k", "top_p", "min_p")
         return dataclasses.replace(self, **{name: getattr(self, name).repeat(times) for name in names})
 
     def scaled(self, factor: Tensor) -> SamplingFilters:
-        """The same with another temperature: ``factor`` (a scalar) times as high."""
+        """Return the same limits at ``factor`` times the temperature.
+
+        Args:
+            factor: float32 tensor of one element (or [R]), positive, on the device of the temperature.
+        """
         return dataclasses.replace(self, temperature=self.temperature * factor)
 
     def probs(self, logits: Tensor) -> Tensor:
-        """What is sampled from: [R, V] float32 that sums to 1 in each row, from logits [R, V].
+        """Return the distribution to sample from.
 
-        A greedy row has one token, the first of the most likely, as where all rows are greedy.
+        Args:
+            logits: [R, V], any float dtype, on the device of the settings.
+
+        Returns:
+            New [R, V] float32; each row sums to 1. A greedy row has one token: the first of the most likely.
+
+        Raises:
+            RuntimeError: PyTorch's, where the number of rows is not R or the devices differ.
         """
         probs = (logits.float() / self.temperature.unsqueeze(-1)).softmax(-1)
         if not self.needed:

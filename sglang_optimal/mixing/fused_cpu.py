@@ -338,7 +338,7 @@ def _threads() -> ThreadPoolExecutor:
 def mix_rows(
     teacher: Tensor, student: Tensor, temperature: Tensor, params: AlphaParams, want_ess_ratio: bool, out: Tensor
 ) -> Tensor:
-    """Mix CPU logits. Arguments as `mixture.mix`'s.
+    """Mix logits on a CPU; the arguments are those of `mixture.mix`.
 
     Args:
         teacher, student: [B, V] float32 or bfloat16 (others are converted). temperature: [B, 1] float32.
@@ -346,6 +346,9 @@ def mix_rows(
 
     Returns:
         [B, STATS] float32; the last column is NaN unless ``want_ess_ratio``.
+
+    Raises:
+        ValueError: ``out`` is not contiguous in its last dimension.
     """
     size, width = out.shape
     stats = torch.full((size, STATS), torch.nan, dtype=torch.float64)

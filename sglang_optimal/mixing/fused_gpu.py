@@ -259,13 +259,16 @@ def _only_teacher(teacher, out, stats, width, scale, BLOCK: tl.constexpr):
 def mix_rows(
     teacher: Tensor, student: Tensor, temperature: Tensor, params: AlphaParams, want_ess_ratio: bool, out: Tensor
 ) -> Tensor:
-    """Mix logits on their device, without waiting for it. Arguments as `mixture.mix`'s.
+    """Mix logits on a GPU, without waiting for it; the arguments are those of `mixture.mix`.
 
     Args:
         teacher, student: [B, V], any float dtype. temperature: [B, 1] float32. out: [B, V] float32, written.
 
     Returns:
         [B, STATS] float32; the last column is NaN unless ``want_ess_ratio``.
+
+    Raises:
+        ValueError: ``out`` is not contiguous in its last dimension.
     """
     if out.stride(-1) != 1:
         raise ValueError("out: must be contiguous in its last dimension.")

@@ -22,7 +22,9 @@ _BLOCK_ELEMENTS = 1 << 20
 
 @dataclasses.dataclass
 class Mixture:
-    """What mixing gave, B rows, all float32. p_t, p_s: the models at the row's temperature over their common support.
+    """The result of `mix` for B rows, all float32, on the device of the logits.
+
+    p_t and p_s are the models' distributions at the row's temperature T, over their common support.
 
     Attributes:
         logits: [B, V], (1−α)·z_s + α·z_t, which is T·log q* up to a constant; −inf where either model masks.
@@ -30,7 +32,7 @@ class Mixture:
         kl_to_student, kl_to_teacher: [B] nats, KL(q*‖p_s) and KL(q*‖p_t); +inf without a common token.
         teacher_log_z, student_log_z, mixture_log_z: [B], log Σ exp(z/T) over the support.
         ess_ratio: [B], the student's effective sample size over the teacher's, Σ p_t²/q* / Σ p_s²/q*; 1 is balance.
-            None unless asked for.
+            None unless ``mix`` was called with ``ess_ratio=True``.
     """
 
     logits: Tensor
@@ -53,34 +55,41 @@ def mix(
     out: Tensor | None = None,
     implementation: str | None = None,
 ) -> Mixture:
-    """Solve alpha for every row and mix.
+    """Solve alpha for every row and form the mixture q* ∝ p_s^(1−α) p_t^α.
 
     A token that either model masks (−inf) is outside the support of both before alpha is solved. A row without any
-    common token is the teacher's, with alpha 1. NaN stays in its row.
+    common token is the teacher's, with alpha 1. NaN stays in its row. On a GPU nothing waits for the device.
 
     Args:
-        teacher_logits, student_logits: [B, V], any float dtype, one device; penalties and masks already applied.
-        temperature: [B] or [B, 1], positive.
-        params: the rows' alpha settings.
+        teacher_logits, student_logits: [B, V], any float dtype, on one device (cpu or cuda), and not modified;
+            penalties and masks already applied.
+        temperature: [B] or [B, 1], positive, on the same device.
+        params: the rows' alpha settings, on the same device.
         ess_ratio: whether to compute ``Mixture.ess_ratio`` (two more passes over the vocabulary).
-        out: [B, V] float32 to write ``Mixture.logits`` into; must not share memory with the arguments.
-        implementation: one of ``IMPLEMENTATIONS``; None: the fused one of the device (``numba`` on a CPU, ``triton``
-            on a GPU), else ``torch``, plain PyTorch on any device. All give the same to float32 precision.
+        out: [B, V] float32 to write ``Mixture.logits`` into; must not share memory with the arguments. None: new
+            memory.
+        implementation: one of `IMPLEMENTATIONS`. None: the fused one of the device (``numba`` on a CPU, ``triton`` on a
+            GPU), else ``torch``, plain PyTorch on any device. All agree to float32 precision.
+
+    Returns:
+        The mixture's logits [B, V], alpha [B] and what follows from both. ``(logits / T).softmax(-1)`` is q*.
 
     Raises:
-        ValueError: shapes that do not fit, or an implementation that the device cannot run.
-
-    Source:
-        alpha of ``kl_symmetry`` is the Chernoff point of the two distributions: Chernoff, "A measure of asymptotic
-        efficiency for tests of a hypothesis based on the sum of observations" (1952).
+        ValueError: shapes that do not fit, ``out`` of another dtype or (fused implementations) not contiguous in its
+            last dimension, or an implementation that the device cannot run.
 
     Example:
-        >>> teacher, student = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 2.0, 0.0]])
-        >>> mixture = mix(teacher, student, torch.ones(1), AlphaParams.uniform(1, "kl_symmetry"))
-        >>> mixture.alpha, mixture.logits
-        (tensor([0.5000]), tensor([[1., 1., 0.]]))
-        >>> bool(torch.isclose(mixture.kl_to_student, mixture.kl_to_teacher))
+        >>> import torch
+        >>> from sglang_optimal.mixing import AlphaParams, mix
+        >>> teacher = torch.tensor([[0.7, 0.2, 0.1]]).log()
+        >>> student = torch.tensor([[0.1, 0.2, 0.7]]).log()
+        >>> mixture = mix(teacher, student, torch.ones(1), AlphaParams.uniform(1))
+        >>> round(mixture.alpha.item(), 4)  # neither is nearer to q*
+        0.5
+        >>> torch.allclose(mixture.kl_to_student, mixture.kl_to_teacher, atol=1e-5)
         True
+        >>> [round(p, 3) for p in mixture.logits.softmax(-1)[0].tolist()]
+        [0.363, 0.274, 0.363]
     """
     if teacher_logits.shape != student_logits.shape or teacher_logits.dim() != 2:
         raise ValueError(
@@ -113,10 +122,11 @@ def mix(
 
 
 def compile_kernels(device: torch.device | str, width: int = 16) -> None:
-    """Compile what `mix` runs on ``device`` now, so that no request waits for it (seconds).
+    """Compile the kernels of `mix` for a device now, so that no request waits for it (seconds).
 
     Args:
-        width: of the rows of logits; Triton compiles multiples of 16 and other widths apart.
+        device: cpu or cuda.
+        width: V, the width of the rows of logits; Triton compiles multiples of 16 and other widths apart.
     """
     logits = torch.zeros((1, width), device=device)
     for ess_ratio in (False, True):
@@ -124,7 +134,7 @@ def compile_kernels(device: torch.device | str, width: int = 16) -> None:
 
 
 def _fused(name: str | None, device: torch.device) -> Callable[..., Tensor] | None:
-    """The function that mixes rows into ``out`` and returns their statistics [B, 7]; None for plain PyTorch."""
+    """Return the function that mixes rows into ``out`` and returns their statistics [B, 7]; None: plain PyTorch."""
     if name is None:
         name = {"cpu": "numba", "cuda": "triton"}.get(device.type, "torch")
         if name == "triton" and importlib.util.find_spec("triton") is None:
@@ -180,14 +190,20 @@ def _interpolate(teacher: Tensor, student: Tensor, alpha: Tensor, pair: LogPair,
 def token_logprobs(
     mixture: Mixture, teacher_logits: Tensor, student_logits: Tensor, temperature: Tensor, token_ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of one token a row under each model and the mixture, at the row's temperature.
+    """Return the log-probability of one token a row under each model and the mixture, at the row's temperature.
 
     Args:
-        mixture: what ``mix`` returned for the same logits; its own may have been overwritten by sampling meanwhile.
-        teacher_logits, student_logits: [B, V]. temperature: [B] or [B, 1]. token_ids: [B] int64, not masked.
+        mixture: the result of `mix` for the same logits. Its ``logits`` are not read: sampling may have overwritten
+            them.
+        teacher_logits, student_logits: [B, V], any float dtype, on the mixture's device (cpu or cuda).
+        temperature: [B] or [B, 1].
+        token_ids: [B] int64, tokens that neither model masks.
 
     Returns:
-        (teacher, student, mixture), each [B] float32.
+        (teacher, student, mixture), each [B] float32, in nats.
+
+    Raises:
+        RuntimeError: PyTorch's, for shapes or devices that do not fit, or a token id outside the vocabulary.
     """
     index = token_ids.reshape(-1, 1)
     temperature = temperature.reshape(-1).float()

@@ -1,4 +1,4 @@
-"""Two distributions over their common support, and the function A that every alpha method is about."""
+"""Two distributions over their common support, and the function A(α) that every alpha method solves for."""
 
 from __future__ import annotations
 
@@ -32,7 +32,12 @@ class LogPair:
 
     @classmethod
     def from_logits(cls, teacher: Tensor, student: Tensor, temperature: Tensor) -> LogPair:
-        """Args: teacher, student: [B, V] logits of any float dtype. temperature: [B, 1] float32."""
+        """Normalise both models' logits over the tokens that neither masks.
+
+        Args:
+            teacher, student: [B, V] logits of any float dtype, on one device (cpu or cuda).
+            temperature: [B, 1] float32, positive.
+        """
         dead = empty = None
         t, t_top = _shifted(teacher, temperature, None)
         s, s_top = _shifted(student, temperature, None)
@@ -53,7 +58,7 @@ class LogPair:
         return cls(s, delta, s_z + s_top, t_z + t_top, empty, buffer)
 
     def select(self, rows: Tensor) -> LogPair:
-        """The given rows [n] only."""
+        """Return the given rows only; rows: [n] int64."""
         empty = None if self.empty is None else self.empty[rows]
         return LogPair(
             self.student[rows],
@@ -65,18 +70,21 @@ class LogPair:
         )
 
     def weights(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """exp(log p_s + α·delta − c) in the scratch buffer [B, V], and the shift c [B]. alpha: [B] float32."""
+        """Return exp(log p_s + α·delta − c) [B, V], in the scratch buffer, and the shift c [B]. alpha: [B] float32."""
         x = torch.addcmul(self.student, alpha.unsqueeze(-1), self.delta, out=self.buffer)
         shift = x.amax(-1)
         return x.sub_(shift.unsqueeze(-1)).exp_(), shift
 
     def log_normalizer(self, alpha: Tensor) -> Tensor:
-        """A(α) = log Σ p_s^(1−α) p_t^α, [B] float32."""
+        """Return A(α) = log Σ p_s^(1−α) p_t^α, [B] float32. alpha: [B] float32."""
         w, shift = self.weights(alpha)
         return w.sum(-1).log_().add_(shift)
 
     def derivatives(self, alpha: Tensor, order: int = 2) -> tuple[Tensor, ...]:
-        """(A, A', A'')(α) up to ``order``, each [B] float32: A' is the mean and A'' the variance of delta under q_α."""
+        """Return (A, A', A'')(α) up to ``order``, each [B] float32. alpha: [B] float32.
+
+        A' is the mean and A'' the variance of delta under q_α.
+        """
         w, shift = self.weights(alpha)
         total = w.sum(-1)
         a = total.log().add_(shift)

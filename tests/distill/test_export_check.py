@@ -14,6 +14,7 @@ from trl.trainer.sft_trainer import _tokenize
 
 from sglang_optimal.distill.cli import main
 from sglang_optimal.distill.export import export
+from sglang_optimal.distill.export_check import load_tokenizer
 from sglang_optimal.distill.records import Record
 from sglang_optimal.distill.store import RecordStore, find_shards, read_rows
 
@@ -230,3 +231,13 @@ def test_shards_of_older_versions_have_fewer_columns(tmp_path, tokenizer_of, suf
     assert main(["report", str(run)]) == 0
     with pytest.raises(ValueError, match="is damaged or no shard"):
         list(read_rows(find_shards(run, "accepted"), ["no_such_column"]))
+
+
+def test_code_of_a_tokenizer_is_not_run_whatever_is_answered(tmp_path, monkeypatch):
+    """transformers would ask on the terminal."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["mine.Mine", None]}}))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\nclass Mine: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="(?s)^--tokenizer: cannot load .*custom code"):
+        load_tokenizer(str(tmp_path))
+    assert not (tmp_path / "was_run").exists()

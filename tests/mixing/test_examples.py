@@ -6,6 +6,8 @@ import doctest
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,11 @@ def test_page():
         names = parsed.globs
 
 
-def test_the_page_names_everything_public():
-    for name in mixing.__all__:
-        assert f"`{name}" in PAGE, name
+def test_the_page_s_table_names_what_is_public():
+    named = {name for row in re.findall(r"^\| (`[^|]+) \|", PAGE, re.MULTILINE) for name in re.findall("`(\\w+)`", row)}
+    assert named == set(mixing.__all__)
+
+
+def test_sglang_is_not_imported():
+    code = "import sys, sglang_optimal.mixing; assert 'sglang' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -111,6 +111,22 @@ def test_equal_distributions_are_always_accepted():
     assert bool((accepted == K).all()) and torch.equal(tokens[:K], drafts)
 
 
+@pytest.mark.parametrize(
+    ("target", "draft", "token_ids"),
+    [
+        ((K, 2, V), (K, 2, V), (K, 2)),
+        ((K + 1, 2, V), (K, 2, V + 1), (K, 2)),
+        ((K + 1, 2, V), (K, 3, V), (K, 2)),
+        ((1, 2, V), (0, 2, V), (0, 2)),
+    ],
+)
+def test_shapes_that_do_not_fit(target, draft, token_ids):
+    with pytest.raises(ValueError, match="^target_probs, draft_probs, draft_token_ids: must be .* got"):
+        verify(torch.zeros(target), torch.zeros(draft), torch.zeros(token_ids, dtype=torch.int64))
+    with pytest.raises(ValueError, match="^target_token_ids, draft_token_ids: must be"):
+        verify_greedy(torch.zeros(K, 2), torch.zeros(K, 2))
+
+
 def test_rounding_leaves_no_empty_residual():
     """A rejection where q and p agree but for rounding draws from q: nothing else is left."""
     p = torch.tensor([[[0.5, 0.5]]])
