@@ -11,7 +11,6 @@ from harness import Case, check_all, check_greedy, check_pools, random_cases, ra
 
 from sglang_optimal.runtime.entrypoints.engine import MixedEngine
 
-
 DRAFTS = {"mixing_mode": "speculative", "draft_tokens": 2}
 
 
