@@ -148,3 +148,17 @@ def registered() -> set[str]:
             if registers or (chain[0] == "app" and chain[-1] in ("add_api_route", "append")):
                 found.add(".".join(chain))
     return found
+
+
+def imports_among_ours() -> dict[str, set[str]]:
+    """{module of the package: modules of it that it imports, anywhere in it}."""
+    return {
+        name: {
+            full if (full := f"{node.module}.{alias.name}") in modules() else str(node.module)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang_optimal.")
+            for alias in node.names
+        }
+        & set(modules())
+        for name, tree in modules().items()
+    }

@@ -57,6 +57,15 @@ def test_overrides_say_what_they_add(pair):
             assert function.__doc__, f"{cls.__name__}.{name}"
 
 
+def test_no_circles():
+    """Modules can be put in an order in which each imports earlier ones alone."""
+    waiting = intrusions.imports_among_ours()
+    while waiting:
+        free = {name for name, needed in waiting.items() if not needed & set(waiting) - {name}}
+        assert free, f"these import each other: {sorted(waiting)}"
+        waiting = {name: needed for name, needed in waiting.items() if name not in free}
+
+
 def test_hooked():
     assert {names(row[0])[0] for row in table("Hooked")} == intrusions.hooked()
 

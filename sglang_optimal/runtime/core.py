@@ -6,8 +6,8 @@
   finish, abort or retraction, when the slots are given back.
 - ``ScheduleBatch.student_plan``: a `PrefillPlan` or `DecodePlan`. Set before a forward by the scheduler or, where the
   student drafts, by the speculative worker; a forward's result keeps it alive until the device has read it.
-- ``ScheduleBatch.spec_info``: a `MixingDraftInput` (speculative/spec_info.py). What one step with drafts leaves to the
-  next, which reads it.
+- ``ScheduleBatch.spec_info``: a `MixingDraftInput` (speculative/draft_input.py). What one step with drafts leaves to
+  the next, which reads it.
 - ``SamplingBatchInfo.mixing``: a `MixingStep` (sampling/sampler.py); None without mixed rows. Set by the worker before
   its forward; dies with the step.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -24,9 +24,6 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang_optimal.config import AlphaSettings
 from sglang_optimal.mixing import AlphaParams
 from sglang_optimal.runtime.model_executor.host_copy import sent
-
-if TYPE_CHECKING:
-    from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
 
 
 @dataclasses.dataclass
@@ -134,14 +131,15 @@ class MixedRows:
     info: bool
 
     @classmethod
-    def build(cls, batch: ScheduleBatch, row_ids: list[int], kv: StudentKV) -> MixedRows:
+    def build(cls, batch: ScheduleBatch, row_ids: list[int], as_student: Callable[[Req], Req]) -> MixedRows:
+        """The rows ``row_ids`` of ``batch``; ``as_student``: how the students' forward sees a request."""
         reqs = [batch.reqs[i] for i in row_ids]
         settings = [req.mixing.alpha for req in reqs]
         device = batch.device
         offsets_cpu, offsets = sent([length_offset(req) for req in reqs], device)
         row_ids_cpu, device_row_ids = sent(row_ids, device)
         return cls(
-            reqs=[kv.as_student(req) for req in reqs],
+            reqs=[as_student(req) for req in reqs],
             row_ids=row_ids,
             row_ids_cpu=row_ids_cpu,
             device_row_ids=None if len(row_ids) == len(batch.reqs) else device_row_ids,

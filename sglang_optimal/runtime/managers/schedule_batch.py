@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_optimal.runtime.core import DecodePlan, MixedRows, PrefillChunk, PrefillPlan, student_of
 from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
@@ -44,7 +45,7 @@ class Planner:
         # SGLang rebinds batch.reqs whenever the composition changes, so identity of the list is identity of the rows.
         if self._cached_reqs is not batch.reqs:
             row_ids = [i for i, req in enumerate(batch.reqs) if student_of(req) is not None]
-            self._cached_rows = MixedRows.build(batch, row_ids, self.kv) if row_ids else None
+            self._cached_rows = MixedRows.build(batch, row_ids, self.kv.as_student) if row_ids else None
             self._cached_reqs = batch.reqs
         return self._cached_rows
 
@@ -58,7 +59,7 @@ class Planner:
             self.kv.alias_teacher_prefix(batch.reqs[i])
         if not complete:
             return None
-        rows = MixedRows.build(batch, complete, self.kv)
+        rows = MixedRows.build(batch, complete, self.kv.as_student)
         states = [req.mixing.student.kv for req in rows.reqs]
         for state in states:
             state.forwarded = True
@@ -190,6 +191,25 @@ def _student_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:
     part.decoding_reqs = None
     part.multimodal_inputs = [None] * len(reqs)
     return part
+
+
+def as_ordinary_decode(batch: ScheduleBatch, last: torch.Tensor) -> ScheduleBatch:
+    """The same rows of a speculative decode batch as an ordinary one, whose tokens are ``last`` [B]."""
+    part = copy.copy(batch)
+    part.input_ids = last
+    part.seq_lens = batch.seq_lens + 1
+    part.seq_lens_cpu = None if batch.seq_lens_cpu is None else batch.seq_lens_cpu + 1
+    part.seq_lens_sum = None
+    part.orig_seq_lens = part.seq_lens.to(torch.int32)
+    part.out_cache_loc = slots_of(batch.req_to_token_pool, batch.req_pool_indices, part.seq_lens)
+    part.spec_info = None
+    part.spec_algorithm = SpeculativeAlgorithm.NONE
+    return part
+
+
+def slots_of(pool, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+    """[n] the KV slots of the tokens at position ``seq_lens − 1``."""
+    return pool.req_to_token[req_pool_indices, seq_lens - 1].to(torch.int64)
 
 
 def rows_of(batch: ScheduleBatch) -> int:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import torch
 from sglang.srt.lora.lora_registry import LoRARef
-from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
@@ -25,7 +24,7 @@ from sglang_optimal.runtime.managers.schedule_batch import (
     prefill_part,
     rows_of,
 )
-from sglang_optimal.runtime.managers.student_tp_worker import kept
+from sglang_optimal.runtime.managers.student_tp_worker import SharedStudent, kept
 from sglang_optimal.runtime.managers.tp_worker import MixedTpModelWorker
 from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentReqToTokenPool
 from sglang_optimal.runtime.sampling.sampler import MixingStep
@@ -152,21 +151,3 @@ class SharedTpModelWorker(MixedTpModelWorker):
 
     def _logits(self, part: ScheduleBatch) -> torch.Tensor:
         return kept(self._forward_one(self._forward_batch(part))).next_token_logits
-
-
-class SharedStudent:
-    """What the scheduler asks of a student, where it is the teacher itself."""
-
-    def __init__(self, worker: SharedTpModelWorker):
-        self._worker = worker
-        self.weight_version: str | None = None
-
-    @property
-    def weights_path(self) -> str:
-        return self._worker.model_config.model_path
-
-    def update_weights_from_disk(self, request: UpdateWeightFromDiskReqInput) -> tuple[bool, str]:
-        """Refused: it would change the teacher."""
-        return False, (
-            "the student shares the teacher's weights; start the server with --student-weights separate to update it."
-        )

@@ -95,6 +95,24 @@ class StudentTpModelWorker(TpModelWorker):
         return self.model_runner.forward(forward_batch)
 
 
+class SharedStudent:
+    """What the scheduler asks of a student, where it is the teacher itself."""
+
+    def __init__(self, worker: TpModelWorker):
+        self._worker = worker
+        self.weight_version: str | None = None
+
+    @property
+    def weights_path(self) -> str:
+        return self._worker.model_config.model_path
+
+    def update_weights_from_disk(self, request: UpdateWeightFromDiskReqInput) -> tuple[bool, str]:
+        """Refused: it would change the teacher."""
+        return False, (
+            "the student shares the teacher's weights; start the server with --student-weights separate to update it."
+        )
+
+
 def kept(output: ModelRunnerOutput) -> LogitsProcessorOutput:
     """What a forward gave, safe from the next forward of any model in this process.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.layers.moe.utils import initialize_moe_config
@@ -24,16 +23,13 @@ from sglang.srt.runtime_context import (
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.core import PrefillPlan
-from sglang_optimal.runtime.managers.student_tp_worker import StudentTpModelWorker
+from sglang_optimal.runtime.managers.student_tp_worker import SharedStudent, StudentTpModelWorker
 from sglang_optimal.runtime.mem_cache.student_kv import SeparateStudentKV, StudentKV
 from sglang_optimal.runtime.model_executor.graph_runners import fence_plans, prepare_graphs, resized_buffers
 from sglang_optimal.runtime.model_executor.student_failure import no_logits, student_failure
 from sglang_optimal.runtime.sampling import sampler
 from sglang_optimal.runtime.sampling.sampler import MixingStep
 from sglang_optimal.runtime.sampling.sampling_observer import MixingObserver
-
-if TYPE_CHECKING:
-    from sglang_optimal.runtime.managers.shared_tp_worker import SharedStudent
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import copy
 import logging
 from collections.abc import Iterator
 
@@ -22,20 +21,19 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
-from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_optimal.mixing import mix
 from sglang_optimal.mixing.filters import SamplingFilters
 from sglang_optimal.mixing.speculation import verify, verify_greedy
 from sglang_optimal.runtime.core import DecodePlan, DraftRows, MixedRows, student_of
-from sglang_optimal.runtime.managers.schedule_batch import decode_rows
+from sglang_optimal.runtime.managers.schedule_batch import as_ordinary_decode, decode_rows, slots_of
 from sglang_optimal.runtime.model_executor.host_copy import sent
 from sglang_optimal.runtime.model_executor.student_failure import student_failure
 from sglang_optimal.runtime.sampling.filters import filters_of
 from sglang_optimal.runtime.sampling.sampler import MixingStep, make_samplable, token_series
 from sglang_optimal.runtime.speculative.adaptive_draft_length import AdaptiveDraftLength, FixedDraftLength
+from sglang_optimal.runtime.speculative.draft_input import MixingDraftInput
 from sglang_optimal.runtime.speculative.draft_temperature import DraftTemperature
-from sglang_optimal.runtime.speculative.spec_info import MixingDraftInput
 from sglang_optimal.runtime.speculative.step_timer import StepTimer
 from sglang_optimal.runtime.speculative.verify import Draft, VerifyOutput
 
@@ -134,15 +132,17 @@ class MixingSpecWorker(BaseSpecWorker):
     def _rows(self, batch: ScheduleBatch) -> DraftRows:
         # As in Planner: the list of requests is a new one whenever it changes.
         if self._cached is None or self._cached[0] is not batch.reqs:
-            kv = self.target_worker.student_kv
+            as_student = self.target_worker.student_kv.as_student
             row_ids = [i for i, req in enumerate(batch.reqs) if student_of(req) is not None]
             drafted = [i for i in row_ids if can_draft(batch.reqs[i])]
-            mixed = MixedRows.build(batch, row_ids, kv) if row_ids else None
+            mixed = MixedRows.build(batch, row_ids, as_student) if row_ids else None
             if drafted == row_ids:
                 rows = DraftRows(mixed, mixed, None)
             else:
                 drafted_in_mixed = sent([row_ids.index(i) for i in drafted], batch.device)[1]
-                rows = DraftRows(mixed, MixedRows.build(batch, drafted, kv) if drafted else None, drafted_in_mixed)
+                rows = DraftRows(
+                    mixed, MixedRows.build(batch, drafted, as_student) if drafted else None, drafted_in_mixed
+                )
             self._cached = batch.reqs, rows
         return self._cached[1]
 
@@ -155,7 +155,7 @@ class MixingSpecWorker(BaseSpecWorker):
 
     def _lockstep(self, batch: ScheduleBatch, rows: DraftRows, last: torch.Tensor, on_publish) -> GenerationBatchResult:
         """One token for each request."""
-        batch = self._as_decode(batch, last)
+        batch = as_ordinary_decode(batch, last)
         batch.student_plan = None if rows.all_mixed is None else self._plan(batch, rows.mixed, 0)
         result = self.target_worker.forward_batch_generation(batch)
         result.accept_lens = torch.ones(len(batch.reqs), dtype=torch.int32, device=batch.device)
@@ -165,32 +165,18 @@ class MixingSpecWorker(BaseSpecWorker):
             result.logits_output.next_token_logprobs = logprobs.unsqueeze(1)  # [B, tokens of the step]
         return self._finish(batch, result, batch.seq_lens, result.next_token_ids, on_publish)
 
-    @staticmethod
-    def _as_decode(batch: ScheduleBatch, last: torch.Tensor) -> ScheduleBatch:
-        """The same rows as an ordinary decode batch."""
-        batch = copy.copy(batch)
-        batch.input_ids = last
-        batch.seq_lens = batch.seq_lens + 1
-        batch.seq_lens_cpu = None if batch.seq_lens_cpu is None else batch.seq_lens_cpu + 1
-        batch.seq_lens_sum = None
-        batch.orig_seq_lens = batch.seq_lens.to(torch.int32)
-        batch.out_cache_loc = _slots(batch.req_to_token_pool, batch.req_pool_indices, batch.seq_lens)
-        batch.spec_info = None
-        batch.spec_algorithm = SpeculativeAlgorithm.NONE
-        return batch
-
     def _plan(self, batch: ScheduleBatch, rows: MixedRows, ahead: int) -> DecodePlan:
         """The student's decode step ``ahead`` tokens after that of ``batch``, which holds an ordinary decode batch."""
         seq_lens, cpu = rows.student_lens(batch, ahead)
         pool = self.target_worker.student_kv.req_to_token_pool
-        slots = _slots(pool, rows.select(batch.req_pool_indices), seq_lens)
+        slots = slots_of(pool, rows.select(batch.req_pool_indices), seq_lens)
         return DecodePlan(rows=rows, seq_lens=seq_lens, seq_lens_cpu=cpu, out_cache_loc=slots)
 
     def _speculate(
         self, batch: ScheduleBatch, rows: DraftRows, last: torch.Tensor, length: int, on_publish
     ) -> GenerationBatchResult:
         """Up to ``length`` + 1 tokens for each request that can be drafted for, one for the others."""
-        batch = self._as_decode(batch, last)
+        batch = as_ordinary_decode(batch, last)
         target, drafted = self.target_worker, rows.drafted
         size, n, v, width = len(batch.reqs), len(drafted.row_ids), target.vocab_size, length + 1
         bias = batch.sampling_info.logit_bias
@@ -283,7 +269,7 @@ class MixingSpecWorker(BaseSpecWorker):
             req_pool_indices=req_pool_indices,
             seq_lens=seq_lens,
             seq_lens_cpu=None if cpu is None else torch.cat([cpu, _ahead(drafted.select_host(cpu), k)]),
-            out_cache_loc=_slots(batch.req_to_token_pool, req_pool_indices, seq_lens),
+            out_cache_loc=slots_of(batch.req_to_token_pool, req_pool_indices, seq_lens),
         )
         runner = self.target_worker.model_runner
         return runner.forward(ForwardBatch.init_new(part, runner, return_hidden_states_before_norm=False))
@@ -325,8 +311,3 @@ def _ahead(seq_lens: torch.Tensor, k: int) -> torch.Tensor:
     """[k · n] the lengths [n] with one token more, with two, … with k."""
     more = torch.arange(1, k + 1, device=seq_lens.device, dtype=seq_lens.dtype)
     return (seq_lens + more.unsqueeze(1)).view(-1)
-
-
-def _slots(pool, rows: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
-    """[n] the KV slots of the tokens at position ``seq_lens − 1``."""
-    return pool.req_to_token[rows, seq_lens - 1].to(torch.int64)
