@@ -53,7 +53,6 @@ class GenerationResult:
         text: the generated text.
         token_ids: its token ids.
         finish_reason: "stop", "length" or "abort"; None while streaming.
-        alpha: statistics of the per-token alphas.
         alphas: the teacher's weight for each token.
         mixing_info: with ``return_mixing_info`` a list of floats for each of teacher_logprob, student_logprob,
             mixture_logprob, kl_to_student, kl_to_teacher, ess_ratio; all aligned with ``token_ids``. Else empty.
@@ -64,11 +63,15 @@ class GenerationResult:
     text: str
     token_ids: list[int]
     finish_reason: str | None
-    alpha: AlphaStats
     alphas: list[float]
     mixing_info: dict[str, list[float]]
     index: int
     meta_info: dict[str, Any] = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def alpha(self) -> AlphaStats:
+        """Statistics of ``alphas``."""
+        return AlphaStats.of(self.alphas)
 
 
 class OptimalSampler:
@@ -320,7 +323,6 @@ class OptimalSampler:
             text=entry.get("text", ""),
             token_ids=list(entry.get("output_ids", [])),
             finish_reason=reason["type"] if reason else None,
-            alpha=AlphaStats.of(alphas),
             alphas=list(alphas),
             mixing_info=series,
             index=position // request.n,
