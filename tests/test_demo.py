@@ -17,8 +17,9 @@ def test_it_speaks_before_it_imports_anything_slow():
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert "12 word problems by the teacher" in process.stdout.readline()
-    assert time.monotonic() - start < 5
+    spoke = time.monotonic() - start
     rest, said = process.communicate(timeout=120)
+    assert spoke < (time.monotonic() - start) / 3  # however busy the machine is; most of the rest is imports
     assert process.returncode == 2
     assert "starting SGLang …" in rest and "sglang_optimal.demo: error: " in said and "/no/such/model" in said
     assert "Warning" not in said
