@@ -76,6 +76,7 @@ def test_method_names_are_those_of_the_mixing_package():
         ({"alpha_min": "0.2"}, "alpha_min: must be a finite number, got '0.2'"),
         ({"alpha_min": True}, "alpha_min: must be a finite number, got True"),
         ({"alpha_max": math.nan}, "alpha_max: must be a finite number"),
+        ({"alpha_max": 10**400}, "alpha_max: must be a finite number"),
         ({"alpha_min": None}, "alpha_min: must be a finite number"),
         ({"alpha_method": "fixed", "fixed_alpha": math.inf}, "fixed_alpha: must be a finite number"),
         ({"alpha_min": -0.1}, "alpha_min, alpha_max: must lie in"),

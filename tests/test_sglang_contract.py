@@ -271,8 +271,10 @@ FORWARDED = frozenset({"utils.hf_transformers_utils.get_tokenizer"})
 MEMBERS = {
     "entrypoints.engine.Engine": (
         "generate", "async_generate", "shutdown", "tokenizer_manager", "flush_cache", "get_server_info", "loop",
-        "init_tokenizer_manager_func", "run_scheduler_process_func",
+        "init_tokenizer_manager_func", "run_scheduler_process_func", "_attached", "_scheduler_init_result",
+        "_weight_cache_daemon_procs", "_terminate_weight_cache_daemons", "send_to_rpc",
     ),
+    "entrypoints.engine.SchedulerInitResult": ("all_child_pids", "stop_grpc_server"),
     "managers.schedule_batch.Req": (
         "sampling_params", "output_ids", "origin_input_ids", "full_untruncated_fill_ids", "extend_end", "extra_key",
         "cache_salt", "kv", "to_finish", "finished", "customized_info", "owned_kv_len",
@@ -379,6 +381,10 @@ def test_member(path, name):
 
 # (callable, pattern in its source, what we rely on)
 CONVENTIONS = (
+    ("entrypoints.engine.Engine.shutdown", r"if self\._attached:[\s\S]*?return\n[\s\S]*kill_process_tree\(os\.getpid\(\)",
+     "an engine whose processes are another's kills none; any other kills every child of the process"),
+    ("entrypoints.engine.Engine._launch_subprocesses", r"_launch_scheduler_processes\([\s\S]*_launch_detokenizer_"
+     r"subprocesses\([\s\S]*all_child_pids\.append\(p\.pid\)", "schedulers and detokenizers are all its processes"),
     ("managers.scheduler.Scheduler._handle_generate_request", r"init_req_max_new_tokens\(req\)",
      "the scheduler bounds every request's length before it queues it"),
     ("managers.scheduler.Scheduler._handle_generate_request", r"set_finish_with_abort\([\s\S]*?_add_request_to_queue\(",
