@@ -381,7 +381,8 @@ def test_member(path, name):
 
 # (callable, pattern in its source, what we rely on)
 CONVENTIONS = (
-    ("entrypoints.engine.Engine.shutdown", r"if self\._attached:[\s\S]*?return\n[\s\S]*kill_process_tree\(os\.getpid\(\)",
+    ("entrypoints.engine.Engine.shutdown",
+     r"if self\._attached:[\s\S]*?return\n[\s\S]*kill_process_tree\(os\.getpid\(\)",
      "an engine whose processes are another's kills none; any other kills every child of the process"),
     ("entrypoints.engine.Engine._launch_subprocesses", r"_launch_scheduler_processes\([\s\S]*_launch_detokenizer_"
      r"subprocesses\([\s\S]*all_child_pids\.append\(p\.pid\)", "schedulers and detokenizers are all its processes"),
