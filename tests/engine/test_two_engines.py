@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 from harness import SMALL, Case, check_all, check_pools, random_cases, run, start
+from sglang.srt.entrypoints.engine import Engine
 
 from sglang_optimal import OptimalSampler
+from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime.entrypoints import engine
 
 METHOD = {"alpha_method": "ess_balance", "alpha_min": 0.2}
 FIXED = {"fixed_alpha": 0.3}
@@ -44,6 +50,37 @@ def test_each_mixes_as_it_was_told(tiny_pair, tiny_oracle, self_oracle):
             check(tiny_oracle, drafting, FIXED, 4)
     finally:
         bystander.kill()
+
+
+def test_what_a_failed_start_leaves_does_not_become_garbage(monkeypatch):
+    """As garbage a tokenizer manager can stop the program: its ZMQ context waits for sockets that nobody closes."""
+
+    class Manager:
+        pass
+
+    made = []
+
+    def make(config):
+        def init(server_args, port_args):
+            manager = Manager()
+            made.append(weakref.ref(manager))
+            return manager, None
+
+        return init
+
+    def start(self, server_args):
+        atexit.register(self.shutdown)  # as SGLang's, before it starts anything
+        self.tokenizer_manager = None
+        self.init_tokenizer_manager_func(None, None)
+        raise RuntimeError("Rank 0 scheduler died during initialization (exit code: 1).")
+
+    monkeypatch.setattr(engine, "tokenizer_manager_init", make)
+    monkeypatch.setattr(Engine, "__init__", start)
+    monkeypatch.setattr(Engine, "shutdown", lambda self: None)
+    with pytest.raises(RuntimeError, match="scheduler died"):
+        engine.MixedEngine(None, MixingConfig())
+    gc.collect()
+    assert made[0]() is not None
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 
 from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.utils import kill_process_tree
 
 from sglang_optimal.config import MixingConfig
@@ -21,8 +22,8 @@ class MixedEngine(Engine):
     """One of the engines of this process; each has a configuration of its own.
 
     Args:
-        server_args: SGLang's, resolved (`launch.checked_server_args`).
-        config: the student and the defaults, settled.
+        server_args: SGLang's, as `launch.checked_server_args` resolves them.
+        config: the student and the defaults, resolved.
 
     Raises:
         ValueError: SGLang's configuration of the process cannot serve this engine beside one that runs.
@@ -40,12 +41,23 @@ class MixedEngine(Engine):
                     "has one configuration; shut the first down, or start one of them in a process of its own."
                 )
         self.mixing_config: MixingConfig = config
-        self.init_tokenizer_manager_func = tokenizer_manager_init(config)
+        self._manager: TokenizerManager | None = None
+        self._init_manager = tokenizer_manager_init(config)
+        self.init_tokenizer_manager_func = self._keeping_its_manager
         self.run_scheduler_process_func = self.scheduler_process(config)
         with launch.self_check_heeded():
             super().__init__(server_args=server_args)
         self.loop = LoopThread()  # from any thread, and inside a notebook's running loop
         _running.add(self)
+
+    def _keeping_its_manager(self, *args):
+        """Make the tokenizer manager, and let it live as long as the engine, also where the engine does not start.
+
+        As garbage its ZMQ context may be finalized before its sockets are, and then waits for them for ever: the
+        program would stop in some later allocation.
+        """
+        self._manager, templates = self._init_manager(*args)
+        return self._manager, templates
 
     def shutdown(self) -> None:
         """End this engine's processes. SGLang would kill every child of the process: other engines' and the user's."""
