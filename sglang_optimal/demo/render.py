@@ -16,6 +16,7 @@ from rich.text import Text
 
 from sglang_optimal.demo.problems import Problem
 from sglang_optimal.engine import GenerationResult
+from sglang_optimal.page.tokens import decoder, token_pieces
 
 STUDENT_COLOUR, EVEN_COLOUR, TEACHER_COLOUR = (74, 144, 255), (200, 200, 200), (255, 140, 40)
 
@@ -29,23 +30,11 @@ def alpha_style(alpha: float) -> Style:
     return Style(color=f"#{red:02x}{green:02x}{blue:02x}")
 
 
-def token_pieces(tokenizer, token_ids: Sequence[int]) -> list[str]:
-    """The text that each token adds. A character split over several tokens belongs to its last one."""
-    pieces, done = [], ""
-    for end in range(1, len(token_ids) + 1):
-        text = tokenizer.decode(token_ids[:end], skip_special_tokens=True)
-        if text.endswith("\ufffd") and end < len(token_ids):
-            pieces.append("")
-            continue
-        pieces.append(text[len(done) :])
-        done = text
-    return pieces
-
-
 def coloured(tokenizer, result: GenerationResult) -> Text:
     """The generated text, each token in the colour of its alpha."""
     text = Text()
-    for piece, alpha in zip(token_pieces(tokenizer, result.token_ids), result.alphas, strict=True):
+    pieces = token_pieces(decoder(tokenizer, skip_special_tokens=True), result.token_ids)
+    for piece, alpha in zip(pieces, result.alphas, strict=True):
         text.append(piece, alpha_style(alpha))
     return text
 
