@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracle import condition, entropy, interpolate, kl_divergence
 from oracle import mix as oracle_mix
 
-from sglang_optimal.mixing import ALPHA_METHODS, AlphaMethod, AlphaParams, diagnose, mix, token_logprobs
+from sglang_optimal.mixing import ALPHA_METHODS, AlphaMethod, AlphaParams, mix, token_logprobs
 from sglang_optimal.mixing import mixture as mixture_module
 
 SOLVED = [m for m in ALPHA_METHODS if m != "fixed"]
@@ -88,7 +88,7 @@ def test_alpha_meets_its_condition(row, method, temperature):
     alpha=st.floats(-2.0, 3.0, width=32),
     temperature=st.sampled_from([1.0, 0.3, 2.0]),
 )
-def test_mixture_and_diagnostics_at_a_given_alpha(row, alpha, temperature):
+def test_mixture_and_divergences_at_a_given_alpha(row, alpha, temperature):
     """With alpha given, also outside [0, 1], everything else is a smooth function that must agree closely."""
     teacher, student = row
     t = torch.tensor([temperature])
@@ -265,31 +265,6 @@ def test_arguments_are_left_alone_and_out_is_used():
     torch.testing.assert_close(got.logits, expected.logits)
     for now, before in zip((teacher, student, temperatures), copies, strict=True):
         assert torch.equal(now, before)
-
-
-def test_diagnose():
-    teacher, student, temperatures, *settings_ = mixed_batch()
-    params = AlphaParams.from_lists(*settings_)
-    m = mix(teacher, student, temperatures, params, ess_ratio=True)
-    d = diagnose(m, teacher, student, temperatures)
-    torch.testing.assert_close(d.ess_ratio, m.ess_ratio, rtol=1e-5, atol=1e-5)
-    for row in range(0, 40, 3):
-        log_s, log_t = on_support(teacher[row], student[row], temperatures[row].item())
-        log_q = interpolate(log_s, log_t, m.alpha[row].item())
-        for got, log_p in (
-            (d.entropy_student, log_s),
-            (d.entropy_teacher, log_t),
-            (d.entropy_mixture, log_q),
-        ):
-            assert got[row].item() == pytest.approx(float(-(log_p.exp() * log_p).sum()), abs=1e-4)
-        point = oracle_mix(teacher[row], student[row], temperature=temperatures[row].item()).alpha
-        information = -float(torch.logsumexp((1 - point) * log_s + point * log_t, -1))
-        assert d.chernoff_information[row].item() == pytest.approx(information, abs=1e-5)
-    # Chernoff's point makes both divergences equal to the information.
-    symmetric = mix(teacher, student, temperatures, AlphaParams.uniform(40))
-    information = diagnose(symmetric, teacher, student, temperatures).chernoff_information
-    torch.testing.assert_close(symmetric.kl_to_student, information, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(symmetric.kl_to_teacher, information, atol=2e-5, rtol=1e-4)
 
 
 def test_wrong_arguments():
