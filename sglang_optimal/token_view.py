@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from importlib import resources
 
-
-def style() -> str:
-    """CSS of the scale of alpha and of what a token's tip shows."""
-    return _static("tokens.css")
+Decode = Callable[[tuple[int, ...]], str]
+"""Text of some tokens in a row."""
 
 
-def script() -> str:
-    """JavaScript: a token's colour by its alpha, and its tip."""
-    return _static("tokens.js")
+def viewer(suffix: str) -> str:
+    """What pages with coloured tokens have in common: ``css`` or ``js``."""
+    return _static(f"tokens.{suffix}")
 
 
 def page() -> str:
     """The page at ``/mixing``: one self-contained HTML file that talks to ``/generate``."""
     html = _static("mixing.html")
-    return html.replace("/* tokens.css */", style().strip()).replace("/* tokens.js */", script().strip())
+    for suffix in ("css", "js"):
+        html = html.replace(f"/* tokens.{suffix} */", viewer(suffix))
+    return html
 
 
 def _static(name: str) -> str:
     return resources.files("sglang_optimal").joinpath("static", name).read_text(encoding="utf-8")
 
 
-def token_pieces(decode: Callable[[tuple[int, ...]], str], ids: Sequence[int]) -> list[str]:
+def decoder(tokenizer, *, skip_special_tokens: bool) -> Decode:
+    """Decodes as ``tokenizer`` does, and remembers."""
+
+    @functools.cache
+    def decode(ids: tuple[int, ...]) -> str:
+        # No blank goes: a text is the sum of its tokens' texts.
+        return tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    return decode
+
+
+def token_pieces(decode: Decode, ids: Sequence[int]) -> list[str]:
     """The text that each token adds. A character split over several tokens belongs to its last one.
 
     Unlike decoding every prefix, the time is linear in the number of tokens: one token of context is enough for the
     blanks between words.
-
-    Args:
-        decode: text of some tokens in a row.
     """
     pieces: list[str] = []
     start = done = 0

@@ -6,10 +6,14 @@ import io
 import subprocess
 import sys
 import time
+import types
 
 from rich.console import Console
+from tiny_models import EOS, SMALL_SPECIAL_TOKENS, build_small_tokenizer, small_ids
+from transformers import AutoTokenizer
 
 from sglang_optimal.demo import progress
+from sglang_optimal.demo.render import alpha_style, coloured
 
 
 def test_it_speaks_before_it_imports_anything_slow():
@@ -43,3 +47,12 @@ def test_a_terminal_gets_one_line_that_changes():
         time.sleep(1.2)
     shown = console.file.getvalue()
     assert "counting: 1 s, 3 tokens" in shown and shown.endswith("counting: 1 s, 3 tokens\n")
+
+
+def test_each_token_has_the_colour_of_its_alpha(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(build_small_tokenizer(tmp_path))
+    ids = [*small_ids("so 60 is it."), SMALL_SPECIAL_TOKENS.index(EOS)]
+    alphas = [i / len(ids) for i in range(len(ids))]
+    text = coloured(tokenizer, types.SimpleNamespace(token_ids=ids, alphas=alphas))
+    assert text.plain == "so 60 is it."
+    assert [span.style for span in text.spans] == [alpha_style(alpha) for alpha in alphas[:-1]]

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from sglang_optimal.demo.problems import Problem
 from sglang_optimal.engine import GenerationResult
-from sglang_optimal.token_view import token_pieces
+from sglang_optimal.token_view import decoder, token_pieces
 
 STUDENT_COLOUR, EVEN_COLOUR, TEACHER_COLOUR = (74, 144, 255), (200, 200, 200), (255, 140, 40)
 
@@ -33,7 +33,7 @@ def alpha_style(alpha: float) -> Style:
 def coloured(tokenizer, result: GenerationResult) -> Text:
     """The generated text, each token in the colour of its alpha."""
     text = Text()
-    pieces = token_pieces(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), result.token_ids)
+    pieces = token_pieces(decoder(tokenizer, skip_special_tokens=True), result.token_ids)
     for piece, alpha in zip(pieces, result.alphas, strict=True):
         text.append(piece, alpha_style(alpha))
     return text

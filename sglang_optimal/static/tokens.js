@@ -1,28 +1,44 @@
+// Tokens coloured by alpha, and what is known of each; for the page /mixing and a run's report.
 const $ = (id) => document.getElementById(id);
 const SERIES = [
   ["alpha", "α"], ["teacher_logprob", "log p, teacher"], ["student_logprob", "log p, student"],
   ["mixture_logprob", "log p, mixture"], ["kl_to_student", "KL to student"], ["kl_to_teacher", "KL to teacher"],
   ["ess_ratio", "ESS ratio"],
 ];
-const fixed = (value, digits = 3) => (value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−"));
+const known = (value) => value !== null && value !== undefined;
+const fixed = (value, digits = 3) => (known(value) ? value.toFixed(digits).replace("-", "−") : "–");
 
-// The background of a token.
+// What models write is put in a page with textContent alone, so that it is never markup.
+function element(name, className, text) {
+  const made = document.createElement(name);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+// The token number `place` of a box that `explain` was called for; `rows` of its tip are [label, text].
+function colouredToken(piece, place, alpha, rows) {
+  const token = element("span", "token", piece);
+  if (known(alpha)) token.style.backgroundColor = colour(alpha);
+  token.tabIndex = place ? -1 : 0;
+  token.setAttribute("role", "img");
+  token.setAttribute("aria-label", `${piece || "token"}, alpha ${fixed(alpha, 2)}`);
+  token.rows = rows;
+  return token;
+}
+
 function colour(alpha) {
   const side = Math.max(-1, Math.min(1, 2 * alpha - 1)); // -1 the student's, 1 the teacher's
   const strength = Math.sqrt(Math.abs(side)) * 0.62; // most alphas lie near 1/2; the root keeps them apart
   return `hsla(var(${side < 0 ? "--student" : "--teacher"}), ${strength.toFixed(3)})`;
 }
 
-// What is known of a token: the pairs of label and text in its `values`. What models write is put in with textContent
-// alone, so that it is never markup.
 function showTip(token) {
-  const table = document.createElement("table");
-  for (const [label, value] of token.values) {
+  const table = element("table");
+  for (const [label, text] of token.rows) {
     const row = table.insertRow();
-    const head = document.createElement("th");
-    head.textContent = label;
-    row.append(head);
-    row.insertCell().textContent = value;
+    row.append(element("th", "", label));
+    row.insertCell().textContent = text;
   }
   const tip = $("tip");
   tip.replaceChildren(table);
@@ -34,14 +50,27 @@ function showTip(token) {
   tip.style.top = `${(below ? box.bottom + 6 : box.top - tip.offsetHeight - 6) + scrollY}px`;
 }
 const hideTip = () => { $("tip").hidden = true; };
-function showTipsOf(container) {
+
+// Tips for the tokens in `area`: at the mouse, and at the keyboard's focus, which is one stop for Tab and goes with the arrows.
+function explain(area) {
   for (const type of ["mouseover", "focusin"]) {
-    container.addEventListener(type, (event) => event.target.values && showTip(event.target));
+    area.addEventListener(type, (event) => event.target.rows && showTip(event.target));
   }
-  container.addEventListener("focusout", hideTip);
-  container.addEventListener("mouseout", () => { // back to the token with the keyboard's focus, if there is one
-    if (document.activeElement.values) showTip(document.activeElement);
+  area.addEventListener("focusout", hideTip);
+  area.addEventListener("mouseout", () => { // back to the token with the keyboard's focus, if there is one
+    if (document.activeElement.rows) showTip(document.activeElement);
     else hideTip();
   });
+  area.addEventListener("keydown", (event) => {
+    if (!event.target.rows) return;
+    const all = [...event.target.parentElement.children];
+    const place = all.indexOf(event.target);
+    const next = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: all.length - 1 }[event.key];
+    if (next === undefined || !all[next]) return;
+    event.target.tabIndex = -1; // Tab comes back to where the reader left off
+    all[next].tabIndex = 0;
+    all[next].focus();
+    event.preventDefault();
+  });
+  document.addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
 }
-document.addEventListener("keydown", (event) => event.key === "Escape" && hideTip());

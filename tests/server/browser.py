@@ -76,7 +76,8 @@ class Page:
         else:
             self.driver.execute_script("arguments[0].focus()", token)
         rows = self.driver.find_elements(By.CSS_SELECTOR, "#tip tr")
-        return {row.find_element(By.TAG_NAME, "th").text: row.find_element(By.TAG_NAME, "td").text for row in rows}
+        cells = [[row.find_element(By.TAG_NAME, name).text for name in ("th", "td")] for row in rows]
+        return {label: value.replace("−", "-") for label, value in cells}
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from serving import events
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 from browser import CHROMEDRIVER, CHROMIUM, Page, chromium
+from selenium.webdriver import Keys
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None or CHROMEDRIVER is None, reason="chromium and chromedriver are not installed"
@@ -73,7 +74,12 @@ def test_three_columns_and_the_numbers_behind_a_token(client, page):
         shown = page.tip(token, hover=i == 0)
         assert shown.keys() == labels.keys()
         for label, name in labels.items():
-            assert float(shown[label].replace("−", "-")) == pytest.approx(meta[name][i], abs=2e-3), (label, i)
+            assert float(shown[label]) == pytest.approx(meta[name][i], abs=2e-3), (label, i)
+    # One stop for Tab, and the arrow keys inside.
+    page.tip(tokens[0])
+    page.driver.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert page.driver.switch_to.active_element == tokens[1]
+    assert [token.get_property("tabIndex") for token in tokens].count(0) == 1
     colours = [token.value_of_css_property("background-color") for token in tokens]
     assert len(set(colours)) > len(colours) / 2
     # Students' tokens are blue, teachers' orange.

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sglang_optimal.distill.records import MODEL_COLUMNS
+from sglang_optimal.distill.report.samples import choose_tokenizer, sample_data
+from sglang_optimal.distill.report.statistics import KLS, Statistics, collect
+from sglang_optimal.distill.report.verdicts import judge, minus, percent
 from sglang_optimal.distill.store import find_shards, replace_file
-from sglang_optimal.token_view import script, style
+from sglang_optimal.token_view import viewer
 
 __all__ = ["write_report"]
-
-REASONS = 20
-"""Rows of the table of reasons."""
 
 
 def write_report(folder: Path, output: Path | None = None, *, tokenizer: str | None = None, samples: int = 200) -> Path:
@@ -33,37 +32,31 @@ def write_report(folder: Path, output: Path | None = None, *, tokenizer: str | N
     Raises:
         ValueError: no run, no records, a damaged file, or a tokenizer that cannot be read.
     """
-    from sglang_optimal.distill.report.figures import figures
-    from sglang_optimal.distill.report.samples import choose_tokenizer, sample_data
-    from sglang_optimal.distill.report.statistics import collect
-    from sglang_optimal.distill.report.verdicts import verdicts
+    from sglang_optimal.distill.report.figures import figures  # matplotlib, which takes a second
 
     folder = Path(folder)
     if samples < 0:
         raise ValueError(f"samples: must not be negative, got {samples}.")
     find_shards(folder, "accepted")  # no run: say so before anything is read
     statistics = collect(folder, samples)
-    named = [_named(values) for values, _ in statistics.models.most_common()]
-    pairs = [(models["student_model"], models["teacher_model"]) for models in named]
-    candidates = [model for side in zip(*pairs, strict=True) for model in side if model]
-    chosen, name, agrees = choose_tokenizer(tokenizer, list(dict.fromkeys(candidates)), statistics.selected)
-    shown = sample_data(statistics.selected, chosen)
+    rows = statistics.selection.rows()
+    named = [dict(zip(MODEL_COLUMNS, values, strict=True)) for values, _ in statistics.models.most_common()]
+    candidates = _distinct(models[key] for key in ("student_model", "teacher_model") for models in named)
+    chosen, name, agrees = choose_tokenizer(tokenizer, candidates, rows)
+    shown = sample_data(rows, chosen)
     page = _render(
         statistics=statistics,
-        run=statistics.run,
         settings=_settings(statistics, named),
         numbers=_numbers(statistics),
-        verdicts=verdicts(statistics),
+        verdicts=judge(statistics),
         figures=figures(statistics),
-        reasons=[(f, r, n) for (f, r), n in statistics.tally.reasons.most_common(REASONS)],
-        more_reasons=max(0, len(statistics.tally.reasons) - REASONS),
         throughput=_throughput(statistics),
-        samples=_json_for_script(shown),
-        count=len(shown),
-        accepted=sum(sample["accepted"] for sample in shown),
+        samples=shown,
         cut=max((len(s["ids"]) for s in shown if len(s["ids"]) < s["num_tokens"]), default=0),
         tokenizer=name,
         agrees=agrees,
+        tokens_css=viewer("css"),
+        tokens_js=viewer("js"),
     )
     output = folder / "report.html" if output is None else Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -86,16 +79,8 @@ def _render(**values: Any) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["code"] = code
-    return environment.get_template("page.html.j2").render(tokens_css=style(), tokens_js=script(), **values)
-
-
-def _json_for_script(value: Any) -> str:
-    """JSON in which no text can end the script element that it is in."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _named(values: tuple[str | None, ...]) -> dict[str, str | None]:
-    return dict(zip(MODEL_COLUMNS, values, strict=True))
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
+    return environment.get_template("page.html.j2").render(**values)
 
 
 def _distinct(values: Iterable[str | None]) -> list[str]:
@@ -103,7 +88,7 @@ def _distinct(values: Iterable[str | None]) -> list[str]:
     return [value for value in dict.fromkeys(values) if value]
 
 
-def _settings(statistics, named: list[dict[str, str | None]]) -> list[tuple[str, str]]:
+def _settings(statistics: Statistics, named: list[dict[str, str | None]]) -> list[tuple[str, str]]:
     """What the run was, as (name, value)."""
     run = statistics.run
     rows = []
@@ -135,29 +120,32 @@ def _settings(statistics, named: list[dict[str, str | None]]) -> list[tuple[str,
     return rows
 
 
-def _numbers(statistics) -> list[tuple[str, str, str]]:
+def _numbers(statistics: Statistics) -> list[tuple[str, str, str]]:
     """The row of big numbers: (number, what it is, more)."""
-    from sglang_optimal.distill.report.verdicts import percent
-
     tally = statistics.tally
-    alpha, student, teacher = (statistics.mean(name) for name in ("alpha", "kl_to_student", "kl_to_teacher"))
+    alpha, student, teacher = (_mean(statistics, name) for name in ("alpha", *KLS))
     rate, rate_of = _rate(statistics)
     return [
         (f"{tally.accepted:,} / {tally.total:,}", "accepted / all samples", percent(tally.accepted / tally.total)),
         (f"{tally.tokens:,}", "tokens", f"{tally.accepted_tokens:,} in accepted samples"),
-        (_fixed(alpha), "mean α", "the teacher's weight, over all tokens"),
-        (f"{_fixed(student)} | {_fixed(teacher)}", "mean KL, nats", "to the student | to the teacher"),
+        (alpha, "mean α", "the teacher's weight, over all tokens"),
+        (f"{student} | {teacher}", "mean KL, nats", "to the student | to the teacher"),
         ("–" if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", rate_of, "sampled, kept or not"),
     ]
 
 
-def _rate(statistics) -> tuple[float | None, str]:
+def _mean(statistics: Statistics, name: str) -> str:
+    value = statistics.means[name].value
+    return "–" if value is None else minus(value, ".3f")
+
+
+def _rate(statistics: Statistics) -> tuple[float | None, str]:
     run = statistics.run
     rate = statistics.tally.tokens / run.elapsed if run.elapsed else None
     return rate, "tokens/s" if run.machines < 2 else f"tokens/s on each of {run.machines} machines"
 
 
-def _throughput(statistics) -> list[tuple[str, str]]:
+def _throughput(statistics: Statistics) -> list[tuple[str, str]]:
     """Rates and latencies that are known, as (name, value)."""
     rows = []
     run, histogram = statistics.run, statistics.latency
@@ -170,7 +158,3 @@ def _throughput(statistics) -> list[tuple[str, str]]:
         for name, q in (("median latency", 0.5), ("95 % of requests within", 0.95), ("99 % within", 0.99)):
             rows.append((name, f"{histogram.quantile(q):.3g} s"))
     return rows
-
-
-def _fixed(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}".replace("-", "−")

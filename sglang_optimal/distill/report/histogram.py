@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -21,24 +22,17 @@ POSITION_EDGES = np.unique(np.round(np.geomspace(1, 4e6, 320)).astype(np.int64))
 """Positions in a sample, from 0: bins of one token at first, then 5 % wide."""
 
 
+@dataclasses.dataclass
 class Mean:
-    """Mean of the finite values; ``skipped`` counts the others (a token without support has log-probability −inf)."""
+    """Mean of the finite values (a token without support has log-probability −inf)."""
 
-    def __init__(self) -> None:
-        self.count = self.skipped = 0
-        self.sum = 0.0
+    sum: float = 0.0
+    count: int = 0
 
     def add(self, values: np.ndarray) -> None:
-        finite = np.isfinite(values)
-        self.count += int(finite.sum())
-        self.skipped += int(len(values) - finite.sum())
-        self.sum += float(values[finite].sum(dtype=np.float64))
-
-    def __iadd__(self, other: Mean) -> Mean:
-        self.count += other.count
-        self.skipped += other.skipped
-        self.sum += other.sum
-        return self
+        values = values[np.isfinite(values)]
+        self.sum += float(values.sum())
+        self.count += len(values)
 
     @property
     def value(self) -> float | None:

@@ -1,14 +1,20 @@
-"""Samples as the page shows them: their tokens' texts and per-token series."""
+"""Samples to look at: which, and as the page shows them, with their tokens' texts and per-token series."""
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from sglang_optimal.names import SERIES
-from sglang_optimal.token_view import token_pieces
+from sglang_optimal.token_view import decoder, token_pieces
+
+Stratum = tuple[str, str] | None
+"""None for accepted records, else (filter, reason)."""
 
 TOKEN_BUDGET = 250_000
 """Most tokens in one page, about 13 MB; longer samples are cut evenly when the selected ones have more."""
@@ -19,7 +25,46 @@ _KEPT = (
 )  # fmt: skip
 
 
-def load_tokenizer(name: str):
+class Selection:
+    """A random choice from a stream of rows whose number is not known, with room for ``size`` rows in all: half of them
+    accepted, the others spread over the reasons for rejection.
+
+    Every row draws a key, and each stratum keeps the rows with the smallest keys; when there are too many, the largest
+    stratum gives one up and from then on takes only smaller keys. So each stratum's rows are a uniform sample of it.
+    """
+
+    def __init__(self, size: int):
+        self._size = size
+        self._random = np.random.default_rng(0)
+        self._kept: dict[Stratum, list[tuple[float, int, dict[str, Any]]]] = {}
+        self._limits: dict[Stratum, float] = {}
+        self._total = self._number = 0
+
+    def offer(self, stratum: Stratum, row: Callable[[], dict[str, Any]]) -> None:
+        """``row`` is called where it is kept."""
+        key = self._random.random()
+        if not self._size or key >= self._limits.get(stratum, 1.0):
+            return
+        self._number += 1  # keys may tie, and rows have no order
+        heapq.heappush(self._kept.setdefault(stratum, []), (-key, self._number, row()))
+        self._total += 1
+        if self._total > self._size:
+            given_up = self._largest()
+            self._limits[given_up] = -heapq.heappop(self._kept[given_up])[0]
+            self._total -= 1
+
+    def rows(self) -> list[dict[str, Any]]:
+        """In the order of the run."""
+        entries = [entry for kept in self._kept.values() for entry in kept]
+        return [row for _, _, row in sorted(entries, key=lambda entry: entry[1])]
+
+    def _largest(self) -> Stratum:
+        if 2 * len(self._kept.get(None, ())) > self._total:
+            return None
+        return max((s for s in self._kept if s is not None), key=lambda s: len(self._kept[s]))
+
+
+def _load_tokenizer(name: str):
     """A tokenizer from this machine; None when there is none of that name."""
     from transformers import AutoTokenizer
 
@@ -44,7 +89,7 @@ def choose_tokenizer(explicit: str | None, models: Sequence[str], rows: Sequence
         ValueError: ``explicit`` cannot be read or cannot decode the samples.
     """
     for name in [explicit] if explicit else models:
-        tokenizer = load_tokenizer(name)
+        tokenizer = _load_tokenizer(name)
         if tokenizer is None:
             if explicit:
                 raise ValueError(f"tokenizer: {name!r} is no tokenizer in a folder or in the local Hugging Face cache.")
@@ -69,7 +114,7 @@ def sample_data(rows: Sequence[dict[str, Any]], tokenizer: Any = None) -> list[d
     """
     limit = token_limit([len(row["token_ids"]) for row in rows], TOKEN_BUDGET)
     special = set(getattr(tokenizer, "all_special_ids", ()))
-    decode = _decoder(tokenizer) if tokenizer is not None else None
+    decode = decoder(tokenizer, skip_special_tokens=False) if tokenizer is not None else None
     samples = []
     for row in rows:
         ids = row["token_ids"][:limit]
@@ -103,17 +148,6 @@ def token_limit(lengths: Sequence[int], budget: int) -> int:
         left -= length
         limit = length
     return max(1, limit)
-
-
-def _decoder(tokenizer: Any) -> Callable[[tuple[int, ...]], str]:
-    known: dict[tuple[int, ...], str] = {(): ""}
-
-    def decode(ids: tuple[int, ...]) -> str:
-        if ids not in known:
-            known[ids] = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return known[ids]
-
-    return decode
 
 
 def _agrees(tokenizer: Any, row: dict[str, Any]) -> bool:

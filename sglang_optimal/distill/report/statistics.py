@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 
-from sglang_optimal.distill.records import MODEL_COLUMNS
+from sglang_optimal.distill.manifests import read_manifests
+from sglang_optimal.distill.records import MODEL_COLUMNS, schema
 from sglang_optimal.distill.report.histogram import (
     ALPHA_EDGES,
     ESS_EDGES,
@@ -22,109 +28,179 @@ from sglang_optimal.distill.report.histogram import (
     PositionSeries,
     position_bins,
 )
-from sglang_optimal.distill.report.reading import RunInfo, read_batches
-from sglang_optimal.distill.report.selection import Selection
-from sglang_optimal.distill.store import TALLIED, Tally, find_shards
+from sglang_optimal.distill.report.samples import Selection
+from sglang_optimal.distill.store import TALLIED, Tally, find_shards, read_rows
 from sglang_optimal.names import SERIES
-
-if TYPE_CHECKING:
-    import pyarrow
 
 RARE = 1e-3
 """A token with a smaller probability under the student is far from what it would write."""
 BOUND_MARGIN = 1e-4
 """A solved alpha so near to a bound counts as being at it."""
-MEANS = ("kl_to_student", "kl_to_teacher", "student_logprob", "teacher_logprob")
+KLS = ("kl_to_student", "kl_to_teacher")
+_BATCH = 256
+"""Rows in memory at a time."""
+
+
+@dataclasses.dataclass
+class RunInfo:
+    """What run.json says, of all machines.
+
+    Attributes:
+        name: of the folder.
+        config: the settings of the run; {} when not known.
+        method: how alpha was solved; None: left to the server.
+        alpha_min, alpha_max: bounds on the solved alpha, infinite for the method ``fixed``. fixed_alpha: its alpha.
+        filters: labels in their order.
+        states: of all machines. planned, failed: samples. elapsed: seconds of sampling, summed over machines.
+        started: the earliest start.
+    """
+
+    name: str
+    config: dict[str, Any]
+    method: str | None
+    alpha_min: float
+    alpha_max: float
+    fixed_alpha: float | None
+    filters: list[str]
+    states: set[str]
+    machines: int
+    planned: int
+    failed: int
+    elapsed: float
+    started: str | None
+
+    @classmethod
+    def read(cls, folder: Path) -> RunInfo:
+        """Raises ValueError: a run.json is damaged."""
+        manifests = read_manifests(folder)
+        config: dict[str, Any] = next((m["config"] for m in manifests if m.get("config")), {})
+        mixing = {name: value for name, value in (config.get("mixing") or {}).items() if value is not None}
+        fixed = mixing.get("fixed_alpha")
+        configured = [f.get("name") or f.get("type") or "?" for f in config.get("filters") or []]
+        return cls(
+            name=folder.resolve().name,
+            config=config,
+            method="fixed" if fixed is not None else mixing.get("alpha_method"),
+            alpha_min=-math.inf if fixed is not None else float(mixing.get("alpha_min", 0)),
+            alpha_max=math.inf if fixed is not None else float(mixing.get("alpha_max", 1)),
+            fixed_alpha=fixed,
+            filters=next((m["filters"] for m in manifests if m.get("filters")), configured),
+            states={m["state"] for m in manifests if m.get("state")},
+            machines=len(manifests),
+            planned=sum(m.get("planned") or 0 for m in manifests),
+            failed=sum(m.get("failed") or 0 for m in manifests),
+            elapsed=sum(m.get("elapsed_seconds") or 0.0 for m in manifests),
+            started=min((m["started"] for m in manifests if m.get("started")), default=None),
+        )
 
 
 class Group:
     """The accepted records, or the rejected ones.
 
     Attributes:
-        records, tokens: how many.
-        alpha: mean over tokens. means: the same of `MEANS`.
-        alpha_histogram, logprob_histogram (of the student's), kl_histograms ("kl_to_student", "kl_to_teacher"),
-            ess_histogram: over tokens.
-        rare: tokens with a student's probability below `RARE`, of ``known``.
-        at_min, at_max: tokens with alpha at a bound.
-        inner_kl: mean KLs, and inner_log_ess: mean log ESS ratio, over tokens with alpha strictly between the bounds.
-        lengths: shape (longest + 1,): samples of each length. by_length: samples that ended by length.
+        lengths: tokens of a sample: samples.
+        alpha, student_logprob: histograms over tokens. logprob: mean of the student's log-probability over tokens.
+        rare: tokens with a student's probability below `RARE`, of ``student_logprob.total``.
     """
 
     def __init__(self) -> None:
-        self.records = self.tokens = self.by_length = 0
-        self.rare = self.known = self.at_min = self.at_max = 0
-        self.alpha = Mean()
-        self.means = {name: Mean() for name in MEANS}
-        self.alpha_histogram = Histogram(ALPHA_EDGES)
-        self.logprob_histogram = Histogram(LOGPROB_EDGES)
-        self.kl_histograms = {name: Histogram(KL_EDGES) for name in ("kl_to_student", "kl_to_teacher")}
-        self.ess_histogram = Histogram(ESS_EDGES)
-        self.inner_kl = {name: Mean() for name in ("kl_to_student", "kl_to_teacher")}
-        self.inner_log_ess = Mean()
-        self.lengths = np.zeros(1, np.int64)
+        self.lengths: Counter[int] = Counter()
+        self.alpha, self.student_logprob = Histogram(ALPHA_EDGES), Histogram(LOGPROB_EDGES)
+        self.logprob = Mean()
+        self.rare = 0
 
 
-@dataclasses.dataclass
 class Statistics:
     """A run in numbers.
 
-    Attributes:
+    Args:
         run: of run.json.
-        tally: counts of records, reasons and strategies.
+        samples: rows to select.
+
+    Attributes:
+        tally: counts of records, reasons and strategies. models: (values of `MODEL_COLUMNS`): records.
         accepted, rejected: see `Group`.
-        alpha_by_position, kl_by_position: over all tokens.
+        means: of ``alpha`` and `KLS` over all tokens. histograms: of `KLS` and ``ess_ratio``, over all tokens.
+        by_position: ``alpha`` and `KLS`, over all tokens.
+        known: tokens with log-probabilities and KLs of their own.
+        at_min, at_max: tokens with alpha at a bound. inner_tokens: tokens with alpha strictly between the bounds, and
+        inner: means of `KLS` and ``log_ess`` over them.
+        by_length: samples that ended by length.
         latency: seconds, of all requests that have one.
-        models: (values of `MODEL_COLUMNS`): records.
-        selected: rows to look at.
+        selection: rows to look at.
     """
 
-    run: RunInfo
-    tally: Tally
-    accepted: Group
-    rejected: Group
-    alpha_by_position: PositionSeries
-    kl_by_position: dict[str, PositionSeries]
-    latency: Histogram
-    models: Counter[tuple[str | None, ...]]
-    selected: list[dict[str, Any]]
+    def __init__(self, run: RunInfo, samples: int):
+        self.run = run
+        self.tally, self.models = Tally(), Counter[tuple[str | None, ...]]()
+        self.accepted, self.rejected = Group(), Group()
+        self.means = {name: Mean() for name in ("alpha", *KLS)}
+        self.histograms = {name: Histogram(KL_EDGES) for name in KLS} | {"ess_ratio": Histogram(ESS_EDGES)}
+        self.by_position = {"alpha": PositionSeries(ALPHA_EDGES)} | {name: PositionSeries() for name in KLS}
+        self.known = self.at_min = self.at_max = self.inner_tokens = self.by_length = 0
+        self.inner = {name: Mean() for name in (*KLS, "log_ess")}
+        self.latency = Histogram(LATENCY_EDGES)
+        self.selection = Selection(samples)
 
     @property
     def groups(self) -> tuple[Group, Group]:
         return self.accepted, self.rejected
 
-    @functools.cached_property
+    @property
     def alpha_histogram(self) -> Histogram:
         """Over all tokens."""
-        return self.accepted.alpha_histogram + self.rejected.alpha_histogram
+        return self.accepted.alpha + self.rejected.alpha
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Shape (longest + 1,): samples of each length."""
-        short, long = sorted((group.lengths for group in self.groups), key=len)
-        both = long.copy()
-        both[: len(short)] += short
-        return both
+    def add(self, batch: pyarrow.RecordBatch) -> None:
+        """Count stored rows."""
+        for row in batch.select(list(TALLIED)).to_pylist():
+            self.tally.add(row)
+        self.models.update(zip(*(batch[name].to_pylist() for name in MODEL_COLUMNS), strict=True))
+        self.by_length += batch["finish_reason"].to_pylist().count("length")
+        latency = _floats(batch["latency"])
+        self.latency.add(latency[latency > 0])
+        sizes, accepted = batch["num_tokens"].to_numpy(), _floats(batch["accepted"]) > 0
+        lengths, alpha = _lists(batch["alpha"])
+        # A run can have records with series and without them; the latter have means alone.
+        whole = (lengths > 0) & np.all([_lists(batch[name])[0] == lengths for name in SERIES], axis=0)
+        for group, mask in ((self.accepted, accepted), (self.rejected, ~accepted)):
+            group.lengths.update(sizes[mask].tolist())
+            group.alpha.add(alpha[np.repeat(mask, lengths)])
+            group.logprob.add(_repeated(batch["mean_student_logprob"], sizes, mask & ~whole))
+        for name in KLS:
+            self.means[name].add(_repeated(batch[f"mean_{name}"], sizes, ~whole))
+        self.means["alpha"].add(alpha)
+        self.by_position["alpha"].add(position_bins(lengths), alpha)
+        self.at_min += int((alpha <= self.run.alpha_min + BOUND_MARGIN).sum())
+        self.at_max += int((alpha >= self.run.alpha_max - BOUND_MARGIN).sum())
+        if whole.any():
+            self._add_series(batch.filter(pyarrow.array(whole)), accepted[whole])
+        reasons = zip(batch["rejected_by"].to_pylist(), batch["reject_reason"].to_pylist(), strict=True)
+        for i, reason in enumerate(reasons):
+            row = functools.partial(_row, batch, i)
+            self.selection.offer(None if accepted[i] else reason, row)
 
-    def total(self, name: str) -> int:
-        """A counter of `Group`, over both."""
-        return sum(getattr(group, name) for group in self.groups)
-
-    def mean(self, name: str) -> float | None:
-        """Mean of ``alpha`` or one of `MEANS` over all tokens; None when it was not stored."""
-        return merged(*(g.alpha if name == "alpha" else g.means[name] for g in self.groups)).value
-
-    @property
-    def has_series(self) -> bool:
-        """Whether log-probabilities and KLs of single tokens were stored."""
-        return sum(group.known for group in self.groups) > 0
-
-
-def merged(*means: Mean) -> Mean:
-    both = Mean()
-    for mean in means:
-        both += mean
-    return both
+    def _add_series(self, batch: pyarrow.RecordBatch, accepted: np.ndarray) -> None:
+        lengths, alpha = _lists(batch["alpha"])
+        series, positions = {name: _lists(batch[name])[1] for name in SERIES}, position_bins(lengths)
+        inner = (alpha > self.run.alpha_min + BOUND_MARGIN) & (alpha < self.run.alpha_max - BOUND_MARGIN)
+        self.known += len(inner)
+        self.inner_tokens += int(inner.sum())
+        for name in KLS:
+            self.means[name].add(series[name])
+            self.inner[name].add(series[name][inner])
+            self.by_position[name].add(positions, series[name])
+        for name, histogram in self.histograms.items():
+            histogram.add(series[name])
+        ess = series["ess_ratio"][inner]
+        self.inner["log_ess"].add(np.log(ess[ess > 0]))
+        of_accepted = np.repeat(accepted, lengths)
+        for group, mask in ((self.accepted, of_accepted), (self.rejected, ~of_accepted)):
+            logprob = series["student_logprob"][mask]
+            group.logprob.add(logprob)
+            # What could not be stored was −inf: no probability at all.
+            group.rare += int((~(logprob >= np.log(RARE))).sum())
+            group.student_logprob.add(np.nan_to_num(logprob, nan=LOGPROB_EDGES[0]))
 
 
 def collect(folder: Path, samples: int) -> Statistics:
@@ -138,93 +214,37 @@ def collect(folder: Path, samples: int) -> Statistics:
         ValueError: no run, no records, or a damaged file.
     """
     paths = [path for kind in ("accepted", "rejected") for path in find_shards(folder, kind)]
-    collector = _Collector(RunInfo.read(folder), samples)
-    for batch in read_batches(paths):
-        collector.add(batch)
-    if not collector.statistics.tally.total:
+    statistics = Statistics(RunInfo.read(folder), samples)
+    for batch in _read_batches(paths):
+        statistics.add(batch)
+    if not statistics.tally.total:
         raise ValueError(f"{folder}: the run has no records yet.")
-    collector.statistics.selected = collector.selection.rows()
-    return collector.statistics
+    return statistics
 
 
-class _Collector:
-    def __init__(self, run: RunInfo, samples: int):
-        self.selection = Selection(samples)
-        kl = {name: PositionSeries() for name in ("kl_to_student", "kl_to_teacher")}
-        self.statistics = Statistics(
-            run, Tally(), Group(), Group(), PositionSeries(ALPHA_EDGES), kl, Histogram(LATENCY_EDGES), Counter(), []
-        )
+def _read_batches(paths: list[Path]) -> Iterator[pyarrow.RecordBatch]:
+    """Stored rows of shards and journals.
 
-    def add(self, batch: pyarrow.RecordBatch) -> None:
-        result = self.statistics
-        for row in batch.select(list(TALLIED)).to_pylist():
-            result.tally.add(row)
-        result.models.update(zip(*(batch[name].to_pylist() for name in MODEL_COLUMNS), strict=True))
-        latency = _floats(batch["latency"])
-        result.latency.add(latency[latency > 0])
-        accepted = batch["accepted"].to_numpy(zero_copy_only=False).astype(bool)
-        for mask, group in ((accepted, result.accepted), (~accepted, result.rejected)):
-            if mask.any():
-                self._add_group(group, batch if mask.all() else batch.filter(_mask(mask)))
-        self._select(batch, accepted)
-
-    def _add_group(self, group: Group, batch: pyarrow.RecordBatch) -> None:
-        lengths = batch["num_tokens"].to_numpy()
-        group.records += batch.num_rows
-        group.tokens += int(lengths.sum())
-        group.by_length += sum(reason == "length" for reason in batch["finish_reason"].to_pylist())
-        counts = np.bincount(lengths, minlength=len(group.lengths))
-        counts[: len(group.lengths)] += group.lengths
-        group.lengths = counts
-
-        alpha_lengths, alpha = _lists(batch["alpha"])
-        positions = position_bins(alpha_lengths)
-        group.alpha.add(alpha)
-        group.alpha_histogram.add(alpha)
-        self.statistics.alpha_by_position.add(positions, alpha)
-        run = self.statistics.run
-        if run.method != "fixed":
-            group.at_min += int((alpha <= run.alpha_min + BOUND_MARGIN).sum())
-            group.at_max += int((alpha >= run.alpha_max - BOUND_MARGIN).sum())
-
-        # A run can have records with series and without them; the latter have means alone.
-        whole = alpha_lengths > 0
-        for name in SERIES:
-            whole &= _lists(batch[name])[0] == alpha_lengths
-        if whole.any():
-            self._add_series(group, batch if whole.all() else batch.filter(_mask(whole)))
-        for name in MEANS:
-            means = np.nan_to_num(_floats(batch[f"mean_{name}"]), nan=np.inf)[~whole]
-            group.means[name].add(np.repeat(means[np.isfinite(means)], lengths[~whole][np.isfinite(means)]))
-
-    def _add_series(self, group: Group, batch: pyarrow.RecordBatch) -> None:
-        lengths, alpha = _lists(batch["alpha"])
-        positions = position_bins(lengths)
-        series = {name: _lists(batch[name])[1] for name in SERIES}
-        run = self.statistics.run
-        inner = np.isfinite(alpha)
-        if run.method != "fixed":
-            inner &= (alpha > run.alpha_min + BOUND_MARGIN) & (alpha < run.alpha_max - BOUND_MARGIN)
-        for name in MEANS:
-            group.means[name].add(series[name])
-        for name, by_position in self.statistics.kl_by_position.items():
-            group.kl_histograms[name].add(series[name])
-            group.inner_kl[name].add(series[name][inner])
-            by_position.add(positions, series[name])
-        group.known += len(alpha)
-        # What could not be stored was −inf: no probability at all.
-        group.rare += int((~(series["student_logprob"] >= np.log(RARE))).sum())
-        group.logprob_histogram.add(np.nan_to_num(series["student_logprob"], nan=LOGPROB_EDGES[0]))
-        group.ess_histogram.add(series["ess_ratio"])
-        ess = series["ess_ratio"][inner]
-        group.inner_log_ess.add(np.log(ess[ess > 0]))
-
-    def _select(self, batch: pyarrow.RecordBatch, accepted: np.ndarray) -> None:
-        reasons = list(zip(batch["rejected_by"].to_pylist(), batch["reject_reason"].to_pylist(), strict=True))
-        for i, key in enumerate(self.selection.keys(batch.num_rows)):
-            stratum = None if accepted[i] else reasons[i]
-            if self.selection.wants(stratum, key):
-                self.selection.add(stratum, key, batch.slice(i, 1).to_pylist()[0])
+    Raises:
+        ValueError: a file is damaged, or was moved meanwhile by a run that goes on.
+    """
+    columns = schema()
+    for path in paths:
+        try:
+            if path.suffix == ".parquet":
+                with parquet.ParquetFile(path) as file:
+                    for batch in file.iter_batches(batch_size=_BATCH, columns=columns.names):
+                        whole = batch.schema.names == columns.names
+                        # Older versions had fewer columns.
+                        yield batch if whole else pyarrow.RecordBatch.from_pylist(batch.to_pylist(), columns)
+            else:
+                rows = read_rows([path])
+                while some := list(itertools.islice(rows, _BATCH)):
+                    yield pyarrow.RecordBatch.from_pylist(some, columns)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: is gone; the run is finishing a shard. Try again.") from None
+        except (pyarrow.ArrowException, KeyError) as error:
+            raise ValueError(f"{path}: is damaged or no shard of a run: {error}") from None
 
 
 def _lists(column: pyarrow.ListArray) -> tuple[np.ndarray, np.ndarray]:
@@ -237,7 +257,10 @@ def _floats(column: pyarrow.Array) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False).astype(np.float64)
 
 
-def _mask(mask: np.ndarray) -> pyarrow.Array:
-    import pyarrow
+def _repeated(means: pyarrow.Array, sizes: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The means of the records of ``mask``, each as often as the record has tokens."""
+    return np.repeat(_floats(means)[mask], sizes[mask])
 
-    return pyarrow.array(mask)
+
+def _row(batch: pyarrow.RecordBatch, i: int) -> dict[str, Any]:
+    return batch.slice(i, 1).to_pylist()[0]
