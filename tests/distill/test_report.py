@@ -302,6 +302,14 @@ def test_balances_are_judged_by_the_method(tmp_path, method):
     assert found["ESS balance"][0] == ("warn" if method == "ess_balance" else "good")
 
 
+@pytest.mark.parametrize("mixing", [{"fixed_alpha": 0.0}, {"alpha_method": "fixed"}])
+def test_a_fixed_alpha_has_no_bounds(tmp_path, mixing):
+    one = balanced(np.random.default_rng(0), 0)
+    one.alpha = [0.0] * len(one.token_ids)
+    found = marks(build(tmp_path, [one], {"config": {"mixing": mixing}}))
+    assert found["α at its bounds"][0] == "none" and "over all tokens" in found["KL balance"][1]
+
+
 def test_wilson():
     low, high = wilson(8, 10)
     assert (low, high) == pytest.approx((0.490, 0.943), abs=1e-3)  # a textbook's example

@@ -75,15 +75,16 @@ class RunInfo:
         manifests = read_manifests(folder)
         config: dict[str, Any] = next((m["config"] for m in manifests if m.get("config")), {})
         mixing = {name: value for name, value in (config.get("mixing") or {}).items() if value is not None}
-        fixed = mixing.get("fixed_alpha")
+        method = "fixed" if "fixed_alpha" in mixing else mixing.get("alpha_method")
+        bounds = {"alpha_min": 0, "alpha_max": 1} | mixing if method != "fixed" else {}
         configured = [f.get("name") or f.get("type") or "?" for f in config.get("filters") or []]
         return cls(
             name=folder.resolve().name,
             config=config,
-            method="fixed" if fixed is not None else mixing.get("alpha_method"),
-            alpha_min=-math.inf if fixed is not None else float(mixing.get("alpha_min", 0)),
-            alpha_max=math.inf if fixed is not None else float(mixing.get("alpha_max", 1)),
-            fixed_alpha=fixed,
+            method=method,
+            alpha_min=float(bounds.get("alpha_min", -math.inf)),
+            alpha_max=float(bounds.get("alpha_max", math.inf)),
+            fixed_alpha=mixing.get("fixed_alpha"),
             filters=next((m["filters"] for m in manifests if m.get("filters")), configured),
             states={m["state"] for m in manifests if m.get("state")},
             machines=len(manifests),
