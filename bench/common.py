@@ -70,6 +70,8 @@ def device_name() -> str:
 def append_record(args: argparse.Namespace, record: dict[str, Any]) -> None:
     """Append one line to ``--result-filename``, with what the machine and the run are."""
     about = {"run_name": args.run_name, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), "device": device_name()}
+    if taken := about.keys() & record.keys():
+        raise ValueError(f"A record's own {', '.join(sorted(taken))} would hide what the machine and the run are.")
     args.result_filename.parent.mkdir(parents=True, exist_ok=True)
     with args.result_filename.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**about, **record}) + "\n")

@@ -169,7 +169,7 @@ def split(steps: list[Step], clock: str) -> dict[str, Any]:
 
 
 def record(args: argparse.Namespace, mode: str, batch: int, steps: list[Step]) -> dict[str, Any]:
-    """What goes into the JSONL file: a `split` for each clock, the critical one named by "clock"."""
+    """What goes into the JSONL file: a `split` for each of "clocks", the critical one named by "clock"."""
     clocks = [clock for clock in ("device", "host") if clock in steps[0]]
     return {
         "benchmark": "profile",
@@ -186,7 +186,7 @@ def record(args: argparse.Namespace, mode: str, batch: int, steps: list[Step]) -
         "steps": len(steps),
         "cuda_graph": all(step["graph"] for step in steps),
         "clock": clocks[0],
-        **{clock: split(steps, clock) for clock in clocks},
+        "clocks": {clock: split(steps, clock) for clock in clocks},
     }
 
 
@@ -208,10 +208,10 @@ def show(console: Console, mode: str, records: list[dict[str, Any]]) -> None:
     def add(label: str, section: str, name: str, style: str | None = None) -> None:
         cells = []
         for one in records:
-            value = one[clock][section].get(name)
+            value = one["clocks"][clock][section].get(name)
             cells += ["–", "–"] if value is None else [f"{value['ms']:.3f}", f"{value['share']:.1%}"]
             if host_too:
-                value = one["host"][section].get(name)
+                value = one["clocks"]["host"][section].get(name)
                 cells.append("–" if value is None else f"{value['ms']:.3f}")
         if any(cell != "–" for cell in cells):
             table.add_row(label, *cells, style=style)
@@ -229,7 +229,7 @@ def show(console: Console, mode: str, records: list[dict[str, Any]]) -> None:
     ):
         cells = []
         for one in records:
-            cells += [value(one[clock]), ""] + ([value(one["host"])] if host_too else [])
+            cells += [value(one["clocks"][clock]), ""] + ([value(one["clocks"]["host"])] if host_too else [])
         if label == "step" or mode != "plain":
             table.add_row(label, *cells, style="bold")
     steps = ", ".join(str(one["steps"]) for one in records)
@@ -245,15 +245,17 @@ def plot(path: Path, by_mode: dict[str, list[dict[str, Any]]]) -> None:
         labels = [str(one["batch_size"]) for one in records]
         bottoms = [0.0] * len(records)
         for number, group in enumerate(step_timer.GROUPS):
-            shares = [100 * one[one["clock"]]["groups"].get(group, {"share": 0.0})["share"] for one in records]
+            shares = [
+                100 * one["clocks"][one["clock"]]["groups"].get(group, {"share": 0.0})["share"] for one in records
+            ]
             axis.bar(labels, shares, bottom=bottoms, label=group, color=f"C{number}", width=0.7)
             bottoms = [bottom + share for bottom, share in zip(bottoms, shares, strict=True)]
         for x, (one, top) in enumerate(zip(records, bottoms, strict=True)):
-            step = one[one["clock"]]["step_ms"]["median"]
+            step = one["clocks"][one["clock"]]["step_ms"]["median"]
             axis.text(x, top + 1, f"{step:.3g} ms", ha="center", va="bottom", fontsize=8)
         axis.set(title=mode, xlabel="batch size", ylabel="share of a decode step, %", ylim=(0, 110))
     handles, names = axes[0][0].get_legend_handles_labels()
-    used = {group for records in by_mode.values() for one in records for group in one[one["clock"]]["groups"]}
+    used = {group for records in by_mode.values() for one in records for group in one["clocks"][one["clock"]]["groups"]}
     pairs = [(handle, name) for handle, name in zip(handles, names, strict=True) if name in used]
     figure.legend(*zip(*pairs, strict=True), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
     figure.tight_layout()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import common, profile
 from bench.gpu import check_host_waits, make_models, processes, run_checks, summary, traces
 from bench.gpu.summary import FAIL, NOT_JUDGED, NOT_RUN, PASS
 
@@ -85,11 +86,26 @@ def test_share_of_a_step(folder):
             "mode": mode,
             "batch_size": batch,
             "clock": "device",
-            "device": {"mixing_percent": share},
+            "clocks": {"device": {"mixing_percent": share}},
         }
         for mode, batch, share in (("two-model", 1, 2.9), ("plain", 32, 0.0), ("two-model", 256, 3.1))
     ]
     assert verdicts(folder(bench=bench), "mixing, share") == {"1": PASS, "32": NOT_RUN, "256": FAIL}
+
+
+def test_a_profile_names_its_card(tmp_path):
+    """Its record once had the device's times where the card's name belongs, and no page could be written."""
+    args = argparse.Namespace(run_name=summary.TWO_MODELS, result_filename=tmp_path / "bench.jsonl", server_args=[])
+    for name in ("model_path", "student_model_path", "input_len", "student_input_len", "output_len", "temperature"):
+        setattr(args, name, 1)
+    args.alpha_method = "kl_symmetry"
+    step = {"batch": 1, "mixed": True, "graph": True, "device": {"mixing": 0.5, "teacher forward": 9.5}}
+    common.append_record(args, profile.record(args, "two-model", 1, [{**step, "host": {"mixing": 0.1}}]))
+    found = summary.Findings.read([tmp_path])
+    assert found.devices() == [common.device_name()] and common.device_name() in summary.page(found)
+    assert verdicts(tmp_path, "mixing, share")["1"] == FAIL
+    with pytest.raises(ValueError, match="device"):
+        common.append_record(args, {"device": {}})
 
 
 def test_mixing_alone(folder):
@@ -309,7 +325,12 @@ def test_results_of_processes(tmp_path):
     assert got["self-check"]["error"] == "sglang_optimal: error: self-check: wrong rows"
     assert got["dies"]["error"] == "ended with status 2 and no result"
     late = list(processes.run_all(jobs[:1], 2, Path(run_checks.ROOT), end=0.0))
-    assert [ended.status for ended in late] == [processes.NOT_STARTED]
+    assert [ended.status for ended in late] == [processes.NO_TIME]
+    sleeps = [run_checks.sys.executable, "-c", "import time; time.sleep(60)"]
+    long = [processes.Job(str(limit), sleeps, limit, tmp_path / "long") for limit in (0.5, 30)]
+    ended = {e.job.name: e.status for e in processes.run_all(long, 2, Path(run_checks.ROOT), time.monotonic() + 1.5)}
+    assert ended == {"0.5": processes.TIMED_OUT, "30": processes.NO_TIME}, "a hang fails; the end of all does not"
+    assert processes.end_of(100.0) < time.monotonic() + 100
 
 
 def test_models(tmp_path):

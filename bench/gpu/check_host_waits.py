@@ -142,7 +142,7 @@ def _verdict(name: str, record: dict[str, Any], stock: dict[str, Any]) -> str:
 
 def every(names: list[str], models: Path, logs: Path, at_once: int, limit: float) -> dict[str, dict[str, Any]]:
     """Records by engine; ``limit``: seconds for all."""
-    end = time.monotonic() + limit
+    end = processes.end_of(limit)
     jobs = [
         processes.Job(
             name,

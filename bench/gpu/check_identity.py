@@ -364,12 +364,12 @@ def every(names: list[str], folder: Path, logs: Path, at_once: int, limit: float
     yield from ({"engine": name, "skipped": why} for name, why in skipped.items())
     # Near-float32 products in Triton: its default, tf32, is coarser than what the comparison allows.
     environment = {"TRITON_F32_DEFAULT": os.environ.get("TRITON_F32_DEFAULT", "tf32x3")}
-    end = time.monotonic() + limit
+    end = processes.end_of(limit)
     jobs = [
         processes.Job(
             name,
             [sys.executable, __file__, "--one", name, "--models", str(folder), "--port", str(31000 + 150 * i)],
-            limit,
+            limit * 2 / 3,
             logs / f"identity-{name}.log",
             environment,
         )
@@ -377,7 +377,7 @@ def every(names: list[str], folder: Path, logs: Path, at_once: int, limit: float
         if name in names and name not in skipped
     ]
     for ended in processes.run_all(jobs, at_once, ROOT, end):
-        if ended.status == processes.NOT_STARTED:
+        if ended.status == processes.NO_TIME:
             yield {"engine": ended.job.name, "skipped": "no time was left"}
         else:
             yield {"engine": ended.job.name, "ok": False, **processes.result(ended)}

@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 TIMED_OUT = 124
 """Status of a command that was ended at its limit, as of coreutils' ``timeout``."""
-NOT_STARTED = -1000
-"""Status of a command for which no time was left."""
+NO_TIME = -1000
+"""Status of a command that the end of all came before: not started, or ended within its own limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,14 @@ def engine_parser(
     return parser
 
 
+def end_of(limit: float) -> float:
+    """When ``limit`` seconds since this process's start are over, by ``time.monotonic``: whoever gave the limit counts
+    the imports as well."""
+    import psutil
+
+    return time.monotonic() + limit - (time.time() - psutil.Process().create_time())
+
+
 def run_all(jobs: Iterable[Job], at_once: int, folder: Path, end: float = math.inf) -> Iterator[Ended]:
     """Run the jobs in ``folder``, ``at_once`` at a time; each is given when it has ended.
 
@@ -84,14 +92,14 @@ def run_all(jobs: Iterable[Job], at_once: int, folder: Path, end: float = math.i
             while waiting and (late or len(running) < at_once):
                 job = waiting.pop(0)
                 if late:
-                    yield Ended(job, NOT_STARTED, 0.0, "")
+                    yield Ended(job, NO_TIME, 0.0, "")
                     continue
                 running[_start(job, folder)] = job, time.monotonic()
             for process, (job, start) in list(running.items()):
                 seconds = time.monotonic() - start
                 status = process.poll()
                 if status is None and (late or seconds > job.limit):
-                    status = TIMED_OUT
+                    status = TIMED_OUT if seconds > job.limit else NO_TIME
                 if status is None:
                     continue
                 stop(process)
@@ -153,7 +161,7 @@ def result(ended: Ended) -> dict[str, Any]:
     """What a process gave by `give_result`. Where there is an "error", the "tail" of its output is there as well, and
     the error is what the engine's self-check said, if that is why it did not start."""
     lines = [line.removeprefix(_RESULT) for line in ended.text.splitlines() if line.startswith(_RESULT)]
-    named = {TIMED_OUT: "time limit", NOT_STARTED: "no time was left"}
+    named = {TIMED_OUT: "time limit", NO_TIME: "no time was left"}
     lost = {"error": named.get(ended.status, f"ended with status {ended.status} and no result")}
     record = json.loads(lines[-1]) if lines else lost
     if "error" in record:

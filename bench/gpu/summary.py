@@ -145,7 +145,7 @@ def _shares(found: Findings) -> list[Bar]:
     lines = []
     for batch in (1, 32, 256):
         record = _of(found, benchmark="profile", mode="two-model", batch_size=batch)
-        share = None if record is None else record[record["clock"]]["mixing_percent"]
+        share = None if record is None else record["clocks"][record["clock"]]["mixing_percent"]
         lines.append(_at_most("mixing, share of a step", batch, share, 3.0, " %"))
     return lines
 
