@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -27,7 +28,8 @@ def mixing_parser() -> argparse.ArgumentParser:
 
 def _kinds(field: FieldInfo) -> set[Any]:
     """What a setting may be, without the checks and without None."""
-    kinds = {field.annotation} if get_origin(field.annotation) is not Union else set(get_args(field.annotation))
+    several = get_origin(field.annotation) in (Union, UnionType)
+    kinds = set(get_args(field.annotation)) if several else {field.annotation}
     return {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds}
 
 

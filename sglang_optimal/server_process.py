@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -17,6 +18,11 @@ import requests
 
 PAUSE = 0.2
 """Seconds between two questions whether it is ready."""
+
+TAIL = 6000
+"""Characters of its output that go with an error of `running`."""
+
+logger = logging.getLogger(__name__)
 
 
 class ServerFailed(RuntimeError):
@@ -55,7 +61,7 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def is_ready(self, headers: Mapping[str, str] | None = None) -> bool:
@@ -88,12 +94,17 @@ class ServerProcess:
             time.sleep(PAUSE)
 
     def stop(self, grace: float = 20.0) -> bool:
-        """End it; what is left of its session after ``grace`` seconds is killed. Returns whether it went by itself."""
+        """End it. What is left of its session after ``grace`` seconds is killed.
+
+        Returns:
+            Whether it went by itself; else there is a warning.
+        """
         self.signal(signal.SIGTERM)
         try:
             self.process.wait(grace)
             return True
         except subprocess.TimeoutExpired:
+            logger.warning("%s: the server did not end within %.0f s and is killed; see %s", self.url, grace, self.log)
             return False
         finally:  # also when Ctrl-C ends the wait
             self.signal(signal.SIGKILL)
@@ -104,11 +115,15 @@ class ServerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
-    def last_words(self) -> str:
-        """The last error that it printed, or its last line."""
+    def said(self) -> str:
+        """What it printed."""
         with self.log.open("rb") as log:
             log.seek(self._begin)
-            lines = log.read().decode(errors="replace").strip().splitlines()
+            return log.read().decode(errors="replace").strip()
+
+    def last_words(self) -> str:
+        """The last error that it printed, or its last line."""
+        lines = self.said().splitlines()
         errors = [line for line in lines if "error:" in line.lower()]
         return errors[-1] if errors else f"{lines[-1] if lines else 'nothing'} (see {self.log})"
 
@@ -131,14 +146,17 @@ def running(
         seconds: for the start. grace: for the end. The others: see `ServerProcess`.
 
     Raises:
-        ServerFailed: it did not start.
+        ServerFailed: it did not start; the message has the end of what it said.
     """
     port = free_port()
     server = ServerProcess(
         module, [*argv, "--port", str(port)], f"http://127.0.0.1:{port}", log, environment=environment
     )
     try:
-        server.wait_until_ready(seconds, headers)
+        try:
+            server.wait_until_ready(seconds, headers)
+        except ServerFailed as error:
+            raise ServerFailed(f"{error}\n{server.said()[-TAIL:]}") from None
         yield server
     finally:
         server.stop(grace)
@@ -151,8 +169,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _die_with_parent() -> None:
-    """In the child: end with the parent."""
+def die_with_parent() -> None:
+    """In a child, before it runs its program: end with the parent, also when that is killed."""
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

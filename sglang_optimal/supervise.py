@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Sequence
 
+from sglang_optimal.server_process import die_with_parent
+
 STEADY_SECONDS = 600.0
 """A server that ran this long was well; what happens later counts as its first failure."""
 GRACE_SECONDS = 30.0
@@ -24,7 +26,7 @@ def supervise(command: Sequence[str], max_restarts: int, *, pause: float = 2.0) 
 
     SIGTERM, SIGINT and the end of the terminal (SIGHUP, unless it is ignored, as under nohup) are passed on as SIGTERM
     and end it. Whatever the command leaves of its process group is killed before it is started again, so that no memory
-    or port stays taken.
+    or port stays taken. The command dies with this process, also when that is killed.
 
     Args:
         command: the program and its arguments.
@@ -50,7 +52,7 @@ def supervise(command: Sequence[str], max_restarts: int, *, pause: float = 2.0) 
     try:
         while True:
             started = time.monotonic()
-            process = subprocess.Popen(command, start_new_session=True)
+            process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
             if stopping.is_set():  # between the start and the assignment
                 _signal_group(process, signal.SIGTERM)
             status = _wait(process, stopping)

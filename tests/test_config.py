@@ -6,10 +6,13 @@ import inspect
 import json
 import logging
 import math
+import multiprocessing
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -622,3 +625,25 @@ def test_only_a_scheduler_that_left_with_status_2_is_a_failed_self_check():
         with pytest.raises(type(error), match="exit code") as caught, launch.self_check_heeded():
             raise error
         assert caught.value is error
+
+
+def test_a_failed_self_check_ends_the_engine_s_processes_and_no_other():
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    context = multiprocessing.get_context("spawn")
+    earlier = context.Process(target=time.sleep, args=(60,))
+    earlier.start()
+    another = None
+    try:
+        with pytest.raises(launch.SelfCheckFailed), launch.self_check_heeded():
+            another = subprocess.Popen(sleep)
+            detokenizer = context.Process(target=time.sleep, args=(60,))
+            detokenizer.start()
+            raise RuntimeError("Rank 0 scheduler died during initialization (exit code: 2).")
+        detokenizer.join(10)
+        assert detokenizer.exitcode == -signal.SIGKILL
+        assert another.poll() is None and earlier.is_alive()
+    finally:
+        earlier.kill()
+        if another is not None:
+            another.kill()
+            another.wait()

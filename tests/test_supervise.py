@@ -110,6 +110,20 @@ def test_a_signal_ends_both(tmp_path, number, child):
         end(process, pid)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
+def test_a_killed_supervisor_leaves_nothing(tmp_path):
+    process, pid = supervised(tmp_path, "stubborn")
+    try:
+        process.kill()
+        process.wait(20)
+        deadline = time.monotonic() + 5
+        while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        end(process, pid)
+
+
 def test_a_closed_terminal_is_nothing_under_nohup(tmp_path):
     process, pid = supervised(tmp_path, "runs", "nohup")
     try:

@@ -13,7 +13,6 @@ likely tokens with their log-probabilities; every other token has probability 0.
 from __future__ import annotations
 
 import multiprocessing
-import socket
 import time
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -25,6 +24,7 @@ from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from torch import Tensor
 
 from bench.peers import bisect_alpha
+from sglang_optimal.server_process import free_port
 
 TOP = 20
 """Log-probabilities that the student's server returns a row."""
@@ -98,9 +98,7 @@ class NestedSampler:
         import sglang
 
         self.engine = None
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         # Token ids in and out: without a tokenizer SGLang spares each answer the way through the detokenizer.
         arguments = {

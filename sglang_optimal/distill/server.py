@@ -71,7 +71,10 @@ class OwnServer:
             raise ValueError(str(error)) from None
 
     async def _watch(self) -> None:
-        """Start it again when it dies; requests wait and are sent again meanwhile."""
+        """Start it again when it dies; requests wait and are sent again meanwhile.
+
+        Not `supervise`, which cannot tell a first start that fails, and ends the run, from a server that died.
+        """
         for _ in range(STARTS - 1):
             while self._process is not None and self._process.process.poll() is None:
                 await asyncio.sleep(0.5)

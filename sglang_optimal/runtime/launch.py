@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -195,24 +196,31 @@ class SelfCheckFailed(ValueError):
 @contextlib.contextmanager
 def self_check_heeded() -> Iterator[None]:
     """Start an engine within. Where its self-check finds a fault, the scheduler prints it and leaves with status 2;
-    then whatever else was started ends too.
+    then the engine's other processes end too: those that multiprocessing started meanwhile.
 
     Raises:
         SelfCheckFailed: so it was.
     """
-    import psutil
-
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    before = set(multiprocessing.active_children())
     try:
         yield
     except RuntimeError as error:
         if "(exit code: 2)" not in str(error):
             raise
-        for child in psutil.Process().children(recursive=True):
-            if child.pid not in before:
-                with contextlib.suppress(psutil.Error):
-                    child.kill()
+        for child in set(multiprocessing.active_children()) - before:
+            _kill(child.pid)
         raise SelfCheckFailed("the engine did not start: its self-check found a fault, printed above.") from error
+
+
+def _kill(pid: int | None) -> None:
+    """A process and all that it started."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for member in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                member.kill()
 
 
 def server_defaults(config: MixingConfig) -> dict[str, Any]:

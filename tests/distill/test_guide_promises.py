@@ -296,10 +296,12 @@ WHOLE = ("distill/filters", "distill/report", "demo", "page")
 
 
 def test_every_module_is_named_in_its_room_and_is_there():
-    section = page("docs/architecture.md").partition("## The rooms")[2].partition("\n## ")[0]
-    rooms = dict(re.findall(r"^\*\*`(\w+)(?:/|\.py)`\*\*(.*?)(?=^\*\*`|\Z)", section, re.MULTILINE | re.DOTALL))
-    rooms["runtime"], _, tree = rooms["runtime"].partition("```")
-    named = {f"{room}/{name}" for room, text in rooms.items() for name in re.findall(r"(?<!/)\b(\w+\.py)\b", text)}
+    section = page("docs/architecture.md").partition("## The packages")[2].partition("\n## ")[0]
+    packages = dict(re.findall(r"^\*\*`(\w+)(?:/|\.py)`\*\*(.*?)(?=^\*\*`|\Z)", section, re.MULTILINE | re.DOTALL))
+    packages["runtime"], _, tree = packages["runtime"].partition("```")
+    named = {
+        f"{package}/{name}" for package, text in packages.items() for name in re.findall(r"(?<!/)\b(\w+\.py)\b", text)
+    }
     engine = {name.removeprefix("engine/") for name in named if name.startswith("engine/")} | {"engine.py"}
     named = {name for name in named if not name.startswith(("engine/", "tests/"))} | engine
     named |= {f"runtime/{name}" for name in re.findall(r"^(\S+\.py) ", tree, re.MULTILINE)}
@@ -348,8 +350,10 @@ def test_mixing_knows_nothing_of_sglang():
 
 def test_distill_knows_the_http_surface_alone():
     found = imports("distill")
-    rooms = [f"sglang_optimal.{name}" for name in ("runtime", "engine", "lang", "mixing", "platforms", "launch_server")]
-    assert of(found, "sglang", *rooms) == set()
+    packages = [
+        f"sglang_optimal.{name}" for name in ("runtime", "engine", "lang", "mixing", "platforms", "launch_server")
+    ]
+    assert of(found, "sglang", *packages) == set()
 
 
 def test_who_touches_the_inside_of_sglang():

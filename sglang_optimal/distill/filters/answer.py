@@ -96,7 +96,8 @@ class Answer(Filter):
     def _extracted(self, text: str) -> str | None:
         if self.extract == "boxed":
             return last_boxed(text)
-        if self.extract == "pattern" and self.pattern is not None:
+        if self.extract == "pattern":
+            assert self.pattern is not None, "checked with the settings"
             return _found(self.pattern, text)
         if self.extract == "last_line":
             lines = [line for line in text.splitlines() if line.strip()]

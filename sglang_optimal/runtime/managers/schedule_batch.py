@@ -122,15 +122,26 @@ def decode_rows(
 ) -> ScheduleBatch:
     """A decode batch of any rows, in place of those of ``batch``; all tensors [n], lengths with the new token."""
     part = _student_batch(batch, reqs)
-    part.input_ids = input_ids
     part.req_pool_indices = req_pool_indices
     part.req_pool_indices_cpu = None
+    _set_tokens(part, input_ids, seq_lens, seq_lens_cpu, out_cache_loc)
+    return part
+
+
+def _set_tokens(
+    part: ScheduleBatch,
+    input_ids: torch.Tensor,
+    seq_lens: torch.Tensor,
+    seq_lens_cpu: torch.Tensor | None,
+    out_cache_loc: torch.Tensor,
+) -> None:
+    """One new token for each row of a decode batch: all [n], lengths with it."""
+    part.input_ids = input_ids
     part.seq_lens = seq_lens
     part.seq_lens_cpu = seq_lens_cpu
     part.seq_lens_sum = None
     part.orig_seq_lens = seq_lens.to(torch.int32)
     part.out_cache_loc = out_cache_loc
-    return part
 
 
 def prefill_part(batch: ScheduleBatch, chunks: list[PrefillChunk], req_pool_offset: int = 0) -> ScheduleBatch:
@@ -196,12 +207,10 @@ def _student_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:
 def as_ordinary_decode(batch: ScheduleBatch, last: torch.Tensor) -> ScheduleBatch:
     """The same rows of a speculative decode batch as an ordinary one, whose tokens are ``last`` [B]."""
     part = copy.copy(batch)
-    part.input_ids = last
-    part.seq_lens = batch.seq_lens + 1
-    part.seq_lens_cpu = None if batch.seq_lens_cpu is None else batch.seq_lens_cpu + 1
-    part.seq_lens_sum = None
-    part.orig_seq_lens = part.seq_lens.to(torch.int32)
-    part.out_cache_loc = slots_of(batch.req_to_token_pool, batch.req_pool_indices, part.seq_lens)
+    seq_lens = batch.seq_lens + 1
+    seq_lens_cpu = None if batch.seq_lens_cpu is None else batch.seq_lens_cpu + 1
+    slots = slots_of(batch.req_to_token_pool, batch.req_pool_indices, seq_lens)
+    _set_tokens(part, last, seq_lens, seq_lens_cpu, slots)
     part.spec_info = None
     part.spec_algorithm = SpeculativeAlgorithm.NONE
     return part
