@@ -9,6 +9,7 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from sglang_optimal.platforms import cpu_attention
 from sglang_optimal.platforms.cpu_attention import GroupedRowsTorchNativeAttnBackend
 
 HEADS, KV_HEADS, WIDTH, SLOTS = 6, 2, 16, 500
@@ -21,6 +22,7 @@ def backend(cls, table):
     return made
 
 
+@pytest.mark.parametrize("longest_alone", [0, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "requests,lens",
@@ -33,7 +35,8 @@ def backend(cls, table):
         ([0, 1, 2, 3, 4], [990, 3, 2, 1, 2]),  # too different to be padded
     ],
 )
-def test_same_as_sglangs(requests, lens, dtype):
+def test_same_as_sglangs(requests, lens, dtype, longest_alone, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "_LONGEST_ALONE", longest_alone)
     torch.manual_seed(0)
     table = torch.randint(0, SLOTS, (8, 1024), dtype=torch.int32)
     k, v = (torch.randn(SLOTS, KV_HEADS, WIDTH, dtype=dtype) for _ in range(2))
@@ -49,7 +52,8 @@ def test_same_as_sglangs(requests, lens, dtype):
         made = backend(cls, table)
         made.init_forward_metadata(batch)
         if cls is GroupedRowsTorchNativeAttnBackend:
-            assert (made._grouped is None) == (max(lens) == 990)
+            assert (made._grouped is None) == (max(lens) == 990 or longest_alone > 0)
+            assert made._longest == (max(lens) if longest_alone else 0)
         output = torch.empty_like(query)
         arguments = (query, output, k, v, table, batch.req_pool_indices, batch.seq_lens, None)
         made._run_sdpa_forward_decode(*arguments, scaling=0.3, enable_gqa=True, causal=False)

@@ -63,7 +63,7 @@ def _as_bits(typingctx, value):
 
 
 @_njit(fastmath=_PLAIN)
-def _exp(x):
+def exp(x):
     """exp of a float32 in [−87, 88], to about 1 ulp; 0 below; NaN stays (the polynomial of Cephes' expf)."""
     # Adding 1.5·2²³ rounds to an integer, which is then in the low bits.
     shifted = x * float32(1.44269504) + float32(12582912.0)
@@ -135,7 +135,7 @@ def _end_sums(base, delta):
     for i in range(base.size):
         s, d = base[i], delta[i]
         t = s + d
-        ws, wt = _exp(s), _exp(t)
+        ws, wt = exp(s), exp(t)
         s0 += ws
         s1 += ws * d
         s2 += ws * s
@@ -151,7 +151,7 @@ def _block_sums(base, delta, alpha, center, shift):
     w0 = w1 = w2 = float32(0.0)
     for i in range(base.size):
         d = delta[i]
-        w = _exp(base[i] + alpha * d - shift)
+        w = exp(base[i] + alpha * d - shift)
         wr = w * (d - center)
         w0 += w
         w1 += wr
@@ -307,7 +307,7 @@ def _only_teacher(teacher, scale, out, stats):
     total = 0.0
     if highest > -np.inf:
         for i in range(teacher.size):
-            total += _exp((out[i] - highest) * scale)
+            total += exp((out[i] - highest) * scale)
     stats[0] = 1.0
     stats[1] = stats[2] = np.inf
     stats[3] = stats[4] = -np.inf

@@ -13,6 +13,10 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from torch.nn.functional import scaled_dot_product_attention
 
+from sglang_optimal.platforms import cpu_kernels
+
+# Up to here rows are better off alone, in a loop of our own; beyond, reading the KV of a request's rows once counts.
+_LONGEST_ALONE = 1024
 # A call of its own costs a request about as much as reading this many tokens does.
 _TOKENS_PER_CALL = 256
 
@@ -61,16 +65,28 @@ class _Grouped:
         return self._shared
 
 
+def _is_windowed(kwargs: dict) -> bool:
+    return kwargs.get("sliding_window_size") is not None or bool(kwargs.get("is_cross_attn"))
+
+
 class GroupedRowsTorchNativeAttnBackend(TorchNativeAttnBackend):
     """``torch_native`` for a CPU; everything but the decoding of plain causal layers is SGLang's own."""
 
     _grouped: _Grouped | None = None
+    _longest = 0
+    _rows: tuple[torch.Tensor, torch.Tensor]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Group the rows of the batch by length, once for all layers."""
         super().init_forward_metadata(forward_batch)
-        self._grouped = None
-        if forward_batch.forward_mode.is_decode():
+        self._grouped, self._longest = None, 0
+        if not forward_batch.forward_mode.is_decode() or not len(forward_batch.seq_lens):
+            return
+        longest = int(forward_batch.seq_lens.max())
+        if longest <= _LONGEST_ALONE:
+            self._longest = longest
+            self._rows = forward_batch.req_pool_indices.to(torch.int64), forward_batch.seq_lens.to(torch.int64)
+        else:
             self._grouped = _Grouped.of(
                 self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices, forward_batch.seq_lens
             )
@@ -79,9 +95,16 @@ class GroupedRowsTorchNativeAttnBackend(TorchNativeAttnBackend):
         self, query: torch.Tensor, output: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *args, **kwargs
     ) -> torch.Tensor:
         """All rows of the batch in one call, where SGLang makes one for each."""
+        if self._longest and not _is_windowed(kwargs) and cpu_kernels.is_plain(query, k_cache, v_cache):
+            requests, lens = self._rows
+            if len(requests) == len(query):
+                cpu_kernels.decode_attention(
+                    query, k_cache, v_cache, self.req_to_token_pool.req_to_token, requests, lens, self._longest,
+                    kwargs.get("scaling") or query.shape[-1] ** -0.5, output,
+                )  # fmt: skip
+                return output
         grouped = self._grouped
-        windowed = kwargs.get("sliding_window_size") is not None or kwargs.get("is_cross_attn")
-        if grouped is None or windowed or len(grouped.group) != len(query) or k_cache.dtype != query.dtype:
+        if grouped is None or _is_windowed(kwargs) or len(grouped.group) != len(query) or k_cache.dtype != query.dtype:
             return super()._run_sdpa_forward_decode(query, output, k_cache, v_cache, *args, **kwargs)
         # The heads that share one of the cache are rows of it as well, so that nothing has to be repeated.
         size, rows, heads = len(grouped.slots), grouped.rows, k_cache.shape[1]

@@ -27,18 +27,39 @@ class TorchCpuSRTPlatform(CpuDeviceMixin, SRTPlatform):
         return False
 
     def init_backend(self) -> None:
+        """Attention, layers and sampling of our own, where plain PyTorch is slow."""
+        from sglang.srt.layers import sampler
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
         from sglang.srt.mem_cache import allocation
 
+        from sglang_optimal.platforms import cpu_layers, packed_linear
         from sglang_optimal.platforms.cpu_attention import GroupedRowsTorchNativeAttnBackend
+        from sglang_optimal.platforms.cpu_sampling import drawing_one_number
 
         register_attention_backend("torch_native")(GroupedRowsTorchNativeAttnBackend)
         allocation.assign_req_to_token_pool_func = write_slots
+        sampler.sampling_from_probs_torch = drawing_one_number(sampler.sampling_from_probs_torch)
+        cpu_layers.register(self.get_dispatch_key_name())
+        packed_linear.watch_updates()
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        """Pack the weights of linear layers."""
+        from sglang_optimal.platforms import packed_linear
+
+        packed_linear.pack(model)
 
     def get_device(self, device_id: int = 0) -> str:
         """The name alone, without an index."""
         # SGLang's argument resolution wants the name (it splits off an index).
         return "cpu"
+
+    def get_torch_profiler_activity_str(self) -> str:
+        """PyTorch's name of it; without one a request for a profile ends the server."""
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        """The CPU's alone."""
+        return torch.profiler.ProfilerActivity.CPU
 
 
 def ignore_pinned_memory() -> None:

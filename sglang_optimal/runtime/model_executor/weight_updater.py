@@ -16,6 +16,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from sglang_optimal.platforms import packed_linear
+
 logger = logging.getLogger(__name__)
 
 _TARGET = "sglang_optimal"
@@ -144,6 +146,7 @@ def update_from_disk(
         for name, tensor in model.state_dict().items():
             if name in backup:
                 tensor.copy_(backup[name])
+    packed_linear.repack()
     config.model_path = old_path
     return False, f"{message} The student's old weights are in place."
 
