@@ -9,6 +9,8 @@
                       tokens; the student computes its whole context at every step, as with prompt log-probabilities
     nested-cached     the same, the student's context served from its radix cache
     teacher           stock SGLang, the teacher alone: no mixing at all
+    generate          the teacher alone in transformers' own generate
+    shared            ours with the teacher as its own student, weights shared: for the time, whatever the student is
 
 Rates are generated tokens a second over whole calls, prefill included. A round goes through all of them in random order
 with the same fresh random prompts; ratios are medians over the rounds. Idle engines sleep. Everything samples at
@@ -43,7 +45,9 @@ from bench.common import (
     with_spread,
 )
 
-PEERS = ("transformers", "nested-recompute", "nested-cached", "teacher")
+PEERS = ("transformers", "nested-recompute", "nested-cached", "teacher", "generate", "shared")
+BESIDE = (("teacher", "generate"), ("shared", "transformers"))
+"""Ratios of peers among themselves."""
 
 Prompts = list[list[int]]
 Generate = Callable[[Prompts, Prompts, int], list[list[int]]]
@@ -129,7 +133,7 @@ class Contenders:
         import sglang
 
         from bench.peers.nested import NestedSampler
-        from bench.peers.transformers_loop import TransformersLoop
+        from bench.peers.transformers_loop import TransformersLoop, generate_alone
         from sglang_optimal import OptimalSampler
 
         args, arguments = self.args, engine_arguments(self.args)
@@ -137,11 +141,18 @@ class Contenders:
         ours = self._stack.enter_context(OptimalSampler(*models, student_weights="separate", **arguments))
         self.vocab_size = ours.engine.tokenizer_manager.model_config.vocab_size
         self.generate["ours"] = lambda *call: _sglang_generate(ours.engine, *call, mixed=True)
-        if "transformers" in args.peers:
+        if "shared" in args.peers:
+            shared = self._stack.enter_context(OptimalSampler(args.model_path, **arguments))
+            self.generate["shared"] = lambda *call: _sglang_generate(shared.engine, *call, mixed=True)
+        if {"transformers", "generate"} & set(args.peers):
             random_weights = arguments.get("load_format") == "dummy"
             loop = TransformersLoop(*models, getattr(torch, args.dtype), random_weights=random_weights)
             self.vocab_size = min(self.vocab_size, loop.teacher.config.vocab_size, loop.student.config.vocab_size)
-            self.generate["transformers"] = lambda *call: loop.generate(*call, temperature=1.0, seed=args.seed)
+            calls: dict[str, Generate] = {
+                "transformers": lambda *call: loop.generate(*call, temperature=1.0, seed=args.seed),
+                "generate": lambda teacher_ids, _, new_tokens: generate_alone(loop.teacher, teacher_ids, new_tokens),
+            }
+            self.generate |= {name: call for name, call in calls.items() if name in args.peers}
         if "teacher" in args.peers:
             stock = sglang.Engine(model_path=args.model_path, **arguments)
             self._stack.callback(stock.shutdown)
@@ -212,6 +223,7 @@ class Bench:
             "student_input_len": args.student_input_len,
             "output_len": args.output_len,
             "tokens_per_s": {name: spread(r[name] for r in rounds) for name in ["ours", *peers]},
+            "over": {f"{a}/{b}": spread(r[a] / r[b] for r in rounds) for a, b in BESIDE if {a, b} <= rounds[0].keys()},
             "ours_over": {name: spread(r["ours"] / r[name] for r in rounds) for name in peers},
             "rounds": rounds,
         }
@@ -254,6 +266,9 @@ def show(console: Console, records: list[dict[str, Any]]) -> None:
         table.add_row(str(record["batch_size"]), *rates)
         table.add_row("", *ratios, end_section=True)
     console.print(table)
+    for record in records:
+        for name, value in record["over"].items():
+            console.print(f"batch {record['batch_size']}: {name} {with_spread(value)}")
 
 
 def plot(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:

@@ -63,6 +63,15 @@ class TransformersLoop:
         return torch.cat(tokens, dim=-1).tolist()
 
 
+def generate_alone(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    """transformers' own ``generate`` at temperature 1: no mixing. The prompts have one length."""
+    ids = torch.tensor(prompts, device=model.device)
+    every = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "pad_token_id": 0}
+    with torch.inference_mode():
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, **every)
+    return output[:, ids.shape[1] :].tolist()
+
+
 def mixture(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
     """log q* over the ids that both vocabularies have, [B, V] float32. Logits: [B, V_t], [B, V_s], any float dtype."""
     size = min(teacher_logits.shape[-1], student_logits.shape[-1])

@@ -1,4 +1,5 @@
-"""Decode attention on a CPU: all rows of a batch in one call, and the KV of a request that has several read once.
+"""Attention on a CPU: all rows of a decode batch in one call, and the KV of a request that has several read once;
+prompts of the same lengths in one call, of which what is cached is not computed again.
 
 SGLang's ``torch_native`` backend calls PyTorch once for each row and layer, which on a small model costs more than the
 arithmetic. A speculative step verifies several rows of one request.
@@ -65,6 +66,40 @@ class _Grouped:
         return self._shared
 
 
+@dataclasses.dataclass
+class _Prompts:
+    """Requests of one prefill batch that have the same number of cached and of new tokens.
+
+    Attributes:
+        rows: [G, new] int64, their tokens in the batch. slots: [G, cached + new] int64.
+        mask: [new, cached + new] bool; None where nothing is cached.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    mask: torch.Tensor | None
+
+    @classmethod
+    def of(cls, req_to_token: torch.Tensor, forward_batch: ForwardBatch) -> list[_Prompts]:
+        """One for each pair of lengths."""
+        requests = forward_batch.req_pool_indices.tolist()
+        begins: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        begin = 0
+        lens = zip(forward_batch.extend_prefix_lens.tolist(), forward_batch.extend_seq_lens.tolist(), strict=True)
+        for request, (cached, new) in zip(requests, lens, strict=True):
+            begins.setdefault((cached, new), []).append((request, begin))
+            begin += new
+        return [cls._of_one_size(req_to_token, *size, each) for size, each in begins.items()]
+
+    @classmethod
+    def _of_one_size(cls, req_to_token: torch.Tensor, cached: int, new: int, each: list[tuple[int, int]]) -> _Prompts:
+        requests, begins = torch.tensor(each).unbind(-1)
+        mask = torch.arange(cached + new) <= cached + torch.arange(new).unsqueeze(-1) if cached else None
+        return cls(
+            begins.unsqueeze(-1) + torch.arange(new), req_to_token[requests, : cached + new].to(torch.int64), mask
+        )
+
+
 def _is_windowed(kwargs: dict) -> bool:
     return kwargs.get("sliding_window_size") is not None or bool(kwargs.get("is_cross_attn"))
 
@@ -73,13 +108,16 @@ class GroupedRowsTorchNativeAttnBackend(TorchNativeAttnBackend):
     """``torch_native`` for a CPU; everything but the decoding of plain causal layers is SGLang's own."""
 
     _grouped: _Grouped | None = None
+    _prompts: tuple[_Prompts, ...] = ()
     _longest = 0
     _rows: tuple[torch.Tensor, torch.Tensor]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Group the rows of the batch by length, once for all layers."""
         super().init_forward_metadata(forward_batch)
-        self._grouped, self._longest = None, 0
+        self._grouped, self._longest, self._prompts = None, 0, ()
+        if forward_batch.forward_mode.is_extend() and forward_batch.extend_prefix_lens is not None:
+            self._prompts = tuple(_Prompts.of(self.req_to_token_pool.req_to_token, forward_batch))
         if not forward_batch.forward_mode.is_decode() or not len(forward_batch.seq_lens):
             return
         longest = int(forward_batch.seq_lens.max())
@@ -120,4 +158,24 @@ class GroupedRowsTorchNativeAttnBackend(TorchNativeAttnBackend):
         )
         attended = attended.view(size, heads, rows, share, -1).transpose(1, 2)
         output.copy_(attended[grouped.group, grouped.place].view(output.shape))
+        return output
+
+    def _run_sdpa_forward_extend(
+        self, query: torch.Tensor, output: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *args, **kwargs
+    ) -> torch.Tensor:
+        """Prompts of the same lengths in one call, and new tokens alone, where SGLang computes cached ones anew."""
+        plain = kwargs.get("causal") and not _is_windowed(kwargs) and query.dtype == k_cache.dtype == v_cache.dtype
+        if not plain or sum(prompts.rows.numel() for prompts in self._prompts) != len(query):
+            return super()._run_sdpa_forward_extend(query, output, k_cache, v_cache, *args, **kwargs)
+        for prompts in self._prompts:
+            attended = scaled_dot_product_attention(
+                query[prompts.rows].transpose(1, 2),
+                k_cache[prompts.slots].transpose(1, 2),
+                v_cache[prompts.slots].transpose(1, 2),
+                attn_mask=prompts.mask,
+                is_causal=prompts.mask is None,
+                enable_gqa=query.shape[1] != k_cache.shape[1],
+                scale=kwargs.get("scaling"),
+            )
+            output[prompts.rows] = attended.transpose(1, 2)
         return output

@@ -21,6 +21,8 @@ _SHARE_OF_FREE_MEMORY = 0.25
 """Where packed weights would take more, there are none."""
 _ROWS = 8
 """Rows that weights are laid out for: a decode step's."""
+_FLOAT32_ROWS = 64
+"""Beyond, PyTorch's float32 product (MKL's) is the faster one: 1.4 times at 1,536 rows. In bfloat16 it never is."""
 _packed: weakref.WeakSet[_Packed] = weakref.WeakSet()
 
 
@@ -36,6 +38,8 @@ class _Packed:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(self.plain.detach(), _ROWS)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dtype is torch.float32 and x.numel() > _FLOAT32_ROWS * x.shape[-1]:
+            return torch.nn.functional.linear(x, self.plain, bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
 
 
