@@ -108,6 +108,7 @@ class NestedSampler:
             "port": port,
             "skip_tokenizer_init": True,
         }
+        # Not a `ServerProcess`: the arguments are Python values, as `sglang.Engine` takes them.
         self.server = multiprocessing.get_context("spawn").Process(target=_serve, args=(arguments,))
         self.server.start()
         try:

@@ -52,6 +52,7 @@ class Runtime(SglRuntime):
         mixing = {name: arguments.pop(name) for name in SETTINGS if name in arguments}
         config = MixingConfig.from_dict({**mixing, "student_model_path": str(student_model_path)}, "Runtime")
         arguments.setdefault("port", _free_port(30000))
+        # Not a `ServerProcess`: SGLang's arguments are Python values here, and not all of them can be written as flags.
         context = multiprocessing.get_context("spawn")
         self.server_args, process = start_server_process(
             context, str(model_path), config, {"log_level": log_level, **arguments}
