@@ -86,9 +86,15 @@ sys.exit(supervise.supervise(sys.argv[1:], 5))
 """
 
 
+def _hangs_up() -> None:
+    """As from a terminal, also where the tests themselves run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def supervised(tmp_path: Path, child: str, *before: str) -> tuple[subprocess.Popen, int]:
     """A supervisor in a process of its own, and the id of its running child. ``before``: what starts both."""
-    process = subprocess.Popen([*before, sys.executable, "-c", SUPERVISOR, *command(tmp_path, child)])
+    argv = [*before, sys.executable, "-c", SUPERVISOR, *command(tmp_path, child)]
+    process = subprocess.Popen(argv, preexec_fn=_hangs_up)
     deadline = time.monotonic() + 20
     while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text().endswith("\n"):
         assert time.monotonic() < deadline
