@@ -17,6 +17,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_optimal.platforms import cpu_kernels, cpu_layers, packed_linear
 from sglang_optimal.platforms.cpu_sampling import draw, drawing_one_number
+from sglang_optimal.platforms.torch_cpu import TorchCpuSRTPlatform
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
@@ -210,6 +211,13 @@ def test_what_is_not_packed(monkeypatch):
     large = Model(torch.float32)
     packed_linear.pack(large)
     assert type(half.layer.quant_method) is type(large.layer.quant_method) is UnquantizedLinearMethod
+
+
+def test_a_profile_can_be_asked_for():
+    """SGLang asks its platform what there is to profile, and ended the server where that did not know."""
+    platform = TorchCpuSRTPlatform()
+    assert hasattr(torch.profiler.ProfilerActivity, platform.get_torch_profiler_activity_str())
+    assert platform.get_torch_profiler_activity() is torch.profiler.ProfilerActivity.CPU
 
 
 # -- drawing -----------------------------------------------------------------------------------------------------------
