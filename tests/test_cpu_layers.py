@@ -129,6 +129,13 @@ def test_attention(rows, kv_heads, share, longest, seed):
         assert torch.allclose(out[row].double(), torch.einsum("ht,thd->hd", weights, values), atol=1e-5)
 
 
+def test_attention_of_a_row_without_tokens():
+    table, kv, q = torch.zeros(2, 9, dtype=torch.int32), torch.randn(4, 1, 8), torch.randn(2, 1, 8)
+    out = torch.full((2, 1, 8), torch.nan)
+    cpu_kernels.decode_attention(q, kv, kv, table, torch.tensor([0, 1]), torch.tensor([3, 0]), 3, 1.0, out)
+    assert out.isfinite().all()
+
+
 def test_attention_in_several_threads(monkeypatch):
     torch.manual_seed(0)
     table = torch.arange(300, dtype=torch.int32).view(3, 100)

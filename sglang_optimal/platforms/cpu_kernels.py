@@ -258,7 +258,7 @@ def _entries(dtype: torch.dtype) -> dict[str, Callable[..., None]]:
         scores = mine[share * (width + value_width) :].reshape((share, longest))
         for task in range(first, rows * kv_heads, step):
             row, head = task // kv_heads, task % kv_heads
-            n = length[row]
+            n = max(length[row], 1)  # a row without tokens sees one, so that its softmax is one of something
             tokens = carray(_pointer(table + request[row] * 4), (n,), np.int32)
             _attend(queries[row, head], k, v, tokens, head, scale, wide, scores, total, o[row, head])
 
