@@ -190,6 +190,11 @@ def record(args: argparse.Namespace, mode: str, batch: int, steps: list[Step]) -
     }
 
 
+def critical(record: dict[str, Any]) -> dict[str, Any]:
+    """The `split` of the critical clock."""
+    return record["clocks"][record["clock"]]
+
+
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
@@ -245,17 +250,15 @@ def plot(path: Path, by_mode: dict[str, list[dict[str, Any]]]) -> None:
         labels = [str(one["batch_size"]) for one in records]
         bottoms = [0.0] * len(records)
         for number, group in enumerate(step_timer.GROUPS):
-            shares = [
-                100 * one["clocks"][one["clock"]]["groups"].get(group, {"share": 0.0})["share"] for one in records
-            ]
+            shares = [100 * critical(one)["groups"].get(group, {"share": 0.0})["share"] for one in records]
             axis.bar(labels, shares, bottom=bottoms, label=group, color=f"C{number}", width=0.7)
             bottoms = [bottom + share for bottom, share in zip(bottoms, shares, strict=True)]
         for x, (one, top) in enumerate(zip(records, bottoms, strict=True)):
-            step = one["clocks"][one["clock"]]["step_ms"]["median"]
+            step = critical(one)["step_ms"]["median"]
             axis.text(x, top + 1, f"{step:.3g} ms", ha="center", va="bottom", fontsize=8)
         axis.set(title=mode, xlabel="batch size", ylabel="share of a decode step, %", ylim=(0, 110))
     handles, names = axes[0][0].get_legend_handles_labels()
-    used = {group for records in by_mode.values() for one in records for group in one["clocks"][one["clock"]]["groups"]}
+    used = {group for records in by_mode.values() for one in records for group in critical(one)["groups"]}
     pairs = [(handle, name) for handle, name in zip(handles, names, strict=True) if name in used]
     figure.legend(*zip(*pairs, strict=True), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
     figure.tight_layout()

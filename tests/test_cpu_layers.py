@@ -95,6 +95,14 @@ def test_rotary(head, rotary, neox, dtype):
     assert all(close(*pair) for pair in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize("position", [-1, 64, 2**40])
+def test_positions_beyond_the_table_are_an_error(position):
+    """As in SGLang's own, where PyTorch's index is checked, and not whatever lies there in memory."""
+    layer = RotaryEmbedding(16, 16, 64, 10000, True, torch.float32)
+    with pytest.raises(IndexError, match="positions"):
+        cpu_layers.rotary_forward(layer, torch.tensor([0, position]), torch.randn(2, 32), torch.randn(2, 16))
+
+
 def test_what_a_rotation_does_not_do_itself(monkeypatch):
     layer = RotaryEmbedding(16, 16, 512, 10000, True, torch.float32)
     q, k = torch.randn(4, 32), torch.randn(4, 16)

@@ -7,6 +7,7 @@ in float32 over short blocks and in float64 over the row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
@@ -335,6 +336,15 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="mixing")
 
 
+def in_threads(work: Callable[[int, int], None], workers: int) -> None:
+    """Call ``work(first, workers)`` for each first below ``workers``, the first of them in this thread; it has to let
+    go of the interpreter's lock."""
+    others = [_threads().submit(work, first, workers) for first in range(1, workers)]
+    work(0, workers)
+    for other in others:
+        other.result()
+
+
 def mix_rows(
     teacher: Tensor, student: Tensor, temperature: Tensor, params: AlphaParams, want_ess_ratio: bool, out: Tensor
 ) -> Tensor:
@@ -362,10 +372,7 @@ def mix_rows(
         want_ess_ratio, _flat(out), stats.numpy(),
     )  # fmt: skip
     workers = max(min(torch.get_num_threads(), size), 1)
-    others = [_threads().submit(partial(_mix_rows, *rows, first, workers)) for first in range(1, workers)]
-    _mix_rows(*rows, 0, workers)
-    for other in others:
-        other.result()
+    in_threads(partial(_mix_rows, *rows), workers)
     return stats.float()
 
 

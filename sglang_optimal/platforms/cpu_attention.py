@@ -105,7 +105,7 @@ def _is_windowed(kwargs: dict) -> bool:
 
 
 class GroupedRowsTorchNativeAttnBackend(TorchNativeAttnBackend):
-    """``torch_native`` for a CPU; everything but the decoding of plain causal layers is SGLang's own."""
+    """``torch_native`` for a CPU; everything but plain causal layers is SGLang's own."""
 
     _grouped: _Grouped | None = None
     _prompts: tuple[_Prompts, ...] = ()

@@ -10,7 +10,6 @@ is rounded once, at the end.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
 
@@ -22,7 +21,7 @@ from numba import carray, float32, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from sglang_optimal.mixing.fused_cpu import exp
+from sglang_optimal.mixing.fused_cpu import exp, in_threads
 
 # Sums may be reordered, which vectorising them needs.
 _njit = partial(numba.njit, error_model="numpy", nogil=True, fastmath={"reassoc", "contract", "nsz"})
@@ -208,9 +207,8 @@ _A = types.int64
 
 
 @cache
-def _entries(dtype: torch.dtype) -> dict[str, Callable[..., None]]:
+def _entries(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
     """The compiled entry points for tensors of a type; they take addresses and sizes."""
-    itemsize = dtype.itemsize
     kind = np.int16 if dtype is torch.bfloat16 else np.float32
     compiled = partial(numba.njit, nogil=True, cache=True, error_model="numpy")
 
@@ -229,17 +227,19 @@ def _entries(dtype: torch.dtype) -> dict[str, Callable[..., None]]:
         for row in range(rows):
             _sum_norm_row(a[row], r[row], w, eps, o[row], ro[row])
 
-    @compiled(types.void(*[_A] * 9, types.boolean))
-    def rotate(x, positions, cos_sin, out, rows, heads, size, stride, rotary, neox):
+    @compiled(types.boolean(*[_A] * 10, types.boolean))
+    def rotate(x, positions, cos_sin, out, rows, heads, size, stride, longest, rotary, neox):
         a = carray(_pointer(x), ((rows - 1) * stride + heads * size,), kind)
         o = carray(_pointer(out), (rows, heads, size), kind)
         at = carray(_pointer(positions), (rows,), np.int64)
+        table = carray(_pointer(cos_sin), (longest, rotary), kind)
         for row in range(rows):
-            # Only this row of the table is looked at, whose length nobody has to know.
-            table = carray(_pointer(cos_sin + at[row] * rotary * itemsize), (rotary,), kind)
+            if not 0 <= at[row] < longest:
+                return False
             for head in range(heads):
                 begin = row * stride + head * size
-                _rotate_head(a[begin : begin + size], table, neox, o[row, head])
+                _rotate_head(a[begin : begin + size], table[at[row]], neox, o[row, head])
+        return True
 
     @compiled(types.void(*[_A] * 17, types.float32))
     def decode(
@@ -301,19 +301,19 @@ def rotate(x: Tensor, positions: Tensor, cos_sin: Tensor, head_size: int, neox: 
         x: [n, heads · head_size], rows any distance apart. positions: [n] int64.
         cos_sin: [positions, R] of the same type, cosines before sines.
         neox: whether pairs are halves of the R elements, or neighbours.
+
+    Raises:
+        IndexError: a position is beyond the table.
     """
     rows, width = x.shape
     out = x.new_empty((rows, width))
-    _entries(x.dtype)["rotate"](
+    inside = _entries(x.dtype)["rotate"](
         x.data_ptr(), positions.data_ptr(), cos_sin.data_ptr(), out.data_ptr(),
-        rows, width // head_size, head_size, x.stride(0), cos_sin.shape[1], neox,
+        rows, width // head_size, head_size, x.stride(0), *cos_sin.shape, neox,
     )  # fmt: skip
+    if not inside:
+        raise IndexError(f"positions: not all of them are below {len(cos_sin)}, the rotary embedding's length.")
     return out
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="attention")
 
 
 def decode_attention(
@@ -336,15 +336,12 @@ def decode_attention(
     scratch = torch.empty(workers * share * (width + longest + value_width), dtype=torch.float32)
     offsets = requests * table.stride(0)
     addresses = [t.data_ptr() for t in (q, keys, values)], [t.data_ptr() for t in (table, offsets, lens, out, scratch)]
-    entry: Any = _entries(q.dtype)["decode"]
+    entry = _entries(q.dtype)["decode"]
 
-    def work(first: int) -> None:
+    def work(first: int, step: int) -> None:
         entry(
-            *addresses[0], slots, *addresses[1], first, workers,
+            *addresses[0], slots, *addresses[1], first, step,
             rows, kv_heads, share, width, value_width, longest, scale,
         )  # fmt: skip
 
-    others = [_threads().submit(work, first) for first in range(1, workers)]
-    work(0)
-    for other in others:
-        other.result()
+    in_threads(work, workers)

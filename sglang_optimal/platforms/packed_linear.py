@@ -27,19 +27,29 @@ _packed: weakref.WeakSet[_Packed] = weakref.WeakSet()
 
 
 class _Packed:
-    """One weight [out, in], plain and packed."""
+    """One weight [out, in], plain and packed.
+
+    Attributes:
+        weight: None after the plain one has changed, until it is used: an update comes in many pieces, and may be
+            another model's.
+    """
 
     def __init__(self, plain: Tensor):
         self.plain = plain
-        self.pack()
+        self.weight: Tensor | None = self._pack()
         _packed.add(self)
 
-    def pack(self) -> None:
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(self.plain.detach(), _ROWS)
+    def _pack(self) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(self.plain.detach(), _ROWS)
+
+    def forget(self) -> None:
+        self.weight = None
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.dtype is torch.float32 and x.numel() > _FLOAT32_ROWS * x.shape[-1]:
             return torch.nn.functional.linear(x, self.plain, bias)
+        if self.weight is None:
+            self.weight = self._pack()
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
 
 
@@ -107,14 +117,14 @@ def _heads_are_plain(model: torch.nn.Module) -> bool:
     return all(not module.use_fp32_lm_head and module.rl_on_policy_target is None for module in processors)
 
 
-def repack() -> None:
-    """After plain weights have changed."""
-    for packed in list(_packed):
-        packed.pack()
+def forget() -> None:
+    """Plain weights have changed, whichever: each is packed anew when it is used next."""
+    for packed in _packed:
+        packed.forget()
 
 
 def watch_updates() -> None:
-    """Have SGLang's updates of weights followed by `repack`."""
+    """Have SGLang's updates of weights followed by `forget`."""
     base = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater."
     HookRegistry.register(base + "update_weights_from_disk", _after_update, HookType.AFTER)
     HookRegistry.register(base + "load_weights_from_distributed", _after_update, HookType.AFTER)
@@ -125,4 +135,4 @@ def watch_updates() -> None:
 
 
 def _after_update(result: Any, *args: Any, **kwargs: Any) -> None:
-    repack()
+    forget()

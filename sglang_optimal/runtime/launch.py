@@ -201,6 +201,8 @@ def self_check_heeded() -> Iterator[None]:
     Raises:
         SelfCheckFailed: so it was.
     """
+    from sglang.srt.utils import kill_process_tree
+
     before = set(multiprocessing.active_children())
     try:
         yield
@@ -208,19 +210,8 @@ def self_check_heeded() -> Iterator[None]:
         if "(exit code: 2)" not in str(error):
             raise
         for child in set(multiprocessing.active_children()) - before:
-            _kill(child.pid)
+            kill_process_tree(child.pid, wait_timeout=None)  # multiprocessing waits for it
         raise SelfCheckFailed("the engine did not start: its self-check found a fault, printed above.") from error
-
-
-def _kill(pid: int | None) -> None:
-    """A process and all that it started."""
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(pid)
-        for member in [process, *process.children(recursive=True)]:
-            with contextlib.suppress(psutil.Error):
-                member.kill()
 
 
 def server_defaults(config: MixingConfig) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def update_from_disk(
         for name, tensor in model.state_dict().items():
             if name in backup:
                 tensor.copy_(backup[name])
-    packed_linear.repack()
+    packed_linear.forget()
     config.model_path = old_path
     return False, f"{message} The student's old weights are in place."
 
