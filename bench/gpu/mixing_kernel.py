@@ -10,12 +10,14 @@ kernels would take minutes under the sanitizer.
 
 time: milliseconds of the device, without the host's: launches wait in the stream behind a kernel that only sleeps, and
 go through more logits than the L2 cache holds, as a forward leaves none there. Beside it, both logits summed, which
-reads them once. `bench.alpha` times the same calls one by one, with the host's time.
+reads them once. `bench.alpha` times the same calls one by one, with the host's time. With --shape for other ways of
+going through a row (`fused_gpu.Shape`), which is how its default was chosen.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import sys
@@ -131,6 +133,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=151_936, help="Default: %(default)s.")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="Default: %(default)s.")
     parser.add_argument("--repeats", type=int, default=3, help="Default: %(default)s.")
+    parser.add_argument("--shape", nargs="+", metavar="WARPS,LOADS,STAGES", help="Default: fused_gpu.SHAPE.")
     parser.add_argument("--run-name", default="default", help="Goes into every record. Default: %(default)s.")
     parser.add_argument("--result-filename", type=Path, default=Path("bench") / "results" / "mixing_kernel.jsonl")
     return parser.parse_args()
@@ -141,11 +144,14 @@ def main() -> None:
     if args.what == "memory":
         print(f"{check_memory(args.device)} cases, all as plain PyTorch has them")
         return
-    for batch in args.batch_size:
+    from sglang_optimal.mixing import fused_gpu
+
+    shapes = [fused_gpu.Shape(*map(int, shape.split(","))) for shape in args.shape or []] or [fused_gpu.SHAPE]
+    for fused_gpu.SHAPE, batch in itertools.product(shapes, args.batch_size):
         record = measure(batch, args.vocab_size, getattr(torch, args.dtype), args.repeats)
-        append_record(args, {"bench": "mixing", **record})
+        append_record(args, {"bench": "mixing", "shape": fused_gpu.SHAPE._asdict(), **record})
         print(
-            f"batch {batch}: mixing {record['mix_ms']['median']:.4f} ms, both logits read "
+            f"{tuple(fused_gpu.SHAPE)} batch {batch}: mixing {record['mix_ms']['median']:.4f} ms, both logits read "
             f"{record['read_ms']['median']:.4f} ms, ratio {record['mix_over_read']:.2f}",
             flush=True,
         )

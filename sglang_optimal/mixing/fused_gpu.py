@@ -6,6 +6,9 @@ step is one pass over the row's logits in their own dtype, which after the first
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,8 +19,25 @@ from sglang_optimal.mixing.alpha import EQUAL, EQUAL_TAIL, MAX_STEPS, TOLERANCE,
 STATS = 7
 """Numbers a row: alpha, KL to student and teacher, log Z of teacher, student and mixture, ESS ratio."""
 
-_BLOCK = 4096
-_WARPS = 16
+
+class Shape(NamedTuple):
+    """How a row is gone through; measured by ``bench.gpu.mixing_kernel time --shape``."""
+
+    warps: int = 16
+    loads: int = 1
+    """Of 16 bytes from either model, that a thread makes for a block of tokens."""
+    stages: int = 1
+    """Blocks under way at a time."""
+
+    def options(self, itemsize: int) -> dict[str, int]:
+        """Of a launch, for logits of so many bytes."""
+        lane = 16 // itemsize
+        block = self.warps * 32 * lane * self.loads
+        return {"BLOCK": block, "LANE": lane, "STAGES": self.stages, "num_warps": self.warps}
+
+
+SHAPE = Shape()
+
 _KL_SYMMETRY = tl.constexpr(int(AlphaMethod.KL_SYMMETRY))
 _ESS_BALANCE = tl.constexpr(int(AlphaMethod.ESS_BALANCE))
 _REVERSE_KL = tl.constexpr(int(AlphaMethod.REVERSE_KL_SYMMETRY))
@@ -28,7 +48,24 @@ _TAIL = tl.constexpr(EQUAL_TAIL)
 _STEPS = tl.constexpr(MAX_STEPS)
 # Below this a sum of weights with a shift that is merely an upper bound has lost digits to underflow.
 _UNDERFLOW = tl.constexpr(1e-20)
+# Of a mean square, below which a variance that is its difference from a squared mean has lost digits.
+_CANCELLED = tl.constexpr(1e-2)
+# A Newton step that short is likely the last one.
+_LIKELY_LAST = tl.constexpr(0.02)
 _INF = tl.constexpr(float("inf"))
+_LN2 = tl.constexpr(math.log(2))
+_LOG2E = tl.constexpr(1 / math.log(2))
+
+
+@triton.jit
+def _folded(x, op: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr):
+    """[BLOCK] → [BLOCK / LANE]: what one thread holds of a block becomes one number, so that accumulators are few."""
+    x = tl.reshape(x, (BLOCK // LANE, LANE))
+    if op == "max":
+        return tl.max(x, 1)
+    if op == "min":
+        return tl.min(x, 1)
+    return tl.sum(x, 1)
 
 
 @triton.jit
@@ -38,213 +75,288 @@ def _pair(teacher, student, start, width, BLOCK: tl.constexpr):
     inside = at < width
     t = tl.load(teacher + at, mask=inside, other=-_INF).to(tl.float32)
     s = tl.load(student + at, mask=inside, other=-_INF).to(tl.float32)
-    return t, s, (t == -_INF) | (s == -_INF)
+    return t, s, tl.minimum(t, s) == -_INF
 
 
 @triton.jit
-def _scaled(teacher, student, start, width, t_top, s_top, scale, BLOCK: tl.constexpr):
-    """(z_s − max)/T, the teacher's minus it, and what is masked, of one block."""
-    t, s, dead = _pair(teacher, student, start, width, BLOCK)
-    base = (s - s_top) * scale
-    delta = tl.where(dead, 0.0, (t - t_top) * scale - base)
-    return base, delta, dead
-
-
-@triton.jit
-def _top(teacher, student, width, t_top, s_top, scale, alpha, BLOCK: tl.constexpr):
-    """max of base + alpha·delta."""
-    top = tl.full((BLOCK,), -_INF, tl.float32)
-    for start in range(0, width, BLOCK):
-        base, delta, dead = _scaled(teacher, student, start, width, t_top, s_top, scale, BLOCK)
-        top = tl.maximum(top, tl.where(dead, -_INF, base + alpha * delta))
+def _top(
+    teacher, student, width, scale, t_shift, s_shift, alpha,
+    BLOCK: tl.constexpr, LANE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The largest exponent of `_sums`."""
+    top = tl.full((BLOCK // LANE,), -_INF, tl.float32)
+    for start in tl.range(0, width, BLOCK, num_stages=STAGES):
+        t, s, dead = _pair(teacher, student, start, width, BLOCK)
+        base = s * scale - s_shift
+        x = alpha * (t * scale - t_shift - base) + base
+        top = tl.maximum(top, _folded(tl.where(dead, -_INF, x), "max", BLOCK, LANE))
     return tl.max(top, 0)
 
 
 @triton.jit
-def _sums(teacher, student, width, t_top, s_top, scale, alpha, center, shift, BLOCK: tl.constexpr):
-    """Σ w, Σ w·r, Σ w·r² with w = exp(base + alpha·delta − shift) and r = delta − center."""
-    w0 = tl.zeros((BLOCK,), tl.float32)
-    w1 = tl.zeros((BLOCK,), tl.float32)
-    w2 = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        base, delta, dead = _scaled(teacher, student, start, width, t_top, s_top, scale, BLOCK)
-        w = tl.where(dead, 0.0, tl.exp(base + alpha * delta - shift))
-        r = delta - center
-        w0 += w
-        w1 += w * r
-        w2 += w * r * r
+def _sums(
+    teacher, student, out, width, scale, t_shift, s_shift, alpha, write,
+    BLOCK: tl.constexpr, LANE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Σ w, Σ w·r, Σ w·r² with w = 2^(base + alpha·r), base = z_s·scale − s_shift, r = z_t·scale − t_shift − base.
+
+    Where ``write``, the mixture at alpha too.
+    """
+    w0 = tl.zeros((BLOCK // LANE,), tl.float32)
+    w1 = tl.zeros((BLOCK // LANE,), tl.float32)
+    w2 = tl.zeros((BLOCK // LANE,), tl.float32)
+    upper = alpha >= 0.5
+    part = tl.where(upper, alpha - 1, alpha)
+    for start in tl.range(0, width, BLOCK, num_stages=STAGES):
+        t, s, dead = _pair(teacher, student, start, width, BLOCK)
+        base = s * scale - s_shift
+        r = tl.where(dead, 0.0, t * scale - t_shift - base)
+        w = tl.exp2(tl.where(dead, -_INF, alpha * r + base))
+        wr = w * r
+        w0 += _folded(w, "sum", BLOCK, LANE)
+        w1 += _folded(wr, "sum", BLOCK, LANE)
+        w2 += _folded(wr * r, "sum", BLOCK, LANE)
+        if write:
+            z = tl.where(dead, -_INF, part * (t - s) + tl.where(upper, t, s))
+            at = start + tl.arange(0, BLOCK)
+            tl.store(out + at, z, mask=at < width)
     return tl.sum(w0, 0), tl.sum(w1, 0), tl.sum(w2, 0)
 
 
 @triton.jit
-def _moments(teacher, student, width, t_top, s_top, scale, alpha, center, BLOCK: tl.constexpr):
-    """(log Σ w, mean, variance) of r under w = exp(base + alpha·delta)."""
+def _moments(
+    teacher, student, out, width, scale, t_shift, s_shift, alpha, write,
+    BLOCK: tl.constexpr, LANE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """(log Σ w, mean, variance) of `_sums`, in nats."""
     shift = 0.0
-    # Both ends are at most 0, so between them 0 is a bound; outside [0, 1] the maximum has to be found.
+    # Between the ends the exponent is bounded (by −alpha·center, a few bits); outside [0, 1] it has to be found.
     if (alpha < 0.0) | (alpha > 1.0):
-        shift = _top(teacher, student, width, t_top, s_top, scale, alpha, BLOCK)
-    w0, w1, w2 = _sums(teacher, student, width, t_top, s_top, scale, alpha, center, shift, BLOCK)
+        shift = _top(teacher, student, width, scale, t_shift, s_shift, alpha, BLOCK, LANE, STAGES)
+    w0, w1, w2 = _sums(
+        teacher, student, out, width, scale, t_shift + shift, s_shift + shift, alpha, write, BLOCK, LANE, STAGES
+    )  # fmt: skip
     if w0 < _UNDERFLOW:
-        shift = _top(teacher, student, width, t_top, s_top, scale, alpha, BLOCK)
-        w0, w1, w2 = _sums(teacher, student, width, t_top, s_top, scale, alpha, center, shift, BLOCK)
+        shift = _top(teacher, student, width, scale, t_shift, s_shift, alpha, BLOCK, LANE, STAGES)
+        w0, w1, w2 = _sums(
+            teacher, student, out, width, scale, t_shift + shift, s_shift + shift, alpha, False, BLOCK, LANE, STAGES
+        )  # fmt: skip
     mean = w1 / w0
     variance = w2 / w0 - mean * mean
-    return tl.log(w0) + shift, mean, tl.where(variance < 0.0, 0.0, variance)
+    return (tl.log2(w0) + shift) * _LN2, mean * _LN2, tl.where(variance < 0.0, 0.0, variance) * (_LN2 * _LN2)
+
+
+@triton.jit
+def _entropies(
+    teacher, student, width, scale, t_shift, s_shift, log2_zt, log2_zs,
+    BLOCK: tl.constexpr, LANE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of teacher and student over the common support, in nats."""
+    ts = tl.zeros((BLOCK // LANE,), tl.float32)
+    ss = tl.zeros((BLOCK // LANE,), tl.float32)
+    for start in tl.range(0, width, BLOCK, num_stages=STAGES):
+        t, s, dead = _pair(teacher, student, start, width, BLOCK)
+        end, base = t * scale - t_shift, s * scale - s_shift
+        ts += _folded(tl.where(dead, 0.0, tl.exp2(end) * end), "sum", BLOCK, LANE)
+        ss += _folded(tl.where(dead, 0.0, tl.exp2(base) * base), "sum", BLOCK, LANE)
+    h_t = (log2_zt - tl.sum(ts, 0) / tl.exp2(log2_zt)) * _LN2
+    h_s = (log2_zs - tl.sum(ss, 0) / tl.exp2(log2_zs)) * _LN2
+    return tl.where(h_t < 0.0, 0.0, h_t), tl.where(h_s < 0.0, 0.0, h_s)
 
 
 @triton.jit
 def _mix_row(
     teacher, student, out, stats, temperatures, methods, alpha_mins, alpha_maxs, fixed_alphas,
     teacher_stride, student_stride, out_stride, width,
-    STATISTICS: tl.constexpr, WANT_ESS: tl.constexpr, BLOCK: tl.constexpr,
+    STATISTICS: tl.constexpr, WANT_ESS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     teacher += row * teacher_stride
     student += row * student_stride
     out += row * out_stride
     stats += row * STATISTICS
-    scale = 1.0 / tl.load(temperatures + row)
+    scale = 1.0 / tl.load(temperatures + row) * _LOG2E
     method = tl.load(methods + row)
 
     # 1. maxima and range of the difference over the common support
-    t_tops = tl.full((BLOCK,), -_INF, tl.float32)
-    s_tops = tl.full((BLOCK,), -_INF, tl.float32)
-    leasts = tl.full((BLOCK,), _INF, tl.float32)
-    mosts = tl.full((BLOCK,), -_INF, tl.float32)
-    alive = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, width, BLOCK):
+    t_tops = tl.full((BLOCK // LANE,), -_INF, tl.float32)
+    s_tops = tl.full((BLOCK // LANE,), -_INF, tl.float32)
+    leasts = tl.full((BLOCK // LANE,), _INF, tl.float32)
+    mosts = tl.full((BLOCK // LANE,), -_INF, tl.float32)
+    for start in tl.range(0, width, BLOCK, num_stages=STAGES):
         t, s, dead = _pair(teacher, student, start, width, BLOCK)
-        t_tops = tl.maximum(t_tops, tl.where(dead, -_INF, t))
-        s_tops = tl.maximum(s_tops, tl.where(dead, -_INF, s))
-        leasts = tl.minimum(leasts, tl.where(dead, _INF, t - s))
-        mosts = tl.maximum(mosts, tl.where(dead, -_INF, t - s))
-        alive += tl.where(dead, 0, 1)
+        t_tops = tl.maximum(t_tops, _folded(tl.where(dead, -_INF, t), "max", BLOCK, LANE))
+        s_tops = tl.maximum(s_tops, _folded(tl.where(dead, -_INF, s), "max", BLOCK, LANE))
+        leasts = tl.minimum(leasts, _folded(tl.where(dead, _INF, t - s), "min", BLOCK, LANE))
+        mosts = tl.maximum(mosts, _folded(tl.where(dead, -_INF, t - s), "max", BLOCK, LANE))
     t_top, s_top = tl.max(t_tops, 0), tl.max(s_tops, 0)
-    if tl.sum(alive, 0) == 0:
-        _only_teacher(teacher, out, stats, width, scale, BLOCK)
+    if t_top == -_INF:
+        _only_teacher(teacher, out, stats, width, scale * _LN2, BLOCK, STAGES)
     else:
-        # 2. both ends
-        s0 = tl.zeros((BLOCK,), tl.float32)
-        s1 = tl.zeros((BLOCK,), tl.float32)
-        s2 = tl.zeros((BLOCK,), tl.float32)
-        t0 = tl.zeros((BLOCK,), tl.float32)
-        t1 = tl.zeros((BLOCK,), tl.float32)
-        t2 = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, width, BLOCK):
-            base, delta, dead = _scaled(teacher, student, start, width, t_top, s_top, scale, BLOCK)
-            end = base + delta
-            ws = tl.where(dead, 0.0, tl.exp(base))
-            wt = tl.where(dead, 0.0, tl.exp(end))
-            s0 += ws
-            s1 += ws * delta
-            s2 += tl.where(dead, 0.0, ws * base)
-            t0 += wt
-            t1 += wt * delta
-            t2 += tl.where(dead, 0.0, wt * end)
-        z_s, z_t = tl.sum(s0, 0), tl.sum(t0, 0)
-        log_zs, log_zt = tl.log(z_s), tl.log(z_t)
-        center = log_zt - log_zs
-        offset = (t_top - s_top) * scale + center
-        tail = tl.maximum(tl.abs(tl.min(leasts, 0) * scale - offset), tl.abs(tl.max(mosts, 0) * scale - offset))
+        # Exponents are in bits, and 0 at each model's maximum, up to the rounding of these two.
+        t_shift, s_shift = t_top * scale, s_top * scale
+
+        # 2. both ends, and the middle as the product of their roots
+        t0 = tl.zeros((BLOCK // LANE,), tl.float32)
+        s0 = tl.zeros((BLOCK // LANE,), tl.float32)
+        m0 = tl.zeros((BLOCK // LANE,), tl.float32)
+        m1 = tl.zeros((BLOCK // LANE,), tl.float32)
+        m2 = tl.zeros((BLOCK // LANE,), tl.float32)
+        half = scale * 0.5
+        for start in tl.range(0, width, BLOCK, num_stages=STAGES):
+            t, s, dead = _pair(teacher, student, start, width, BLOCK)
+            end, base = t * half - 0.5 * t_shift, s * half - 0.5 * s_shift
+            wt, ws = tl.exp2(tl.where(dead, -_INF, end)), tl.exp2(tl.where(dead, -_INF, base))
+            d = tl.where(dead, 0.0, end - base)
+            w = wt * ws
+            wd = w * d
+            t0 += _folded(wt * wt, "sum", BLOCK, LANE)
+            s0 += _folded(ws * ws, "sum", BLOCK, LANE)
+            m0 += _folded(w, "sum", BLOCK, LANE)
+            m1 += _folded(wd, "sum", BLOCK, LANE)
+            m2 += _folded(wd * d, "sum", BLOCK, LANE)
+        log2_zt, log2_zs = tl.log2(tl.sum(t0, 0)), tl.log2(tl.sum(s0, 0))
+        center = log2_zt - log2_zs
+        offset = t_shift - s_shift + center
+        tail = tl.maximum(tl.abs(tl.min(leasts, 0) * scale - offset), tl.abs(tl.max(mosts, 0) * scale - offset)) * _LN2
+        t_center = t_shift + center  # so that r is the difference of log-probabilities
 
         # 3. alpha
         alpha = tl.load(fixed_alphas + row)
+        written = -_INF  # the alpha at which all below is known and the mixture is written
+        log_w = 0.0
+        mean = 0.0
         if (method >= _KL_SYMMETRY) & (method <= _ENTROPY):
             low, high = tl.load(alpha_mins + row), tl.load(alpha_maxs + row)
-            _, mean, variance = _moments(teacher, student, width, t_top, s_top, scale, 0.5, center, BLOCK)
+            z = tl.sum(m0, 0)
+            d1, d2 = 2 * tl.sum(m1, 0) / z, 4 * tl.sum(m2, 0) / z
+            mean, variance = (d1 - center) * _LN2, (d2 - d1 * d1) * (_LN2 * _LN2)
+            if (z < _UNDERFLOW) | (variance + mean * mean < d2 * _CANCELLED):
+                _, mean, variance = _moments(
+                    teacher, student, out, width, scale, t_center, s_shift, 0.5, False, BLOCK, LANE, STAGES
+                )  # fmt: skip
             if (variance + mean * mean <= _EQUAL_SQUARE) & (tail <= _TAIL):
                 alpha = (low + high) / 2
             else:
                 if method == _REVERSE_KL:
-                    kl_ts = tl.sum(t1, 0) / z_t - center
-                    kl_st = center - tl.sum(s1, 0) / z_s
-                    alpha = kl_ts / (kl_ts + kl_st)
+                    _, kl_ts, _ = _moments(
+                        teacher, student, out, width, scale, t_center, s_shift, 1.0, False, BLOCK, LANE, STAGES
+                    )  # fmt: skip
+                    _, kl_st, _ = _moments(
+                        teacher, student, out, width, scale, t_center, s_shift, 0.0, False, BLOCK, LANE, STAGES
+                    )  # fmt: skip
+                    alpha = kl_ts / (kl_ts - kl_st)
                 elif method == _ENTROPY:
-                    h_s = log_zs - tl.sum(s2, 0) / z_s
-                    h_t = log_zt - tl.sum(t2, 0) / z_t
-                    h_s = tl.where(h_s < 0.0, 0.0, h_s)
-                    h_t = tl.where(h_t < 0.0, 0.0, h_t)
+                    h_t, h_s = _entropies(
+                        teacher, student, width, scale, t_shift, s_shift, log2_zt, log2_zs, BLOCK, LANE, STAGES
+                    )  # fmt: skip
                     alpha = tl.where(h_s + h_t == 0.0, 0.5, h_s / (h_s + h_t))
                 else:
-                    alpha = _root(
-                        teacher, student, width, t_top, s_top, scale, center, method, log_zs, log_zt, mean, variance,
-                        BLOCK,
+                    alpha, written, log_w, mean = _root(
+                        teacher, student, out, width, scale, t_center, s_shift, method, mean, variance,
+                        BLOCK, LANE, STAGES,
                     )  # fmt: skip
                 alpha = tl.where(alpha < low, low, alpha)  # so that NaN stays
                 alpha = tl.where(alpha > high, high, alpha)
 
         # 4. what is known at alpha, and the mixture
-        log_w, mean, _ = _moments(teacher, student, width, t_top, s_top, scale, alpha, center, BLOCK)
-        log_a = log_w - (1 - alpha) * log_zs - alpha * log_zt
+        if alpha != written:
+            log_w, mean, _ = _moments(
+                teacher, student, out, width, scale, t_center, s_shift, alpha, True, BLOCK, LANE, STAGES
+            )  # fmt: skip
+        log_a = log_w - log2_zs * _LN2
         kl_s, kl_t = alpha * mean - log_a, (alpha - 1) * mean - log_a
         tl.store(stats, alpha)
         tl.store(stats + 1, tl.where(kl_s < 0.0, 0.0, kl_s))
         tl.store(stats + 2, tl.where(kl_t < 0.0, 0.0, kl_t))
-        tl.store(stats + 3, log_zt + t_top * scale)
-        tl.store(stats + 4, log_zs + s_top * scale)
-        tl.store(stats + 5, log_w + (1 - alpha) * s_top * scale + alpha * t_top * scale)
+        tl.store(stats + 3, (log2_zt + t_shift) * _LN2)
+        tl.store(stats + 4, (log2_zs + s_shift) * _LN2)
+        tl.store(stats + 5, log_w + ((1 - alpha) * s_shift + alpha * t_center) * _LN2)
         if WANT_ESS:
-            log_t, _, _ = _moments(teacher, student, width, t_top, s_top, scale, 2 - alpha, center, BLOCK)
-            log_s, _, _ = _moments(teacher, student, width, t_top, s_top, scale, -alpha, center, BLOCK)
-            tl.store(stats + 6, tl.exp(log_t - log_s - 2 * center))
-        for start in range(0, width, BLOCK):
-            t, s, dead = _pair(teacher, student, start, width, BLOCK)
-            z = tl.where(alpha >= 0.5, t - (1 - alpha) * (t - s), s + alpha * (t - s))
-            at = start + tl.arange(0, BLOCK)
-            tl.store(out + at, tl.where(dead, -_INF, z), mask=at < width)
+            log_t, _, _ = _moments(
+                teacher, student, out, width, scale, t_center, s_shift, 2 - alpha, False, BLOCK, LANE, STAGES
+            )  # fmt: skip
+            log_s, _, _ = _moments(
+                teacher, student, out, width, scale, t_center, s_shift, -alpha, False, BLOCK, LANE, STAGES
+            )  # fmt: skip
+            tl.store(stats + 6, tl.exp(log_t - log_s))
 
 
 @triton.jit
 def _root(
-    teacher, student, width, t_top, s_top, scale, center, method, log_zs, log_zt, half_mean, half_variance,
-    BLOCK: tl.constexpr,
+    teacher, student, out, width, scale, t_shift, s_shift, method, half_mean, half_variance,
+    BLOCK: tl.constexpr, LANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Safeguarded Newton in [0, 1] from ½, where the function is known for KL symmetry; see `alpha._newton`."""
+    """Safeguarded Newton in [0, 1] from ½, where the function is known for KL symmetry; see `alpha._newton`.
+
+    For KL symmetry the second derivative comes from the last two slopes, and a pass that is likely the last one writes
+    the mixture. Returns alpha, the alpha whose mixture is written (or −∞), and log Σ w and the mean there.
+    """
     low = 0.0
     high = 1.0
     alpha = 0.5
     last = 1.0
+    moved = 1.0
     value, slope = half_mean, half_variance
+    curvature = 0.0
+    written = -_INF
+    log_w = 0.0
     step = 0
     while step < _STEPS:
         if method == _ESS_BALANCE:
-            log_a, mean_a, _ = _moments(teacher, student, width, t_top, s_top, scale, -alpha, center, BLOCK)
-            log_b, mean_b, _ = _moments(teacher, student, width, t_top, s_top, scale, 2 - alpha, center, BLOCK)
-            value = log_a - log_b + 2 * center
+            log_a, mean_a, _ = _moments(
+                teacher, student, out, width, scale, t_shift, s_shift, -alpha, False, BLOCK, LANE, STAGES
+            )  # fmt: skip
+            log_b, mean_b, _ = _moments(
+                teacher, student, out, width, scale, t_shift, s_shift, 2 - alpha, False, BLOCK, LANE, STAGES
+            )  # fmt: skip
+            value = log_a - log_b
             slope = mean_b - mean_a
         elif step > 0:
-            _, value, slope = _moments(teacher, student, width, t_top, s_top, scale, alpha, center, BLOCK)
+            before = slope
+            write = last <= _LIKELY_LAST
+            log_w, value, slope = _moments(
+                teacher, student, out, width, scale, t_shift, s_shift, alpha, write, BLOCK, LANE, STAGES
+            )  # fmt: skip
+            written = tl.where(write, alpha, -_INF)
+            curvature = (slope - before) / moved
         step += 1
         if tl.abs(value) <= _TOLERANCE:
             step = _STEPS
         elif value == value:
             low = tl.where(value < 0.0, alpha, low)
             high = tl.where(value < 0.0, high, alpha)
-            target = tl.where(slope > 0.0, alpha - value / slope, low)
+            newton = -value / slope
+            target = alpha + newton * (1 - newton * curvature / (2 * slope))
+            target = tl.where(slope > 0.0, target, low)
             inside = (low < target) & (target < high) & (tl.abs(target - alpha) <= last / 2)
             target = tl.where(inside, target, (low + high) / 2)
-            last = tl.abs(target - alpha)
-            alpha = target
-            if last <= _TOLERANCE:
+            moved = target - alpha
+            last = tl.abs(moved)
+            if (last <= _TOLERANCE) & (written == alpha):  # as near as the next one would be, and known
                 step = _STEPS
+            else:
+                alpha = target
+                if last <= _TOLERANCE:
+                    step = _STEPS
         else:  # NaN stays
             alpha = value
             step = _STEPS
-    return alpha
+    return alpha, written, log_w, value
 
 
 @triton.jit
-def _only_teacher(teacher, out, stats, width, scale, BLOCK: tl.constexpr):
+def _only_teacher(teacher, out, stats, width, scale, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """A row without a common token is the teacher's."""
     tops = tl.full((BLOCK,), -_INF, tl.float32)
-    for start in range(0, width, BLOCK):
+    for start in tl.range(0, width, BLOCK, num_stages=STAGES):
         at = start + tl.arange(0, BLOCK)
         z = tl.load(teacher + at, mask=at < width, other=-_INF).to(tl.float32)
         tl.store(out + at, z, mask=at < width)
         tops = tl.maximum(tops, z)
     top = tl.max(tops, 0)
     weights = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
+    for start in tl.range(0, width, BLOCK, num_stages=STAGES):
         at = start + tl.arange(0, BLOCK)
         z = tl.load(teacher + at, mask=at < width, other=-_INF).to(tl.float32)
         weights += tl.where(z == -_INF, 0.0, tl.exp((z - top) * scale))
@@ -279,6 +391,6 @@ def mix_rows(
             teacher, student, out, stats, temperature.reshape(-1).contiguous(),
             params.method, params.alpha_min, params.alpha_max, params.fixed_alpha,
             teacher.stride(0), student.stride(0), out.stride(0), out.shape[1],
-            STATISTICS=STATS, WANT_ESS=want_ess_ratio, BLOCK=_BLOCK, num_warps=_WARPS,
+            STATISTICS=STATS, WANT_ESS=want_ess_ratio, **SHAPE.options(max(teacher.itemsize, student.itemsize)),
         )  # fmt: skip
     return stats

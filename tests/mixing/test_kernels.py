@@ -144,12 +144,13 @@ def test_gpu_kernel_compiles(capability, dtype):
 
     pointers = {name: "*fp32" for name in ("out", "stats", "temperatures", "alpha_mins", "alpha_maxs", "fixed_alphas")}
     pointers |= {"teacher": f"*{dtype}", "student": f"*{dtype}", "methods": "*i64"}
-    constants = {"STATISTICS": kernel.STATS, "WANT_ESS": True, "BLOCK": kernel._BLOCK}
+    constants = {"STATISTICS": kernel.STATS, "WANT_ESS": True, **kernel.SHAPE.options(2 if dtype == "bf16" else 4)}
+    warps = constants.pop("num_warps")
     signature = {
         name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel._mix_row.arg_names
     }
     source = ASTSource(fn=kernel._mix_row, signature=signature, constexprs=constants)
-    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernel._WARPS})
+    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     assert compiled.asm["cubin"]
     assert ".local" not in compiled.asm["ptx"]
 
