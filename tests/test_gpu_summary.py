@@ -255,7 +255,8 @@ def test_commands_are_complete(tmp_path):
     every = run_checks.checks(arguments(tmp_path))
     assert {check.stage for check in every.values()} == {"first", "second", "third"}
     assert all(isinstance(part, str) for check in every.values() for part in check.command)
-    assert list(run_checks.chosen(every, ["third", "alpha"])) == ["alpha", "profile", "drafts"]
+    chosen = ["alpha", "profile", "shared-profile", "shapes", "drafts"]
+    assert list(run_checks.chosen(every, ["third", "alpha"])) == chosen
     with pytest.raises(SystemExit, match="unknown nothing"):
         run_checks.chosen(every, ["nothing"])
     root = Path(run_checks.ROOT)

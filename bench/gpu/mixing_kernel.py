@@ -149,7 +149,8 @@ def main() -> None:
     shapes = [fused_gpu.Shape(*map(int, shape.split(","))) for shape in args.shape or []] or [fused_gpu.SHAPE]
     for fused_gpu.SHAPE, batch in itertools.product(shapes, args.batch_size):
         record = measure(batch, args.vocab_size, getattr(torch, args.dtype), args.repeats)
-        append_record(args, {"bench": "mixing", "shape": fused_gpu.SHAPE._asdict(), **record})
+        kind = "mixing-shapes" if args.shape else "mixing"
+        append_record(args, {"bench": kind, "shape": fused_gpu.SHAPE._asdict(), **record})
         print(
             f"{tuple(fused_gpu.SHAPE)} batch {batch}: mixing {record['mix_ms']['median']:.4f} ms, both logits read "
             f"{record['read_ms']['median']:.4f} ms, ratio {record['mix_over_read']:.2f}",

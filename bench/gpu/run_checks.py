@@ -107,6 +107,7 @@ def mixing(args: argparse.Namespace) -> dict[str, Check]:
 
 # README.md works their memory out for a card of 80 GB.
 DUMMY = ["--load-format", "dummy"]
+SHAPES = ("16,1,1", "16,1,2", "16,1,3", "32,1,1", "32,1,2", "16,2,1", "8,2,1", "8,1,2")
 SIZES = (1, 2, 8, 16, 32, 64, 128, 256)
 
 
@@ -129,6 +130,12 @@ def steps(args: argparse.Namespace) -> dict[str, Check]:
     profile = ["--model-path", args.teacher, "--student-model-path", args.student, "--batch-size", 1, 32, 256]
     profile += ["--repeats", 2, *records(args, summary.TWO_MODELS)]
     profile += ["--server-args", *DUMMY, "--mem-fraction-static", 0.85, *graphs(SIZES)]
+    # Where a small model's step on shared weights goes: on an H200 they ran at half of 2t/2 at batch 1.
+    shared = ["--model-path", args.student, "--modes", "shared", "plain", "--batch-size", 1, 8, 32]
+    shared += ["--repeats", 2, *records(args, summary.SHARED)]
+    shared += ["--server-args", *DUMMY, "--mem-fraction-static", 0.8, *graphs(SIZES)]
+    shapes = ["time", "--shape", *SHAPES, "--batch-size", 1, 32, 256, "--repeats", 2]
+    shapes += ["--run-name", "gpu", "--result-filename", args.output / "bench.jsonl"]
     drafts = ["--model-path", args.teacher, "--student-model-path", args.drafter, *DUMMY, "--batch-size", 1, 16]
     drafts += ["--draft-tokens", 0, 2, 4, "--output-len", 48, "--waves", 2, "--repeats", 2]
     # A verification has a row for each draft and one more. The pools hold fewer tokens than the longest prefills.
@@ -136,6 +143,8 @@ def steps(args: argparse.Namespace) -> dict[str, Check]:
     drafts += [*records(args, "gpu-drafts"), "--server-args", *graphs(rows, longest_prefill=2048)]
     return {
         "profile": Check("third", 140, 70, python("bench.profile", *profile), models=True),
+        "shared-profile": Check("third", 110, 50, python("bench.profile", *shared), models=True),
+        "shapes": Check("third", 150, 60, python("bench.gpu.mixing_kernel", *shapes)),
         "drafts": Check("third", 330, 200, python("bench.speculative", *drafts), models=True),
     }
 

@@ -12,6 +12,10 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -20,6 +24,13 @@ from sglang_optimal.demo.prepare_model import DEFAULT_TARGET
 from sglang_optimal.demo.problems import Problem, load_problems
 from sglang_optimal.demo.progress import step
 
+if TYPE_CHECKING:
+    from sglang_optimal import OptimalSampler
+    from sglang_optimal.engine import GenerationResult
+
+WAYS = {"teacher alone": 1.0, "student alone": 0.0, "mixture": None}
+"""Titles, and what alpha is fixed at: 1 is the teacher alone and 0 the student alone, both with the other model's
+opinion of every token."""
 STREAM_INTERVAL = 4
 """Tokens between two looks at a text: often enough to see it grow, and seldom enough not to slow it down."""
 
@@ -55,13 +66,15 @@ def main(argv: list[str] | None = None) -> int:
     console.print(
         f"{args.problems} word problems by the teacher, who sees the solution, by the student, who does not, and by "
         f"their mixture.\nTeacher: {args.model_path}. Student: {args.student_model_path or 'the same model'}. "
-        "One to three minutes on a CPU, the first texts after half of it.",
+        "A minute or two on a CPU, the first problem after half a minute.",
         markup=False,
         highlight=False,
     )
     _only_errors()
     try:
         with step(console, "starting SGLang"):
+            import torch
+
             from sglang_optimal import OptimalSampler
 
             sampler = OptimalSampler(
@@ -69,7 +82,9 @@ def main(argv: list[str] | None = None) -> int:
                 args.student_model_path,
                 enable_chat_template=True,
                 alpha_method=args.alpha_method,
-                max_running_requests=32,
+                # On a CPU, so that a text does not depend on what is beside it in the batch, as in bfloat16.
+                dtype="auto" if torch.cuda.is_available() else "float32",
+                max_running_requests=36,
                 context_length=2048,
                 max_total_tokens=32768,
                 stream_interval=STREAM_INTERVAL,
@@ -91,41 +106,79 @@ def _only_errors() -> None:
 
 
 def _run(console: Console, sampler, problems: list[Problem], args: argparse.Namespace) -> None:
+    """Print each problem as soon as it and those before it are finished in every way, and then the summary."""
     from sglang_optimal.demo.render import Column, legend, problem_table, save_svg, summary_table
 
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    columns, rates = [], []
-    # alpha 1 is the teacher alone and alpha 0 the student alone, both with the other model's opinion of every token.
-    for title, alpha in (("teacher alone", 1.0), ("student alone", 0.0), ("mixture", None)):
-        start = time.perf_counter()
-        results = _generated(console, sampler, title, problems, {**sampling, "fixed_alpha": alpha})
-        columns.append(Column(title, results))
-        rates.append(sum(len(r.token_ids) for r in results) / (time.perf_counter() - start))
-    console.print(legend(), "")
+    columns = [Column(title, []) for title in WAYS]
     tokenizer = sampler.engine.tokenizer_manager.tokenizer
-    for number, problem in enumerate(problems, 1):
-        console.print(problem_table(tokenizer, number, problem, columns), "")
-    summary = summary_table(problems, columns, rates)
-    console.print(summary)
-    console.print("[dim]Both models ran for every line: alpha is fixed at 1 and at 0, and solved for each token.[/]")
+
+    def show(results: Sequence[GenerationResult]) -> None:
+        for column, result in zip(columns, results, strict=True):
+            column.results.append(result)
+        number = len(columns[0].results)
+        console.print("", problem_table(tokenizer, number, problems[number - 1], columns))
+
+    console.print(legend())
+    with step(console, "the first problem") as tell:  # alone, so that there is soon something to read
+        _generate(sampler, problems[:1], sampling, show, tell)
+    if rest := problems[1:]:
+        start = time.perf_counter()
+        with step(console, f"{len(rest)} more problems") as tell:
+            tokens = _generate(sampler, rest, sampling, show, tell)
+        speed = tokens / (time.perf_counter() - start)
+        console.print(f"{speed:.0f} tokens/s, for each of which both models ran.", highlight=False)
+    summary = summary_table(problems, columns)
+    console.print("", summary)
+    console.print("[dim]Both models ran for every text: alpha is fixed at 1 and at 0, and solved for each token.[/]")
     if args.export_svg:
         first = [problem_table(tokenizer, i, p, columns) for i, p in enumerate(problems[:2], 1)]
         save_svg(args.export_svg, [legend(), *first, summary])
 
 
-def _generated(console: Console, sampler, title: str, problems: list[Problem], sampling: dict) -> list:
-    """The results of all problems; the first one's text is shown as soon as it is there."""
-    teacher = [p.teacher_prompt for p in problems]
-    student = [p.student_prompt for p in problems]
-    results: list = [None] * len(problems)
-    with step(console, f"{title}: {len(problems)} problems") as tell:
-        for result in sampler.generate(teacher, student, return_mixing_info=True, stream=True, **sampling):
-            results[result.index] = result
-            finished = sum(r is not None and r.finish_reason is not None for r in results)
-            tell(f"{sum(len(r.token_ids) for r in results if r)} tokens, {finished} texts finished")
-            if result.index == 0 and result.finish_reason is not None:
-                console.print(f"  1. {problems[0].problem}\n  {result.text.strip()}", style="dim", markup=False)
-    return results
+def _generate(
+    sampler: OptimalSampler,
+    problems: list[Problem],
+    sampling: dict[str, Any],
+    show: Callable[[Sequence[GenerationResult]], None],
+    tell: Callable[[str], None],
+) -> int:
+    """Every problem in every way at the same time; ``show`` gets the results of one after the other.
+
+    Returns:
+        The number of tokens.
+    """
+    arrived: SimpleQueue[tuple[int, GenerationResult | None]] = SimpleQueue()
+
+    def generate(way: int, alpha: float | None) -> None:
+        prompts = [p.teacher_prompt for p in problems], [p.student_prompt for p in problems]
+        settings = {**sampling, "fixed_alpha": alpha}
+        try:
+            for result in sampler.generate(*prompts, return_mixing_info=True, stream=True, **settings):
+                arrived.put((way, result))
+        finally:
+            arrived.put((way, None))
+
+    results: list[dict[int, GenerationResult]] = [{} for _ in WAYS]
+    shown = 0
+    with ThreadPoolExecutor(len(WAYS)) as threads:
+        ways = [threads.submit(generate, *way) for way in enumerate(WAYS.values())]
+        running = len(ways)
+        while running:
+            way, result = arrived.get()
+            if result is None:
+                running -= 1
+                continue
+            results[way][result.index] = result
+            known = [r for one in results for r in one.values()]
+            finished = sum(r.finish_reason is not None for r in known)
+            tell(f"{sum(len(r.token_ids) for r in known)} tokens, {finished} of {len(WAYS) * len(problems)} texts")
+            while all(shown in one and one[shown].finish_reason is not None for one in results):
+                show([one[shown] for one in results])
+                shown += 1
+    for future in ways:
+        future.result()
+    return sum(len(r.token_ids) for one in results for r in one.values())
 
 
 if __name__ == "__main__":

@@ -81,23 +81,24 @@ def problem_table(tokenizer, number: int, problem: Problem, columns: Sequence[Co
     return table
 
 
-def summary_table(problems: Sequence[Problem], columns: Sequence[Column], rates: Sequence[float]) -> Table:
-    """One line a measure, one column a way to generate; ``rates`` in tokens a second."""
+def summary_table(problems: Sequence[Problem], columns: Sequence[Column]) -> Table:
+    """One line a measure, one column a way to generate."""
     table = Table(title="All problems", title_justify="left", title_style="bold")
     table.add_column("mean over tokens, in nats")
     for column in columns:
         table.add_column(column.title, justify="right")
-    for label, name in (
+    measures = (
         ("alpha", "alpha"),
         ("KL(q* || student)", "kl_to_student"),
         ("KL(q* || teacher)", "kl_to_teacher"),
         ("log-probability under the student", "student_logprob"),
         ("log-probability under the teacher", "teacher_logprob"),
         ("ESS ratio, student to teacher", "ess_ratio"),
-    ):
-        table.add_row(label, *(f"{column.mean(name):.3f}" for column in columns))
+    )
+    for label, name in measures:
+        last = name == measures[-1][1]
+        table.add_row(label, *(f"{column.mean(name):.3f}" for column in columns), end_section=last)
     solved = [sum(p.solved_by(r.text) for p, r in zip(problems, c.results, strict=True)) for c in columns]
-    table.add_row("tokens/s", *(f"{rate:.0f}" for rate in rates), end_section=True)
     table.add_row("problems solved", *(f"{n} of {len(problems)}" for n in solved), style="bold")
     return table
 
