@@ -263,13 +263,18 @@ def test_figures_of_the_drafts():
     ) in flowing(README)
 
 
-def test_figures_of_a_gpu_and_of_the_demo():
-    table = [row for row in rows(section(BENCHMARKS, "## On a GPU")) if len(row) == 8]
+@pytest.mark.parametrize("card,said", [("H100", "for batches of {batches}, {limits} of L"), ("H200", "{limits} of L")])
+def test_figures_of_a_gpu(card, said):
+    table = [row for row in rows(section(BENCHMARKS, f"### On an {card}")) if len(row) == 8]
     shares = sorted(round(100 * float(row[table[0].index("m/t")])) for row in table[2:])
-    assert len(shares) == 5 and f"{shares[0]} to {shares[-1]} % of the 7B's rate" in flowing(README)
     limits = sorted(median(row[table[0].index("m/L")]) for row in table[2:])
-    batches = [row[0] for row in table[2:]]
-    assert f"for batches of {batches[0]} to {batches[-1]}, {limits[0]} to {limits[-1]} of L" in flowing(README)
+    assert len(shares) == 5
+    (figures,) = re.findall(rf"one {card}\b.*?(?= of L)", flowing(README))
+    said = said.format(batches=f"{table[2][0]} to {table[-1][0]}", limits=f"{limits[0]} to {limits[-1]}")
+    assert f"{shares[0]} to {shares[-1]} %" in figures and said in figures + " of L"
+
+
+def test_figures_of_the_demo():
     solved = re.findall(r"(\d+)&#160;of&#160;12|(\d+) of 12", (REPOSITORY / "docs" / "demo.svg").read_text())
     _, student, mixture = [a or b for a, b in solved]
     assert f"The student alone solves {student} of 12 problems, the mixture {mixture}," in flowing(README)

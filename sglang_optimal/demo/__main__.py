@@ -154,7 +154,8 @@ def _generate(
         prompts = [p.teacher_prompt for p in problems], [p.student_prompt for p in problems]
         settings = {**sampling, "fixed_alpha": alpha}
         try:
-            for result in sampler.generate(*prompts, return_mixing_info=True, stream=True, **settings):
+            texts: Any = sampler.generate(*prompts, return_mixing_info=True, stream=True, **settings)
+            for result in texts:
                 arrived.put((way, result))
         finally:
             arrived.put((way, None))
