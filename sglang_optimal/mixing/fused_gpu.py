@@ -183,14 +183,16 @@ def _mix_row(
     s_tops = tl.full((BLOCK // LANE,), -_INF, tl.float32)
     leasts = tl.full((BLOCK // LANE,), _INF, tl.float32)
     mosts = tl.full((BLOCK // LANE,), -_INF, tl.float32)
+    alive = tl.zeros((BLOCK // LANE,), tl.int32)  # NaN is alive, and no maximum
     for start in tl.range(0, width, BLOCK, num_stages=STAGES):
         t, s, dead = _pair(teacher, student, start, width, BLOCK)
         t_tops = tl.maximum(t_tops, _folded(tl.where(dead, -_INF, t), "max", BLOCK, LANE))
         s_tops = tl.maximum(s_tops, _folded(tl.where(dead, -_INF, s), "max", BLOCK, LANE))
         leasts = tl.minimum(leasts, _folded(tl.where(dead, _INF, t - s), "min", BLOCK, LANE))
         mosts = tl.maximum(mosts, _folded(tl.where(dead, -_INF, t - s), "max", BLOCK, LANE))
+        alive = tl.maximum(alive, _folded(tl.where(dead, 0, 1), "max", BLOCK, LANE))
     t_top, s_top = tl.max(t_tops, 0), tl.max(s_tops, 0)
-    if t_top == -_INF:
+    if tl.max(alive, 0) == 0:
         _only_teacher(teacher, out, stats, width, scale * _LN2, BLOCK, STAGES)
     else:
         # Exponents are in bits, and 0 at each model's maximum, up to the rounding of these two.
