@@ -177,12 +177,12 @@ def serve(server_args, config: MixingConfig) -> None:
             return run_server(server_args)
     else:
         from sglang_optimal.runtime.entrypoints import http_server as routes
+        from sglang_optimal.runtime.entrypoints.engine import MixedEngine
         from sglang_optimal.runtime.entrypoints.openai import serving_chat as openai_api
-        from sglang_optimal.runtime.managers.scheduler import scheduler_process
 
         openai_api.install()
         routes.install()
-        kwargs["run_scheduler_process_func"] = scheduler_process(config)
+        kwargs["run_scheduler_process_func"] = MixedEngine.scheduler_process(config)
     body_guard.install(app, config)
     launch_server(server_args, init_tokenizer_manager_func=tokenizer_manager_init(config), **kwargs)
 

@@ -8,10 +8,12 @@ import sys
 import time
 import types
 
+import pytest
 from rich.console import Console
 from tiny_models import EOS, SMALL_SPECIAL_TOKENS, build_small_tokenizer, small_ids
 from transformers import AutoTokenizer
 
+from sglang_optimal.demo import __main__ as demo
 from sglang_optimal.demo import progress
 from sglang_optimal.demo.render import alpha_style, coloured
 
@@ -56,3 +58,30 @@ def test_each_token_has_the_colour_of_its_alpha(tmp_path):
     text = coloured(tokenizer, types.SimpleNamespace(token_ids=ids, alphas=alphas))
     assert text.plain == "so 60 is it."
     assert [span.style for span in text.spans] == [alpha_style(alpha) for alpha in alphas[:-1]]
+
+
+class Talking:
+    """A sampler whose texts end in reverse order; fails in one way, if any."""
+
+    def __init__(self, failing: float | None = 2.0):
+        self.failing = failing
+
+    def generate(self, teacher, student, *, fixed_alpha, **settings):
+        for index in reversed(range(len(teacher))):
+            for finish in (None, "length"):
+                yield types.SimpleNamespace(index=index, token_ids=[1] * 3, finish_reason=finish, alpha=fixed_alpha)
+        if fixed_alpha == self.failing:
+            raise ValueError("out of luck")
+
+
+def test_problems_are_shown_in_order_with_every_way():
+    problems = [types.SimpleNamespace(teacher_prompt=f"t{i}", student_prompt=f"s{i}") for i in range(4)]
+    shown, told = [], []
+    assert demo._generate(Talking(), problems, {}, shown.append, told.append) == 3 * 4 * 3
+    assert [[result.index for result in results] for results in shown] == [[i] * 3 for i in range(4)]
+    assert all([result.alpha for result in results] == [1.0, 0.0, None] for results in shown)
+    assert told[-1] == "36 tokens, 12 of 12 texts"
+    for alpha in demo.WAYS.values():
+        if alpha is not None:
+            with pytest.raises(ValueError, match="out of luck"):
+                demo._generate(Talking(alpha), problems, {}, shown.append, told.append)

@@ -263,15 +263,21 @@ def test_figures_of_the_drafts():
     ) in flowing(README)
 
 
-@pytest.mark.parametrize("card,said", [("H100", "for batches of {batches}, {limits} of L"), ("H200", "{limits} of L")])
+@pytest.mark.parametrize(
+    "card,said",
+    [
+        ("H100", ("[{shares} % of the 7B's rate]", "for batches of {batches}, {limits} of L")),
+        ("H200", ("on one H200 {shares} %, {limits} of L",)),
+    ],
+)
 def test_figures_of_a_gpu(card, said):
     table = [row for row in rows(section(BENCHMARKS, f"### On an {card}")) if len(row) == 8]
     shares = sorted(round(100 * float(row[table[0].index("m/t")])) for row in table[2:])
     limits = sorted(median(row[table[0].index("m/L")]) for row in table[2:])
     assert len(shares) == 5
-    (figures,) = re.findall(rf"one {card}\b.*?(?= of L)", flowing(README))
-    said = said.format(batches=f"{table[2][0]} to {table[-1][0]}", limits=f"{limits[0]} to {limits[-1]}")
-    assert f"{shares[0]} to {shares[-1]} %" in figures and said in figures + " of L"
+    figures = {"batches": [row[0] for row in table[2:]], "shares": shares, "limits": limits}
+    ranges = {name: f"{values[0]} to {values[-1]}" for name, values in figures.items()}
+    assert all(part.format(**ranges) in flowing(README) for part in said)
 
 
 def test_figures_of_the_demo():

@@ -11,7 +11,7 @@ kernels would take minutes under the sanitizer.
 time: milliseconds of the device, without the host's: launches wait in the stream behind a kernel that only sleeps, and
 go through more logits than the L2 cache holds, as a forward leaves none there. Beside it, both logits summed, which
 reads them once. `bench.alpha` times the same calls one by one, with the host's time. With --shape for other ways of
-going through a row (`fused_gpu.Shape`), which is how its default was chosen.
+going through a row (`fused_gpu.Shape`), to choose its default by.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ STATS = 7
 
 
 class Shape(NamedTuple):
-    """How a row is gone through; measured by ``bench.gpu.mixing_kernel time --shape``."""
+    """How a row is gone through; ``bench.gpu.mixing_kernel time --shape`` compares them. Not measured yet."""
 
     warps: int = 16
     loads: int = 1

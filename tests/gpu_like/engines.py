@@ -13,7 +13,6 @@ from harness import start
 from gpu_like import faults, imitation
 from sglang_optimal import OptimalSampler
 from sglang_optimal.runtime.entrypoints.engine import MixedEngine
-from sglang_optimal.runtime.managers import scheduler
 
 GRAPHS: dict[str, Any] = {"cuda_graph_bs_decode": [1, 2, 4, 8, 16]}
 """Few sizes, so that many batches are padded, and the largest ones run without a graph."""
@@ -26,7 +25,6 @@ def gpu_like(fault_file: Path, fault: str = "", *, triton: bool = False) -> Iter
     fault_file.write_text(fault)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MixedEngine, "scheduler_process", staticmethod(imitation.gpu_like_scheduler_process))
-        patch.setattr(scheduler, "scheduler_process", imitation.gpu_like_scheduler_process)  # the server's
         patch.setenv(faults.FILE, str(fault_file))
         if triton:
             patch.setenv(imitation.ATTENTION, "triton")

@@ -31,7 +31,8 @@ class MixedEngine(Engine):
     """
 
     scheduler_process: Callable[[MixingConfig], Callable[..., None]] = staticmethod(scheduler_process)
-    """Makes the function that a scheduler process runs, which has to be picklable; tests and benchmarks have others."""
+    """Makes the function that a scheduler process runs, a server's too, which has to be picklable; tests and benchmarks
+    have others."""
 
     def __init__(self, server_args, config: MixingConfig):
         for other in _running:
