@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 
 import pytest
-from harness import Case, check_all, check_greedy, check_pools, random_cases, random_ids, run, start
+from harness import VOCAB, Case, check_all, check_greedy, check_pools, random_cases, random_ids, run, start
 
 DRAFTS, CONTEXT, POOL = 4, 160, 700
 
@@ -100,6 +101,28 @@ def test_rows_that_cannot_be_drafted_for(sampler, tiny_oracle):
             assert steps(output) == n - 1
         if not more[i]:
             check_greedy(tiny_oracle, case, output)
+
+
+@pytest.mark.parametrize("student", [None, [13, 14]], ids=["plain", "mixed"])
+def test_a_row_without_a_token_beside_drafted_ones(sampler, tiny_oracle, student):
+    """Whatever is drawn from it, a token that stops the request among them, it ends with an error, and alone."""
+    cases = random_cases(36, 3, 1, tokens=(20, 24))
+    dead = Case([10, 11, 12], student, 30)
+    masks = {"regex": "[a-p ]{3,5}", "min_new_tokens": 20, "ignore_eos": False}
+    requests = [(case, {}) for case in cases] + [(dead, masks), (dead, {**masks, "stop_token_ids": list(range(VOCAB))})]
+
+    async def everything():
+        waiting = [
+            sampler.engine.async_generate(input_ids=case.teacher, sampling_params=case.params(**more))
+            for case, more in requests
+        ]
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    *outputs, at_the_end, at_once = sampler.engine.loop.run_until_complete(everything())
+    check_all(tiny_oracle, cases, outputs)
+    for error in (at_the_end, at_once):
+        assert isinstance(error, ValueError), error
+        assert str(error).startswith("regex, min_new_tokens: no token is left to sample")
 
 
 @pytest.mark.parametrize("teacher,student", [(10, 90), (90, 10), (60, 60)])

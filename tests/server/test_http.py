@@ -301,9 +301,17 @@ def test_a_side_with_nothing_in_it(client, text, custom):
 
 @pytest.mark.parametrize("custom", [{}, {"custom_params": {"student_text": "b"}}], ids=["plain", "mixed"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_grammar_that_the_vocabulary_cannot_go_on_with(client, custom, stream):
-    """No token of the tiny model has a '<' that the grammar would take: the client's fault, and not the server's."""
-    params = {"max_new_tokens": 3, "regex": "<", **custom}
+@pytest.mark.parametrize(
+    ("max_new_tokens", "ends_by"),
+    [(3, {}), (1, {}), (3, {"stop_token_ids": list(range(400))})],
+    ids=["", "last", "stop"],
+)
+def test_a_grammar_that_the_vocabulary_cannot_go_on_with(client, custom, stream, max_new_tokens, ends_by):
+    """No token of the tiny model has a '<' that the grammar would take: the client's fault, and not the server's.
+
+    Whatever is drawn in its place: it may be the request's last token, or one that ends it in order.
+    """
+    params = {"max_new_tokens": max_new_tokens, "regex": "<", **custom, **ends_by}
     body = {"text": "a", "sampling_params": params, "stream": stream}
     if stream:
         ends = [event["meta_info"]["finish_reason"] for event in events(client, "/generate", body)]

@@ -14,6 +14,7 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from sglang_optimal.mixing import Mixture, compile_kernels, mix, token_logprobs
 from sglang_optimal.runtime.core import MixedRows
+from sglang_optimal.runtime.managers.dead_ends import DeadRows, unmask_dead_rows
 
 BACKEND = "optimal"
 
@@ -43,6 +44,7 @@ class MixingStep:
         vocab_size: number of ids both models have; the mixture's support is [0, vocab_size).
         mixed: once they are mixed, and until the token is sampled.
         failure: why there are no student logits (they are NaN then, and the rows end with this message); else None.
+        dead_rows: of the whole batch, where a request has a grammar.
     """
 
     rows: MixedRows
@@ -50,6 +52,7 @@ class MixingStep:
     vocab_size: int
     mixed: MixedLogits | None = None
     failure: str | None = None
+    dead_rows: DeadRows | None = None
 
     def apply_logit_transforms(self, width: int, info: SamplingBatchInfo) -> None:
         """Penalties, grammar mask and logit bias, applied to the student's logits as SGLang does to the teacher's."""
@@ -140,17 +143,12 @@ class MixtureSampler(Sampler):
         if step is not None:
             logits_output.next_token_logits = step.mix_into(logits_output.next_token_logits, sampling_info)
         if sampling_info.grammars:
-            _unmask_dead_rows(logits_output.next_token_logits)
+            dead_rows = unmask_dead_rows(logits_output.next_token_logits)
+            if step is None:
+                logits_output.auxiliary_device_output = dead_rows
+            else:  # the observer makes the output, of both
+                step.dead_rows = dead_rows
         return super().forward(logits_output, sampling_info, *args, **kwargs)
-
-
-def _unmask_dead_rows(logits: torch.Tensor) -> None:
-    """Let rows [B, V] without any allowed token be sampled, in place.
-
-    A grammar that is at its end and ``min_new_tokens`` mask every token together, and sampling that row would end the
-    whole process. The grammar refuses whatever is drawn, which ends the request alone.
-    """
-    logits.masked_fill_((logits.amax(-1) == -torch.inf).unsqueeze(-1), 0.0)
 
 
 def create_mixture_sampler() -> MixtureSampler:

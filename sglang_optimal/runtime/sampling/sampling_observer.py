@@ -11,16 +11,15 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
-from http import HTTPStatus
 from typing import Any
 
 import torch
-from sglang.srt.managers.auxiliary_output import CommittedTokens
-from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
+from sglang.srt.managers.auxiliary_output import CommittedTokens, DeviceAuxiliaryOutput, append_auxiliary_output
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from sglang_optimal.names import SERIES
-from sglang_optimal.runtime.managers.dead_ends import NOTHING_LEFT
+from sglang_optimal.runtime.managers.dead_ends import NOTHING_LEFT, end_request
 from sglang_optimal.runtime.sampling.sampler import MixingStep, token_series
 
 logger = logging.getLogger(__name__)
@@ -51,13 +50,14 @@ class MixingObserver:
         sampling_info.mixing.apply_logit_transforms(logits.shape[-1], sampling_info)
         return sampling_info.mixing
 
-    def after_sample(self, state: MixingStep, token_ids: torch.Tensor) -> MixingDeviceOutput:
+    def after_sample(self, state: MixingStep, token_ids: torch.Tensor) -> DeviceAuxiliaryOutput:
         mixed = state.take_mixed()
         token_ids = state.rows.select(token_ids).long()
         values = token_series(mixed.mixture, mixed.teacher, mixed.student, mixed.temperature, token_ids).unsqueeze(1)
         if self.on_sides is not None:
             self.on_sides(state.rows.reqs, mixed.teacher, mixed.student)
-        return MixingDeviceOutput(state.rows.row_ids, values, self, state.failure)
+        output = MixingDeviceOutput(state.rows.row_ids, values, self, state.failure)
+        return append_auxiliary_output(output, state.dead_rows)
 
 
 class EqualSides:
@@ -130,7 +130,7 @@ class MixingHostOutput:
         for position, values in enumerate(tokens):
             problem = self._problem(values)
             if problem is not None:
-                _end(req, start + position, problem)
+                end_request(req, start + position, problem)
                 return tokens[:position]
             if req.customized_info is None:
                 req.customized_info = {}
@@ -153,15 +153,3 @@ class MixingHostOutput:
             if math.isnan(logprob):
                 return f"the {side}'s logits are not finite: NaN or infinity in its weights or its numbers."
         return "the mixture is not finite; fixed_alpha may be too large."
-
-
-def _end(req: Req, length: int, problem: str) -> None:
-    """End a request with an error (HTTP 500) and ``length`` tokens; what it decoded does not enter the radix caches."""
-    logger.error("request %r: %s", req.rid, problem)
-    reason = FINISH_ABORT(problem, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
-    if req.finished():
-        req.finished_reason = reason
-    else:
-        req.to_finish = reason
-    req.finished_len = length
-    req.skip_radix_cache_insert = True

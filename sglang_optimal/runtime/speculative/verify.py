@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
+from sglang.srt.managers.auxiliary_output import DeviceAuxiliaryOutput, append_auxiliary_output
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
 
@@ -99,9 +100,11 @@ class VerifyOutput:
         """
         width, size = len(self.token_ids), len(batch.reqs)
         rows = self.rows.drafted
+        others: list[DeviceAuxiliaryOutput] = []
         tokens, lens, values = self.token_ids.T, self.num_accepted + 1, self.values.transpose(0, 1)
         if lockstep is not None:
             lockstep_token_ids, lockstep_output = lockstep
+            of_mixing, others = _parts(lockstep_output.auxiliary_device_output)
             drafted_token_ids = tokens
             tokens = tokens.new_zeros((size, width))
             tokens[:, 0] = lockstep_token_ids
@@ -109,14 +112,17 @@ class VerifyOutput:
             lens = rows.put(lens.new_ones(size), lens)
             rows = self.rows.mixed
             if self.rows.drafted_in_mixed is not None:
-                lockstep_values, drafted_values = lockstep_output.auxiliary_device_output.values, values
+                lockstep_values, drafted_values = of_mixing[0].values, values
                 values = lockstep_values.new_zeros((len(rows.row_ids), width, lockstep_values.shape[-1]))
                 values[:, :1] = lockstep_values
                 values[self.rows.drafted_in_mixed] = drafted_values
         output = LogitsProcessorOutput(next_token_logits=None)
         if batch.return_logprob:
             self._write_logprobs(output, batch, None if lockstep is None else lockstep[1])
-        output.auxiliary_device_output = MixingDeviceOutput(rows.row_ids, values, observer, failure)
+        extras: DeviceAuxiliaryOutput | None = MixingDeviceOutput(rows.row_ids, values, observer, failure)
+        for other in others:
+            extras = append_auxiliary_output(extras, other)
+        output.auxiliary_device_output = extras
         return GenerationBatchResult(
             logits_output=output,
             next_token_ids=tokens.reshape(-1).to(torch.int32),
@@ -170,6 +176,13 @@ _LOGPROB_LISTS = (
     "next_token_token_ids_logprobs_val",
     "next_token_token_ids_logprobs_idx",
 )
+
+
+def _parts(extras: DeviceAuxiliaryOutput | None) -> tuple[list[MixingDeviceOutput], list[DeviceAuxiliaryOutput]]:
+    """The extras of a lockstep sampling: of its mixed rows, and others."""
+    parts = [] if extras is None else getattr(extras, "outputs", (extras,))
+    mixing = [part for part in parts if isinstance(part, MixingDeviceOutput)]
+    return mixing, [part for part in parts if not isinstance(part, MixingDeviceOutput)]
 
 
 def _not_finite(logits: torch.Tensor) -> bool:
