@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
@@ -164,12 +165,15 @@ def _as_text(value: Any) -> str:
 def serve(server_args, config: MixingConfig) -> None:
     """Run the server until it is stopped."""
     from sglang.srt.entrypoints.http_server import app, launch_server
+    from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
+    from sglang.srt.managers.scheduler import run_scheduler_process
 
+    from sglang_optimal.platforms import cpu_processes
     from sglang_optimal.runtime import launch
     from sglang_optimal.runtime.entrypoints import body_guard
     from sglang_optimal.runtime.managers.tokenizer_manager import tokenizer_manager_init
 
-    kwargs: dict[str, Any] = {}
+    scheduler_process: Callable[..., None] = run_scheduler_process
     if config.student_model_path is None:
         if any(getattr(server_args, name) for name in launch.OTHER_FRONT_ENDS):
             from sglang.launch_server import run_server
@@ -182,9 +186,15 @@ def serve(server_args, config: MixingConfig) -> None:
 
         openai_api.install()
         routes.install()
-        kwargs["run_scheduler_process_func"] = MixedEngine.scheduler_process(config)
+        scheduler_process = MixedEngine.scheduler_process(config)
     body_guard.install(app, config)
-    launch_server(server_args, init_tokenizer_manager_func=tokenizer_manager_init(config), **kwargs)
+    with cpu_processes.fork_server.used(server_args):
+        launch_server(
+            server_args,
+            init_tokenizer_manager_func=tokenizer_manager_init(config),
+            run_scheduler_process_func=cpu_processes.InChild(scheduler_process),
+            run_detokenizer_process_func=cpu_processes.InChild(run_detokenizer_process),
+        )
 
 
 def start_server_process(context, teacher: str, config: MixingConfig, arguments: dict[str, Any]):
@@ -224,10 +234,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    from sglang_optimal.platforms import cpu_processes
     from sglang_optimal.runtime import launch
 
     try:
-        launch.check_sglang_version()
+        launch.check_sglang_version()  # before anything of SGLang is imported
+    except ValueError as error:
+        print(f"sglang_optimal.launch_server: error: {error}", file=sys.stderr)
+        return 2
+    with cpu_processes.fork_server.begun():
+        with cpu_processes.without_gc():
+            import sglang.srt.entrypoints.http_server  # noqa: F401
+        return _check_and_serve(argv)
+
+
+def _check_and_serve(argv: list[str]) -> int:
+    from sglang_optimal.runtime import launch
+
+    try:
         server_args, config = parse(argv)
         launch.check_models(server_args, config)
         launch.resolve(server_args, config)

@@ -22,6 +22,12 @@ class TorchCpuSRTPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def get_kv_pool_cls(self, *, kind) -> type | None:
+        """One whose memory is taken when it is used."""
+        from sglang_optimal.platforms.cpu_memory_pool import LazyMHATokenToKVPool
+
+        return LazyMHATokenToKVPool if kind == "mha" else super().get_kv_pool_cls(kind=kind)
+
     def is_pin_memory_available(self, device=None) -> bool:
         """Never: there is no device to pin memory for."""
         return False

@@ -19,11 +19,22 @@ def register() -> None:
         "sampler": lambda: register_sampler_backend("optimal", _sampler),
         "radix cache": lambda: register_radix_cache_backend("optimal", _radix_cache),
         "speculation": speculation.register,
+        "processes": _hook_start_method,
     }
     for name, step in steps.items():
         if name not in _registered:
             step()
             _registered.add(name)
+
+
+def _hook_start_method() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_optimal.platforms.cpu_processes import fork_server
+
+    HookRegistry.register(
+        "sglang.srt.entrypoints.engine._set_envs_and_config", fork_server.choose_start_method, HookType.AFTER
+    )
 
 
 def _sampler():

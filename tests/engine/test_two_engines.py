@@ -8,6 +8,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 from harness import SMALL, Case, check_all, check_pools, random_cases, run, start
@@ -78,7 +79,7 @@ def test_what_a_failed_start_leaves_does_not_become_garbage(monkeypatch):
     monkeypatch.setattr(Engine, "__init__", start)
     monkeypatch.setattr(Engine, "shutdown", lambda self: None)
     with pytest.raises(RuntimeError, match="scheduler died"):
-        engine.MixedEngine(None, MixingConfig())
+        engine.MixedEngine(SimpleNamespace(dp_size=2), MixingConfig())
     gc.collect()
     assert made[0]() is not None
 

@@ -6,11 +6,13 @@ import weakref
 from collections.abc import Callable
 
 from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.utils import kill_process_tree
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.event_loop import LoopThread
+from sglang_optimal.platforms.cpu_processes import InChild, fork_server
 from sglang_optimal.runtime import launch
 from sglang_optimal.runtime.managers.scheduler import scheduler_process
 from sglang_optimal.runtime.managers.tokenizer_manager import tokenizer_manager_init
@@ -45,8 +47,9 @@ class MixedEngine(Engine):
         self._manager: TokenizerManager | None = None
         self._init_manager = tokenizer_manager_init(config)
         self.init_tokenizer_manager_func = self._keeping_its_manager
-        self.run_scheduler_process_func = self.scheduler_process(config)
-        with launch.self_check_heeded():
+        self.run_scheduler_process_func = InChild(self.scheduler_process(config))
+        self.run_detokenizer_process_func = InChild(run_detokenizer_process)
+        with launch.self_check_heeded(), fork_server.used(server_args):
             super().__init__(server_args=server_args)
         self.loop = LoopThread()  # from any thread, and inside a notebook's running loop
         _running.add(self)
