@@ -79,7 +79,7 @@ def test_what_a_failed_start_leaves_does_not_become_garbage(monkeypatch):
     monkeypatch.setattr(Engine, "__init__", start)
     monkeypatch.setattr(Engine, "shutdown", lambda self: None)
     with pytest.raises(RuntimeError, match="scheduler died"):
-        engine.MixedEngine(SimpleNamespace(dp_size=2), MixingConfig())
+        engine.MixedEngine(SimpleNamespace(dp_size=1, tokenizer_worker_num=1, detokenizer_worker_num=1), MixingConfig())
     gc.collect()
     assert made[0]() is not None
 
