@@ -10,12 +10,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sglang_optimal.engine import AlphaStats, GenerationResult, OptimalSampler
     from sglang_optimal.lang import Runtime, mixed_gen, state_text, state_var
+    from sglang_optimal.top_k import decode_top_k
 
 _MODULES = {
     "AlphaStats": "engine",
     "GenerationResult": "engine",
     "OptimalSampler": "engine",
     "Runtime": "lang",
+    "decode_top_k": "top_k",
     "mixed_gen": "lang",
     "state_text": "lang",
     "state_var": "lang",
@@ -27,6 +29,7 @@ __all__ = [
     "OptimalSampler",
     "Runtime",
     "__version__",
+    "decode_top_k",
     "mixed_gen",
     "state_text",
     "state_var",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_optimal.config import ALPHA_KEYS, SETTINGS, MixingConfig, check_known, takes_settings
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 # The student is an argument of its own, and a call here is always of a mixture.
@@ -55,7 +56,9 @@ class GenerationResult:
         finish_reason: "stop", "length" or "abort"; None while streaming.
         alphas: the teacher's weight for each token.
         mixing_info: with ``return_mixing_info`` a list of floats for each of teacher_logprob, student_logprob,
-            mixture_logprob, kl_to_student, kl_to_teacher, ess_ratio; all aligned with ``token_ids``. Else empty.
+            mixture_logprob, kl_to_student, kl_to_teacher, ess_ratio, or for those that were named; all aligned with
+            ``token_ids``. Else empty.
+        top_k: with ``return_top_k`` the arrays of `sglang_optimal.decode_top_k` for each of ``top_k_of``. Else empty.
         index: number of the prompt in the call.
         meta_info: everything SGLang says about the request.
     """
@@ -67,6 +70,7 @@ class GenerationResult:
     mixing_info: dict[str, list[float]]
     index: int
     meta_info: dict[str, Any] = dataclasses.field(repr=False)
+    top_k: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def alpha(self) -> AlphaStats:
@@ -127,7 +131,9 @@ class OptimalSampler:
         student_prompts: Prompt | Sequence[Prompt] | None = None,
         *,
         sampling_params: dict[str, Any] | None = None,
-        return_mixing_info: bool = False,
+        return_mixing_info: bool | Sequence[str] = False,
+        return_top_k: int | None = None,
+        top_k_of: str | Sequence[str] | None = None,
         stream: bool = False,
         **sampling: Any,
     ) -> GenerationResult | list[GenerationResult] | Iterator[GenerationResult]:
@@ -137,7 +143,9 @@ class OptimalSampler:
             prompts: what the teacher reads: one prompt or a sequence of them. A prompt is text, token ids or messages.
             student_prompts: what the student reads, one for each prompt; None: the same prompts.
             sampling_params: SGLang's sampling parameters; ``**sampling`` adds to them (``max_new_tokens=64``).
-            return_mixing_info: fill ``GenerationResult.mixing_info``.
+            return_mixing_info: fill ``GenerationResult.mixing_info``; or the names of series, see docs/api.md.
+            return_top_k: fill ``GenerationResult.top_k`` with that many of the most likely tokens at each position.
+            top_k_of: of which distributions: "teacher", "student", "mixture" or several; None: of both models.
             stream: return an iterator of growing results instead, ``index`` telling which prompt.
             **sampling: sampling parameters, and the settings of alpha (``alpha_method``, … see AlphaSettings) over the
                 sampler's defaults.
@@ -149,7 +157,9 @@ class OptimalSampler:
             ValueError: no prompts, an empty prompt, lengths that differ, or parameters that are wrong.
             RuntimeError: a model failed; see docs/operations.md. A stream ends with finish_reason "abort" instead.
         """
-        request = self._request(prompts, student_prompts, sampling_params, sampling, return_mixing_info)
+        request = self._request(
+            prompts, student_prompts, sampling_params, sampling, _returned(return_mixing_info, return_top_k, top_k_of)
+        )
         with _plain_errors():
             output = self._running().generate(**request.arguments, stream=stream)
         if stream:
@@ -163,12 +173,16 @@ class OptimalSampler:
         student_prompts: Prompt | Sequence[Prompt] | None = None,
         *,
         sampling_params: dict[str, Any] | None = None,
-        return_mixing_info: bool = False,
+        return_mixing_info: bool | Sequence[str] = False,
+        return_top_k: int | None = None,
+        top_k_of: str | Sequence[str] | None = None,
         stream: bool = False,
         **sampling: Any,
     ) -> GenerationResult | list[GenerationResult] | AsyncIterator[GenerationResult]:
         """`generate` for asyncio, in any event loop; with ``stream``, await it and iterate with ``async for``."""
-        request = self._request(prompts, student_prompts, sampling_params, sampling, return_mixing_info)
+        request = self._request(
+            prompts, student_prompts, sampling_params, sampling, _returned(return_mixing_info, return_top_k, top_k_of)
+        )
         engine = self._running()
         with _plain_errors():
             output = await engine.loop.run(engine.async_generate(**request.arguments, stream=stream))
@@ -256,7 +270,7 @@ class OptimalSampler:
 
     # -- requests and results --------------------------------------------------------------------------------------
 
-    def _request(self, prompts, student_prompts, sampling_params, sampling, return_mixing_info) -> _Request:
+    def _request(self, prompts, student_prompts, sampling_params, sampling, returned) -> _Request:
         single, teachers = _as_batch(prompts, "prompts")
         if student_prompts is None:
             students = teachers
@@ -271,7 +285,7 @@ class OptimalSampler:
         _check_sampling(params)
         custom = dict(params.pop("custom_params", None) or {})
         custom.update({k: v for k, v in alpha.items() if v is not None})
-        custom["return_mixing_info"] = return_mixing_info
+        custom.update(returned)
         ids = [self._teacher_ids(prompt) for prompt in teachers]
         per_prompt = [{**params, "custom_params": {**custom, **self._student_fields(prompt)}} for prompt in students]
         call, self._calls = self._calls, self._calls + 1
@@ -313,10 +327,11 @@ class OptimalSampler:
         return results[0] if request.single and request.n == 1 else results
 
     def _result(self, request: _Request, position: int, entry: dict[str, Any]) -> GenerationResult:
-        from sglang_optimal.names import SERIES
+        from sglang_optimal.names import ALL_SERIES, TOP_K
+        from sglang_optimal.top_k import decode_top_k
 
         meta = entry["meta_info"]
-        series = {name: meta[name] for name in SERIES if name in meta}
+        series = {name: meta[name] for name in ALL_SERIES if name in meta}
         alphas = series.pop("alpha", [])
         reason = meta.get("finish_reason")
         result = GenerationResult(
@@ -327,6 +342,7 @@ class OptimalSampler:
             mixing_info=series,
             index=position // request.n,
             meta_info=meta,
+            top_k=decode_top_k(meta.get(TOP_K, {})),
         )
         if reason:
             self._history.append((request.call, array("f", alphas)))
@@ -351,6 +367,18 @@ class _Request:
     single: bool
     n: int
     call: int
+
+
+def _returned(return_mixing_info, return_top_k, top_k_of) -> dict[str, Any]:
+    """The fields of a request about what comes back."""
+    if not isinstance(return_mixing_info, bool | str):
+        return_mixing_info = list(return_mixing_info)
+    fields: dict[str, Any] = {"return_mixing_info": return_mixing_info}
+    if return_top_k is not None:
+        fields |= {"return_top_k": return_top_k, "top_k_format": "base64"}
+    if top_k_of is not None:
+        fields["top_k_of"] = top_k_of if isinstance(top_k_of, str) else list(top_k_of)
+    return fields
 
 
 @contextlib.contextmanager

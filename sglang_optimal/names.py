@@ -10,7 +10,31 @@ SERIES = (
     "ess_ratio",
 )
 """The per-token series of a mixed request, one value for each output token, see docs/api.md. In ``meta_info``
-``alpha`` always, the others with ``return_mixing_info``."""
+``alpha`` always, the others with ``return_mixing_info: true``."""
+
+MORE_SERIES = (
+    "teacher_entropy",
+    "student_entropy",
+    "mixture_entropy",
+    "kl_student_teacher",
+    "kl_teacher_student",
+    "ess_student",
+    "ess_teacher",
+    "teacher_rank",
+    "student_rank",
+    "behaviour_logprob",
+)
+"""Series that have to be asked for by name."""
+
+ALL_SERIES = SERIES + MORE_SERIES
+
+SIDES = ("teacher", "student", "mixture")
+"""The distributions of a token: both models' and q*."""
+
+TOP_K = "top_k"
+"""The most likely tokens of sides, in ``meta_info`` with ``return_top_k``."""
+
+MAX_TOP_K = 1024
 
 CARRIER = "mixing"
 """Key of a request's ``session_params`` under which its mixing fields may come instead of in ``custom_params``:

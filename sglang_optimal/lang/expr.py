@@ -9,6 +9,7 @@ from sglang.lang.ir import SglGen
 
 from sglang_optimal.config import ALPHA_KEYS, AlphaSettings, check_known, takes_settings
 from sglang_optimal.lang.contexts import Context, checked
+from sglang_optimal.wanted import wanted_by
 
 
 class MixedSglGen(SglGen):
@@ -37,7 +38,10 @@ def mixed_gen(
     teacher_ctx: Context = None,
     student_ctx: Context = None,
     *,
-    return_mixing_info: bool = True,
+    return_mixing_info: bool | list[str] = True,
+    return_top_k: int | None = None,
+    top_k_of: str | list[str] | None = None,
+    top_k_format: str | None = None,
     max_tokens: int | None = None,
     min_tokens: int | None = None,
     n: int | None = None,
@@ -72,7 +76,8 @@ def mixed_gen(
         teacher_ctx, student_ctx: what each model reads: text; chat messages, rendered on the server with that model's
             own chat template; for the student also token ids; or an expression of text, roles (``sgl.user(…) +
             sgl.assistant_begin()``), `state_text` and `state_var`. None: the text of this state so far.
-        return_mixing_info: all series in the meta info, not alpha alone.
+        return_mixing_info: all series in the meta info, not alpha alone; or the names of series, see docs/api.md.
+        return_top_k, top_k_of, top_k_format: the most likely tokens in the meta info, see docs/api.md.
         max_tokens, …, json_schema: as in ``sgl.gen``; they act on the mixture.
         **alpha: over the server's defaults: ``alpha_method``, ``alpha_min``, ``alpha_max``, ``fixed_alpha``, see
             AlphaSettings.
@@ -84,8 +89,10 @@ def mixed_gen(
     check_known(alpha, ALPHA_KEYS, "mixed_gen")
     given = {key: value for key, value in alpha.items() if value is not None}
     AlphaSettings().updated(given)
-    if not isinstance(return_mixing_info, bool):
-        raise ValueError(f"return_mixing_info: must be true or false, got {return_mixing_info!r}.")
+    top_k_fields = {"return_top_k": return_top_k, "top_k_of": top_k_of, "top_k_format": top_k_format}
+    returned: dict[str, Any] = {"return_mixing_info": return_mixing_info}
+    returned |= {name: value for name, value in top_k_fields.items() if value is not None}
+    wanted_by(returned)
     if choices is not None or choices_method is not None:
         raise ValueError("choices: a choice is scored by one model; use sgl.select.")
     if n not in (None, 1):
@@ -99,7 +106,7 @@ def mixed_gen(
         name,
         teacher_ctx,
         student_ctx,
-        {**given, "return_mixing_info": return_mixing_info},
+        {**given, **returned},
         max_new_tokens=max_tokens,
         min_new_tokens=min_tokens,
         n=n,

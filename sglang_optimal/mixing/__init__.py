@@ -3,6 +3,7 @@
 from sglang_optimal.mixing.alpha import ALPHA_METHODS, AlphaMethod, AlphaParams
 from sglang_optimal.mixing.filters import SamplingFilters
 from sglang_optimal.mixing.mixture import Mixture, compile_kernels, mix, token_logprobs
+from sglang_optimal.mixing.series import Sides, more_series, top_k
 from sglang_optimal.mixing.speculation import draw, verify, verify_greedy
 
 __all__ = [
@@ -11,10 +12,13 @@ __all__ = [
     "AlphaParams",
     "Mixture",
     "SamplingFilters",
+    "Sides",
     "compile_kernels",
     "draw",
     "mix",
+    "more_series",
     "token_logprobs",
+    "top_k",
     "verify",
     "verify_greedy",
 ]

@@ -24,6 +24,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang_optimal.config import AlphaSettings
 from sglang_optimal.mixing import AlphaParams
 from sglang_optimal.runtime.model_executor.host_copy import sent
+from sglang_optimal.wanted import Wanted
 
 
 @dataclasses.dataclass
@@ -49,12 +50,12 @@ class MixedRequest:
         sides: the models with their contexts; today two, the teacher first. Their weights, α and 1 − α, are solved for
             every token.
         alpha: how.
-        return_mixing_info: whether the client asked for every per-token series.
+        wanted: what the client asked for.
     """
 
     sides: list[Side]
     alpha: AlphaSettings
-    return_mixing_info: bool = False
+    wanted: Wanted = Wanted()
 
     @property
     def student(self) -> Side:
@@ -118,7 +119,7 @@ class MixedRows:
         device_row_ids: the same on the device, or None when every row is mixed.
         offsets, offsets_cpu: [n] int64, student length minus teacher length.
         alpha: per-row settings.
-        info: whether any row asked for all per-token series.
+        wanted: what any row asked for.
     """
 
     reqs: list[Req]
@@ -128,7 +129,7 @@ class MixedRows:
     offsets: torch.Tensor
     offsets_cpu: torch.Tensor
     alpha: AlphaParams
-    info: bool
+    wanted: Wanted
 
     @classmethod
     def build(cls, batch: ScheduleBatch, row_ids: list[int], as_student: Callable[[Req], Req]) -> MixedRows:
@@ -152,7 +153,7 @@ class MixedRows:
                 [0.5 if s.fixed_alpha is None else s.fixed_alpha for s in settings],
                 device,
             ),
-            info=any(req.mixing.return_mixing_info for req in reqs),
+            wanted=Wanted.by_all(req.mixing.wanted for req in reqs),
         )
 
     def select(self, tensor: torch.Tensor) -> torch.Tensor:

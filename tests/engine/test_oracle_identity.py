@@ -16,6 +16,10 @@ import pytest
 import torch
 from gpu_like.engines import gpu_state, start_gpu_like
 from harness import Case, check_all, check_greedy, check_pools, mixing_state, random_cases, random_ids, run, start
+from oracle import filter_probs, mix
+from series_oracle import check_series, check_top_k, entry_of
+
+from sglang_optimal.names import ALL_SERIES, SIDES
 
 SMALL = {"chunked_prefill_size": 16, "max_total_tokens": 400, "schedule_conservativeness": 0.05}
 ENGINES = {
@@ -135,6 +139,54 @@ def test_prefix_hits(sampler, oracle):
         assert hits >= 3 * len(shared_s) + len(grown_s) - 5
     again = run(sampler, cases)
     check_all(oracle, cases, again)
+
+
+SETTINGS = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.02}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "plain", "filtered"])
+def test_every_series_and_the_most_likely_tokens(sampler, oracle, settings):
+    """Of requests that ask for different things, with logit bias and a grammar, and with penalties beside them."""
+    rng = random.Random(71)
+    cases = [Case(random_ids(rng, 20), random_ids(rng, 12), 9, alpha) for alpha in ({}, {"fixed_alpha": 1.3}, {})]
+    cases[1].bias = {9: -50.0, 12: 3.0, 30: 1.5}
+    asked = [
+        {"return_mixing_info": list(ALL_SERIES), "return_top_k": 5, "top_k_of": list(SIDES)},
+        {"return_mixing_info": list(reversed(ALL_SERIES)), "return_top_k": 80, "top_k_of": "mixture"},
+        {"return_mixing_info": ["student_rank", "kl_to_teacher"], "return_top_k": 1},
+        {},
+    ]
+    params = [case.params(**settings) for case in [*cases, cases[0]]]
+    params[2] |= {"regex": "[a-f]{9}"}
+    params[3] |= {"frequency_penalty": 0.5}
+    for own, fields in zip(params, asked, strict=True):
+        own["custom_params"] = {k: v for k, v in own["custom_params"].items() if k != "return_mixing_info"} | fields
+    outputs = sampler.engine.generate(input_ids=[case.teacher for case in [*cases, cases[0]]], sampling_params=params)
+    filters = {name: value for name, value in settings.items() if name != "temperature"}
+    temperature = settings["temperature"] or 1.0
+    for case, output in zip(cases[:2], outputs, strict=False):
+        meta, ids = output["meta_info"], output["output_ids"]
+        assert len(ids) == case.n and all(len(meta[name]) == case.n for name in ALL_SERIES)
+        for i, token in enumerate(ids):
+            logits = oracle.next_logits(case.teacher, case.student, ids[:i], case.bias)
+            alpha = {"alpha_method": "fixed", **case.alpha} if case.alpha else {}
+            step = mix(*logits, temperature=temperature, **alpha)
+            behaviour = filter_probs(step.mixture.exp(), **filters)
+            if settings["temperature"] == 0.0:
+                behaviour = torch.ones_like(behaviour)
+            check_series({name: meta[name][i] for name in ALL_SERIES}, step, token, behaviour, 1e-3)
+            if case is cases[0]:
+                for side in SIDES:
+                    check_top_k(entry_of(meta["top_k"], side, i), side, 5, step, 1e-3)
+            else:
+                assert list(meta["top_k"]) == ["mixture"]
+                check_top_k(entry_of(meta["top_k"], "mixture", i), "mixture", 80, step, 1e-3)
+    meta = outputs[2]["meta_info"]
+    assert {name for name in ALL_SERIES if name in meta} == {"alpha", "student_rank", "kl_to_teacher"}
+    assert list(meta["top_k"]) == ["teacher", "student"] and len(meta["top_k"]["student"]["ids"]) == 9
+    assert all(1 <= rank <= 6 for rank in meta["student_rank"])  # of what the grammar allows
+    meta = outputs[3]["meta_info"]
+    assert [name for name in (*ALL_SERIES, "top_k") if name in meta] == ["alpha"]
 
 
 def test_one_request_shares_a_prefix_with_itself(sampler, oracle):

@@ -94,7 +94,7 @@ def install() -> None:
     for module in (shared_worker, schedule_batch):
         _fault("requests-for-rows", module, "rows_of", lambda batch: len(batch.reqs))
     _fault("old-ids", DecodeCudaGraphRunner, "load_batch", _with_old_ids(DecodeCudaGraphRunner.load_batch))
-    _fault("no-memory", speculative_worker, "token_series", _no_memory)
+    _fault("no-memory", speculative_worker, "token_values", _no_memory)
     _fault("student-raises", shared_worker.SharedTpModelWorker, "_forward_both", _raises)
     _view_of_first()
 

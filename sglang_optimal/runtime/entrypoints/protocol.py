@@ -17,6 +17,7 @@ from sglang_optimal.runtime.entrypoints.messages import (
     checked_template_kwargs,
     with_system_prompt,
 )
+from sglang_optimal.wanted import TOP_K_FIELDS, check_amount, wanted_by
 
 STUDENT_FIELDS = ("student_text", "student_input_ids", "student_messages")
 TEACHER_FIELDS = ("teacher_messages", "teacher_only_messages", "teacher_system_prompt", "teacher_chat_template_kwargs")
@@ -25,10 +26,20 @@ MIXING_FIELDS = (
     STUDENT_FIELDS
     + TEACHER_FIELDS
     + ("student_system_prompt", "student_chat_template_kwargs", "return_mixing_info", "return_prompts")
+    + TOP_K_FIELDS
     + ALPHA_KEYS
 )
 # Keys with these beginnings are meant for us: a typo must not quietly give plain teacher samples.
-_OUR_PREFIXES = ("student", "alpha", "fixed_alpha", "return_mixing", "return_prompts", "teacher")
+_OUR_PREFIXES = (
+    "student",
+    "alpha",
+    "fixed_alpha",
+    "return_mixing",
+    "return_prompts",
+    "return_top_k",
+    "top_k_",
+    "teacher",
+)
 _TYPO, _SURE_TYPO = 0.8, 0.93
 """From which likeness (`difflib`) on a key is one of ours misspelt: where nobody else reads custom_params, and where a
 custom logit processor of the client's own does."""
@@ -226,15 +237,19 @@ def to_wire(
             f"{name}: the student context is too long: {len(ids)} tokens and {max_new_tokens or 1} new ones exceed the "
             f"student's context length of {reader.context_length}. Shorten it or lower max_new_tokens."
         )
-    for name in ("return_mixing_info", "return_prompts"):
-        if fields.get(name) is not None and not isinstance(fields[name], bool):
-            raise ValueError(f"{name}: must be true or false, got {fields[name]!r}.")
+    if not isinstance(fields.get("return_prompts"), bool | None):
+        raise ValueError(f"return_prompts: must be true or false, got {fields['return_prompts']!r}.")
+    of_tokens = wanted_by(fields)
+    check_amount(of_tokens, max_new_tokens or reader.context_length)
     alpha = config.alpha.updated({k: fields[k] for k in ALPHA_KEYS if k in fields})
     others = {k: v for k, v in custom_params.items() if k not in fields}
     return {
         **others,
         "student_input_ids": ids,
-        "return_mixing_info": bool(fields.get("return_mixing_info")),
+        "return_mixing_info": list(of_tokens.series),
+        "return_top_k": of_tokens.top_k,
+        "top_k_of": list(of_tokens.sides) or None,
+        "top_k_format": of_tokens.top_k_format,
         **alpha.model_dump(),
     }
 
@@ -251,7 +266,7 @@ def from_wire(custom_params: Any, teacher_ids: array) -> MixedRequest | None:
     return MixedRequest(
         sides=[Side("teacher", teacher_ids), Side("student", array("q", custom_params["student_input_ids"]))],
         alpha=AlphaSettings(**settings),
-        return_mixing_info=bool(custom_params.get("return_mixing_info")),
+        wanted=wanted_by(custom_params),
     )
 
 

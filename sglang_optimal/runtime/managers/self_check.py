@@ -25,13 +25,14 @@ from sglang.srt.runtime_context import get_schedule
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from sglang_optimal.mixing import AlphaParams, mix
+from sglang_optimal.mixing import AlphaParams, Sides, mix
 from sglang_optimal.names import SERIES
 from sglang_optimal.runtime.core import PrefillChunk
 from sglang_optimal.runtime.managers.schedule_batch import prefill_part
 from sglang_optimal.runtime.mem_cache.student_kv import MIN_ALIASED_PREFIX
-from sglang_optimal.runtime.sampling.sampler import make_samplable, token_series
+from sglang_optimal.runtime.sampling.sampler import make_samplable, token_values
 from sglang_optimal.runtime.sampling.sampling_observer import EqualSides
+from sglang_optimal.wanted import Wanted
 
 EXACT = 0.02
 """Largest distance of two rows of logits in float32, see `_distances`; another context or model is about 1 away."""
@@ -149,7 +150,7 @@ class SelfCheck:
     def _message(self, rid: str, probe: _Probe) -> TokenizedGenerateReqInput:
         custom = None
         if probe.alpha is not None:
-            custom = {"student_input_ids": list(probe.student), "return_mixing_info": True, **probe.alpha}
+            custom = {"student_input_ids": list(probe.student), "return_mixing_info": list(SERIES), **probe.alpha}
         params = SamplingParams(
             temperature=0.0,
             max_new_tokens=probe.tokens,
@@ -305,7 +306,7 @@ class SelfCheck:
         mixture = mix(teacher, student, temperature, alpha, ess_ratio=True, implementation="torch")
         make_samplable(mixture.logits, mixture)
         ids = torch.tensor(list(probe.output_ids), device=teacher.device)
-        expected = token_series(mixture, teacher, student, temperature, ids).cpu()
+        expected = token_values(Sides(mixture, teacher, student, temperature), ids, Wanted()).cpu()
         seen = torch.tensor([probe.req.customized_info[name][:n] for name in SERIES]).T
         error = (seen - expected).abs() / expected.abs().clamp(min=1.0)
         # Where the sides hardly differ any alpha will do, and the ratio of sample sizes may be too large for float32.

@@ -16,10 +16,10 @@ from sglang.srt.runtime_context import get_device, get_model, get_serving
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_optimal.config import MixingConfig
-from sglang_optimal.names import SERIES
+from sglang_optimal.names import ALL_SERIES, TOP_K
 from sglang_optimal.runtime.configs.model_config import student_model_config
 from sglang_optimal.runtime.entrypoints.openai.chat_side import ChatSide
-from sglang_optimal.runtime.entrypoints.openai.stream_series import SERIES_RECORDER
+from sglang_optimal.runtime.entrypoints.openai.stream_series import SERIES_RECORDER, with_public_top_k
 from sglang_optimal.runtime.entrypoints.protocol import (
     STUDENT_FIELDS,
     StudentReader,
@@ -38,6 +38,7 @@ from sglang_optimal.runtime.managers.request_checks import (
     client_errors,
 )
 from sglang_optimal.runtime.model_executor.weight_updater import HELD, LEAVING_SECONDS, is_for_student, mark_for_student
+from sglang_optimal.wanted import wanted_by
 
 # Request features whose meaning for two contexts is not defined; refused rather than answered by the teacher alone.
 _UNSUPPORTED = (
@@ -151,7 +152,7 @@ class MixedTokenizerManager(TokenizerManager):
             check_batch(obj)
         outputs = super().generate_request(obj, request)
         recorder = SERIES_RECORDER.get()
-        return outputs if recorder is None else recorder.wrap(outputs)
+        return with_public_top_k(outputs) if recorder is None else recorder.wrap(outputs)
 
     async def update_student_weights_from_disk(
         self, obj: UpdateWeightFromDiskReqInput, request=None
@@ -273,6 +274,10 @@ class MixedTokenizerManager(TokenizerManager):
             self._check_plain(obj)
             return
         check_has_student(fields, self.mixing_config)
+        if "behaviour_logprob" in wanted_by(fields).series and obj.custom_logit_processor:
+            raise ValueError(
+                "return_mixing_info: behaviour_logprob is not known beside a custom_logit_processor; leave one out."
+            )
         wire = to_wire(custom, fields, self.mixing_config, self.student_reader, params.get("max_new_tokens"))
         for name in _UNSUPPORTED:
             if _is_given(getattr(obj, name, None)):
@@ -327,7 +332,7 @@ class MixedTokenizerManager(TokenizerManager):
         own = {
             key: values
             for key, values in customized_info.items()
-            if key not in SERIES
+            if key not in (*ALL_SERIES, TOP_K)
             or key in state.customized_info_accumulated
             or (values[index] and values[index][0] is not None)
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
@@ -12,11 +12,23 @@ from sglang.srt.layers.sampler import Sampler
 from sglang.srt.runtime_context import get_context, get_exec
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-from sglang_optimal.mixing import Mixture, compile_kernels, mix, token_logprobs
+from sglang_optimal.mixing import (
+    Mixture,
+    SamplingFilters,
+    Sides,
+    compile_kernels,
+    mix,
+    more_series,
+    token_logprobs,
+    top_k,
+)
 from sglang_optimal.runtime.core import MixedRows
 from sglang_optimal.runtime.managers.dead_ends import DeadRows, unmask_dead_rows
+from sglang_optimal.runtime.sampling.filters import filters_of
+from sglang_optimal.wanted import Wanted
 
 BACKEND = "optimal"
+BEHAVIOUR = "behaviour_logprob"
 
 
 @dataclasses.dataclass
@@ -26,12 +38,14 @@ class MixedLogits:
     Attributes:
         teacher, student: [n, V] logits, transformed. temperature: [n, 1].
         mixture: of both.
+        filters: what of the mixture may be drawn; None where nobody asked with what probability it was.
     """
 
     teacher: torch.Tensor
     student: torch.Tensor
     temperature: torch.Tensor
     mixture: Mixture
+    filters: SamplingFilters | None = None
 
 
 @dataclasses.dataclass
@@ -86,8 +100,11 @@ class MixingStep:
         # Where only one model knows an id, it stays masked.
         mixed = torch.empty((len(teacher), width), dtype=torch.float32, device=logits.device)
         mixed[:, v:] = -torch.inf
-        mixture = mix(teacher[:, :v], student, temperature, self.rows.alpha, ess_ratio=self.rows.info, out=mixed[:, :v])
-        self.mixed = MixedLogits(teacher[:, :v], student, temperature, mixture)
+        wanted = self.rows.wanted
+        ess_ratio = "ess_ratio" in wanted.series
+        mixture = mix(teacher[:, :v], student, temperature, self.rows.alpha, ess_ratio=ess_ratio, out=mixed[:, :v])
+        filters = filters_of(info, self.rows) if BEHAVIOUR in wanted.series else None
+        self.mixed = MixedLogits(teacher[:, :v], student, temperature, mixture, filters)
         make_samplable(mixed, mixture)
         if self.rows.device_row_ids is None:
             return mixed.to(logits.dtype)
@@ -110,13 +127,40 @@ class MixingStep:
         return self.student_logits
 
 
-def token_series(
-    m: Mixture, teacher_logits: torch.Tensor, student_logits: torch.Tensor, temperature: torch.Tensor, ids: torch.Tensor
+def token_values(
+    sides: Sides, ids: torch.Tensor, wanted: Wanted, behaviour: Callable[[], torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """The values of ``SERIES`` for one token of each row, [n, len(SERIES)] float32; arguments as `token_logprobs`."""
-    teacher, student, mixture = token_logprobs(m, teacher_logits, student_logits, temperature, ids)
+    """All that leaves the device with one token of each row.
+
+    Args:
+        sides: n rows. ids: [n] int64, the tokens.
+        behaviour: gives the log-probabilities [n] that they were drawn with; for that series.
+
+    Returns:
+        [n, C + 4·S·k] float32: the series ``wanted.columns``, then for each of ``wanted.sides`` the rows of
+        `sglang_optimal.mixing.top_k`.
+    """
+    m = sides.mixture
+    teacher, student, mixture = token_logprobs(m, sides.teacher_logits, sides.student_logits, sides.temperature, ids)
     ess = m.ess_ratio if m.ess_ratio is not None else torch.full_like(m.alpha, torch.nan)
-    return torch.stack([m.alpha, teacher, student, mixture, m.kl_to_student, m.kl_to_teacher, ess], dim=-1)
+    values = torch.stack([m.alpha, teacher, student, mixture, m.kl_to_student, m.kl_to_teacher, ess], dim=-1)
+    names = wanted.more_series
+    if not names and not wanted.top_k:
+        return values
+    parts = [values, more_series([name for name in names if name != BEHAVIOUR], sides, ids)]
+    if BEHAVIOUR in names:  # the last of all series
+        if behaviour is None:
+            raise RuntimeError("it is not known how the tokens were drawn")
+        parts.append(behaviour().unsqueeze(-1))
+    parts += [top_k(side, wanted.top_k, sides).flatten(1) for side in wanted.sides]
+    return torch.cat(parts, dim=-1)
+
+
+def behaviour_logprobs(mixture_logits: torch.Tensor, filters: SamplingFilters, ids: torch.Tensor) -> torch.Tensor:
+    """The log-probabilities [n] that tokens were drawn with: of the mixture, after temperature and the filters."""
+    probs = filters.probs(mixture_logits)
+    drawn = probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1).log()
+    return drawn.masked_fill_(filters.top_k <= 1, 0.0)
 
 
 def make_samplable(mixed: torch.Tensor, mixture: Mixture) -> None:

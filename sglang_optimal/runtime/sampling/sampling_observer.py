@@ -8,19 +8,24 @@ the sampled tokens, in one asynchronous copy.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.managers.auxiliary_output import CommittedTokens, DeviceAuxiliaryOutput, append_auxiliary_output
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-from sglang_optimal.names import SERIES
+from sglang_optimal.mixing import Sides
+from sglang_optimal.names import SERIES, TOP_K
 from sglang_optimal.runtime.managers.dead_ends import NOTHING_LEFT, end_request
-from sglang_optimal.runtime.sampling.sampler import MixingStep, token_series
+from sglang_optimal.runtime.sampling.sampler import MixingStep, behaviour_logprobs, token_values
+from sglang_optimal.top_k import TopK
+from sglang_optimal.wanted import Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +58,14 @@ class MixingObserver:
     def after_sample(self, state: MixingStep, token_ids: torch.Tensor) -> DeviceAuxiliaryOutput:
         mixed = state.take_mixed()
         token_ids = state.rows.select(token_ids).long()
-        values = token_series(mixed.mixture, mixed.teacher, mixed.student, mixed.temperature, token_ids).unsqueeze(1)
+        sides, filters = Sides(mixed.mixture, mixed.teacher, mixed.student, mixed.temperature), mixed.filters
+        behaviour = None
+        if filters is not None:
+            behaviour = functools.partial(behaviour_logprobs, sides.mixture_logits(), filters, token_ids)
+        values = token_values(sides, token_ids, state.rows.wanted, behaviour).unsqueeze(1)
         if self.on_sides is not None:
             self.on_sides(state.rows.reqs, mixed.teacher, mixed.student)
-        output = MixingDeviceOutput(state.rows.row_ids, values, self, state.failure)
+        output = MixingDeviceOutput(state.rows.row_ids, values, state.rows.wanted, self, state.failure)
         return append_auxiliary_output(output, state.dead_rows)
 
 
@@ -94,15 +103,17 @@ class EqualSides:
 
 @dataclasses.dataclass
 class MixingDeviceOutput:
-    """Extras on the device: ``values`` [n, w, len(SERIES)] of up to w tokens for each of the batch's ``host_rows``."""
+    """Extras on the device: ``values`` [n, w, …] (`token_values`) of up to w tokens for each of the batch's
+    ``host_rows``."""
 
     host_rows: list[int]
     values: torch.Tensor
+    wanted: Wanted
     observer: MixingObserver
     failure: str | None = None
 
     def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> MixingHostOutput:
-        return MixingHostOutput(self.host_rows, copy_tensor(self.values), self.observer, self.failure)
+        return MixingHostOutput(self.host_rows, copy_tensor(self.values), self.wanted, self.observer, self.failure)
 
 
 @dataclasses.dataclass
@@ -111,17 +122,26 @@ class MixingHostOutput:
 
     host_rows: list[int]
     values: torch.Tensor
+    wanted: Wanted
     observer: MixingObserver
     failure: str | None = None
 
     def consume(self, batch: ScheduleBatch, commits: Sequence[CommittedTokens | None]) -> None:
         sampled = []
-        for row, values in zip(self.host_rows, self.values.tolist(), strict=True):
+        columns = len(self.wanted.columns)
+        series, most_likely = self.values[..., :columns].tolist(), None
+        if self.wanted.top_k:
+            most_likely = self.values[..., columns:].unflatten(-1, (-1, 4, self.wanted.top_k)).numpy()
+        for i, row in enumerate(self.host_rows):
             commit = commits[row]
             if commit is None:  # chunk in flight, or a request that had already finished
                 continue
             # Fewer than were sampled where a stop condition ended the request among them.
-            sampled += self._take(batch.reqs[row], commit.output_index, values[: len(commit.token_ids)])
+            count = len(commit.token_ids)
+            kept = self._take(batch.reqs[row], commit.output_index, series[i][:count])
+            sampled += kept
+            if most_likely is not None:
+                self._take_top_k(batch.reqs[row], most_likely[i, : len(kept)])
         if sampled and self.observer.on_tokens is not None:
             self.observer.on_tokens(sampled)
 
@@ -135,14 +155,23 @@ class MixingHostOutput:
             if req.customized_info is None:
                 req.customized_info = {}
             self.observer.equal_sides.add(req, values)
-            names = SERIES if req.mixing.return_mixing_info else SERIES[:1]
-            for name, value in zip(names, values, strict=False):
-                req.customized_info.setdefault(name, []).append(value)
+            wanted = req.mixing.wanted.series
+            for name, value in zip(self.wanted.columns, values, strict=True):
+                if name == "alpha" or name in wanted:
+                    req.customized_info.setdefault(name, []).append(value)
         return tokens
+
+    def _take_top_k(self, req: Any, tokens: np.ndarray) -> None:
+        """Add the most likely tokens [tokens, sides of the batch, 4, k of the batch] that the request asked for."""
+        wanted = req.mixing.wanted
+        if wanted.top_k:
+            sides = [self.wanted.sides.index(side) for side in wanted.sides]
+            entries = [TopK(wanted.sides, wanted.top_k_format, token[sides, :, : wanted.top_k]) for token in tokens]
+            req.customized_info.setdefault(TOP_K, []).extend(entries)
 
     def _problem(self, values: list[float]) -> str | None:
         """Why there is no mixture that this token could have come from; None when there is."""
-        alpha, teacher, student, _, kl_to_student, kl_to_teacher, _ = values
+        alpha, teacher, student, _, kl_to_student, kl_to_teacher = values[:6]
         if math.isfinite(alpha) and math.isfinite(kl_to_student) and math.isfinite(kl_to_teacher):
             return None
         if self.failure is not None:

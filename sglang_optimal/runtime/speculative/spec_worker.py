@@ -22,7 +22,7 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
-from sglang_optimal.mixing import mix
+from sglang_optimal.mixing import Sides, mix
 from sglang_optimal.mixing.filters import SamplingFilters
 from sglang_optimal.mixing.speculation import verify, verify_greedy
 from sglang_optimal.runtime.core import DecodePlan, DraftRows, MixedRows, student_of
@@ -30,7 +30,7 @@ from sglang_optimal.runtime.managers.schedule_batch import as_ordinary_decode, d
 from sglang_optimal.runtime.model_executor.host_copy import sent
 from sglang_optimal.runtime.model_executor.student_failure import student_failure
 from sglang_optimal.runtime.sampling.filters import filters_of
-from sglang_optimal.runtime.sampling.sampler import MixingStep, make_samplable, token_series
+from sglang_optimal.runtime.sampling.sampler import MixingStep, make_samplable, token_values
 from sglang_optimal.runtime.speculative.adaptive_draft_length import AdaptiveDraftLength, FixedDraftLength
 from sglang_optimal.runtime.speculative.draft_input import MixingDraftInput
 from sglang_optimal.runtime.speculative.draft_temperature import DraftTemperature
@@ -194,9 +194,12 @@ class MixingSpecWorker(BaseSpecWorker):
         # All n rows at the first position, then at the second, …
         student, filters_everywhere = draft.logits.view(width * n, v), filters.repeat(width)
         temperature = filters_everywhere.temperature
-        mixture = mix(teacher, student, temperature, drafted.alpha.repeat(width), ess_ratio=drafted.info)
+        wanted = rows.mixed.wanted  # of all mixed rows: those in lockstep bring the same columns
+        ess_ratio = "ess_ratio" in wanted.series
+        mixture = mix(teacher, student, temperature, drafted.alpha.repeat(width), ess_ratio=ess_ratio)
         make_samplable(mixture.logits, mixture)
         if draft.probs is None:
+            target_probs = None
             target_token_ids = mixture.logits.argmax(-1).view(width, n)
             token_ids, num_accepted = verify_greedy(target_token_ids, draft.token_ids)
         else:
@@ -206,7 +209,14 @@ class MixingSpecWorker(BaseSpecWorker):
             token_ids, num_accepted = verify(target_probs, draft.probs, draft.token_ids)
         token_ids, num_accepted = self._broadcast(token_ids), self._broadcast(num_accepted)
 
-        values = token_series(mixture, teacher, student, temperature, token_ids.reshape(-1)).view(width, n, -1)
+        ids = token_ids.reshape(-1)
+
+        def behaviour() -> torch.Tensor:
+            if target_probs is None:  # all rows are greedy
+                return torch.zeros_like(mixture.alpha)
+            return target_probs.view(width * n, v).gather(-1, ids.unsqueeze(-1)).squeeze(-1).log()
+
+        values = token_values(Sides(mixture, teacher, student, temperature), ids, wanted, behaviour).view(width, n, -1)
         output = VerifyOutput(rows, token_ids, num_accepted, values, mixture.logits.view(width, n, v))
         observer = target.model_runner.sampling_observer
         if observer.on_sides is not None:

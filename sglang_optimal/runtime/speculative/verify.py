@@ -68,7 +68,7 @@ class VerifyOutput:
     Attributes:
         rows: which rows of the batch.
         token_ids: [w, n] int64, num_accepted: [n] int64; the first ``num_accepted`` + 1 tokens of a row count.
-        values: [w, n, len(SERIES)] float32.
+        values: [w, n, …] float32, see `token_values`.
         logits: [w, n, v], the mixture's.
     """
 
@@ -119,7 +119,9 @@ class VerifyOutput:
         output = LogitsProcessorOutput(next_token_logits=None)
         if batch.return_logprob:
             self._write_logprobs(output, batch, None if lockstep is None else lockstep[1])
-        extras: DeviceAuxiliaryOutput | None = MixingDeviceOutput(rows.row_ids, values, observer, failure)
+        extras: DeviceAuxiliaryOutput | None = MixingDeviceOutput(
+            rows.row_ids, values, self.rows.mixed.wanted, observer, failure
+        )
         for other in others:
             extras = append_auxiliary_output(extras, other)
         output.auxiliary_device_output = extras

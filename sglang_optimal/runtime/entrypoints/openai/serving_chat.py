@@ -28,6 +28,7 @@ from sglang_optimal.runtime.entrypoints.openai.chat_side import as_request
 from sglang_optimal.runtime.entrypoints.openai.stream_series import (
     SERIES_RECORDER,
     SeriesRecorder,
+    for_client,
     prompts_of,
     series_of,
 )
@@ -150,7 +151,7 @@ def _checked_variables(value: Any, name: str) -> dict[str, Any]:
 def _with_series(response: Any, outputs: list[dict[str, Any]]) -> Any:
     """The response with ``sglext.mixing``, or itself for a plain request. Pydantic would drop a field that SGLang's
     classes do not declare, so the mixed answer is a class of its own with the same content."""
-    series = [{**series_of(output["meta_info"]), **prompts_of(output["meta_info"])} for output in outputs]
+    series = [{**for_client(series_of(output["meta_info"])), **prompts_of(output["meta_info"])} for output in outputs]
     if not any(series):
         return response
     ext = response.sglext.model_dump() if response.sglext is not None else {}

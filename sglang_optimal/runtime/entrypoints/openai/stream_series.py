@@ -7,15 +7,44 @@ import contextvars
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from sglang_optimal.names import PROMPTS, SERIES
+from sglang_optimal.names import ALL_SERIES, PROMPTS, TOP_K
+from sglang_optimal.top_k import public
 
 SERIES_RECORDER: contextvars.ContextVar[SeriesRecorder | None] = contextvars.ContextVar("series_recorder", default=None)
 """Set while a handler starts a request that it wants to follow."""
 
 
 def series_of(meta_info: dict[str, Any], start: int = 0) -> dict[str, list[float]]:
-    """The per-token series in ``meta_info``, from token ``start`` on; empty for a plain request."""
-    return {name: meta_info[name][start:] for name in SERIES if meta_info.get(name) is not None}
+    """The per-token series in ``meta_info``, from token ``start`` on; empty for a plain request.
+
+    The most likely tokens are as they come from the scheduler, or as a client gets them (then ``start`` is 0).
+    """
+    series = {name: meta_info[name][start:] for name in ALL_SERIES if meta_info.get(name) is not None}
+    if isinstance(meta_info.get(TOP_K), list):
+        series[TOP_K] = meta_info[TOP_K][start:]
+    elif TOP_K in meta_info:
+        series[TOP_K] = meta_info[TOP_K]
+    return series
+
+
+def for_client(series: dict[str, Any]) -> dict[str, Any]:
+    """The same with the most likely tokens as a client gets them."""
+    tokens = series.get(TOP_K)
+    return {**series, TOP_K: public(tokens)} if isinstance(tokens, list) else series
+
+
+async def with_public_top_k(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """Yield what ``outputs`` yields, an output or a list of them, with `for_client` of its ``meta_info``."""
+    async with contextlib.aclosing(outputs):
+        async for output in outputs:
+            yield [_public(part) for part in output] if isinstance(output, list) else _public(output)
+
+
+def _public(output: dict[str, Any]) -> dict[str, Any]:
+    meta_info = output.get("meta_info")
+    if isinstance(meta_info, dict) and isinstance(meta_info.get(TOP_K), list):
+        return {**output, "meta_info": for_client(meta_info)}
+    return output
 
 
 def prompts_of(meta_info: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +84,7 @@ class SeriesRecorder:
 
     def pop_new(self, index: int) -> dict[str, Any]:
         """Series of the tokens of choice ``index`` that were not taken before; prompts with the last of them."""
-        series = self._waiting.pop(index, {})
+        series = for_client(self._waiting.pop(index, {}))
         return series if series.get("alpha") or prompts_of(series) else {}
 
 
