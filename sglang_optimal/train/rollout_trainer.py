@@ -1,0 +1,139 @@
+"""Trains the student on what a sampler draws meanwhile, and gives the sampler the student as it becomes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import TrainerCallback
+
+from sglang_optimal.names import SERIES
+from sglang_optimal.train.config import TrainConfig
+from sglang_optimal.train.record_trainer import RecordTrainer
+
+
+class Sampler(Protocol):
+    """What is asked of a sampler; `sglang_optimal.OptimalSampler` is one."""
+
+    def generate(self, prompts: Any, student_prompts: Any, **sampling: Any) -> Any: ...
+
+    def update_student_weights(self, weights: str) -> None: ...
+
+
+class RolloutTrainer(RecordTrainer):
+    """Each step: sample with the mixture of teacher and present student, train on it, update the sampler's student.
+
+    Args:
+        model: the student, as in `RecordTrainer`. The sampler gets its weights before the first step, so that both are
+            one model, also after resuming.
+        args: `TrainConfig`; ``update_every`` steps lie between updates. In one process.
+        sampler: an `OptimalSampler` whose student has weights of its own (another model, or
+            ``student_weights="separate"``).
+        train_dataset: rows with ``prompt`` (what the teacher reads) and ``student_prompt``: text, token ids or
+            messages, as `OptimalSampler.generate` takes them.
+        sampling: parameters of ``generate``, such as ``{"max_new_tokens": 64, "n": 4}``; temperature 1 by default.
+        **more: Trainer's own arguments.
+
+    Raises:
+        ValueError: more than one process; a row without prompts; samples without what the loss needs.
+        RuntimeError: a sample was aborted, or has no tokens.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainConfig,
+        sampler: Sampler,
+        train_dataset: Any,
+        *,
+        sampling: Mapping[str, Any] | None = None,
+        **more: Any,
+    ):
+        if args.world_size > 1:
+            raise ValueError("args: RolloutTrainer runs in one process; its sampler holds the engine.")
+        self.sampler = sampler
+        self.sampling = {"temperature": 1.0, **(sampling or {})}
+        super().__init__(model, args, train_dataset, **{"data_collator": list, **more})
+        self.add_callback(_Updates(self))
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Samples for the rows of the batch, then Trainer's own step."""
+        return super().training_step(model, self.records(self.rollouts(inputs)), num_items_in_batch)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """As `training_step`, for evaluation."""
+        return super().prediction_step(model, self.records(self.rollouts(inputs)), *args, **kwargs)
+
+    def rollouts(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Sample for rows with prompts.
+
+        Returns:
+            Records of the columns that `RecordCollator` reads, ``n`` for each row.
+        """
+        for name in ("prompt", "student_prompt"):
+            if any(row.get(name) is None for row in rows):
+                raise ValueError(f"{name}: every row of train_dataset needs one; the teacher reads `prompt`.")
+        custom = {**(self.sampling.get("custom_params") or {}), "return_prompts": True}
+        asked = {**self.sampling, "custom_params": custom, "return_mixing_info": True}
+        students = [row["student_prompt"] for row in rows]
+        results = self.sampler.generate([row["prompt"] for row in rows], students, **asked)
+        flat = [each for result in results for each in (result if isinstance(result, list) else [result])]
+        return [self._record(result, students[result.index]) for result in flat]
+
+    def _record(self, result: Any, student_prompt: Any) -> dict[str, Any]:
+        if result.finish_reason == "abort" or not result.token_ids:
+            raise RuntimeError(
+                f"sampler: a sample ended with {result.finish_reason!r}, {len(result.token_ids)} tokens."
+            )
+        said = {**result.meta_info, **result.mixing_info}
+        ids = said.get("student_prompt_ids")
+        if ids is None:
+            if isinstance(student_prompt, str) or not isinstance(student_prompt[0], int):
+                raise ValueError("student_prompt: the sampler does not return prompts; give token ids.")
+            ids = student_prompt
+        extra = {name: said[name] for name in said if name in _SERIES or name.startswith("top_k_")}
+        return {
+            **extra, "student_prompt_ids": ids, "token_ids": result.token_ids, "sampling": json.dumps(self._settings())
+        }  # fmt: skip
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides how the tokens are drawn from q*."""
+        given = {**(self.sampling.get("sampling_params") or {}), **self.sampling}
+        return {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if given.get(name) is not None}
+
+    def update_sampler(self) -> None:
+        """Give the sampler the student's present weights, an adapter merged."""
+        with tempfile.TemporaryDirectory(prefix="sglang-optimal-student-") as folder:
+            save_student(self.accelerator.unwrap_model(self.model), Path(folder))
+            self.sampler.update_student_weights(folder)
+
+
+class _Updates(TrainerCallback):
+    """Updates the sampler before the first step and after every ``update_every``."""
+
+    def __init__(self, trainer: RolloutTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.update_sampler()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.update_every == 0:
+            self.trainer.update_sampler()
+
+
+def save_student(model: Any, folder: Path) -> None:
+    """Write the model's checkpoint, in safetensors and with the names that transformers reads.
+
+    A peft model is merged in a copy: merging and unmerging in place would round 16-bit weights anew at every step.
+    """
+    if hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model).merge_and_unload()
+    model.save_pretrained(folder)
+
+
+_SERIES = (*SERIES, "behaviour_logprob")
