@@ -66,7 +66,7 @@ def _series_of(value: Any) -> tuple[str, ...]:
     if value is None or isinstance(value, bool):
         return SERIES if value else ()
     if not isinstance(value, list | tuple):
-        raise ValueError(f"return_mixing_info: must be true, false or a list of series, got {value!r}.")
+        raise ValueError(f"return_mixing_info: must be true or false, or a list of series, got {value!r}.")
     for name in value:
         if not isinstance(name, str):
             raise ValueError(f"return_mixing_info: a series is a name, got {name!r}.")

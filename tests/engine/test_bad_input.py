@@ -77,6 +77,25 @@ BAD = {
     ),
     "a pickle": ({"student_input_ids": b"\x80\x04."}, "student_input_ids: must be a list of token ids, got bytes"),
     "info not a boolean": ({**IDS, "return_mixing_info": "yes"}, "return_mixing_info: must be true or false"),
+    "an unknown series": (
+        {**IDS, "return_mixing_info": ["alpha", "kl_student"]},
+        "return_mixing_info: unknown .*kl_student.*Did you mean",
+    ),
+    "a series that is no name": ({**IDS, "return_mixing_info": [7]}, "return_mixing_info: a series is a name, got 7"),
+    "too many of the most likely": ({**IDS, "return_top_k": 1025}, "return_top_k: must be an integer from 0 to 1024"),
+    "less than none": ({**IDS, "return_top_k": -1}, "return_top_k: must be an integer from 0 to 1024, got -1"),
+    "top k not a number": ({**IDS, "return_top_k": True}, "return_top_k: must be an integer"),
+    "top k of nobody": ({**IDS, "return_top_k": 3, "top_k_of": "judge"}, "top_k_of: 'judge' is not one of teacher"),
+    "top k of nothing": ({**IDS, "return_top_k": 3, "top_k_of": []}, "top_k_of: must be one of"),
+    "top k of a number": ({**IDS, "return_top_k": 3, "top_k_of": 7}, "top_k_of: must be one of"),
+    "sides without top k": ({**IDS, "top_k_of": "teacher"}, "top_k_of: only read with return_top_k"),
+    "an unknown format": (
+        {**IDS, "return_top_k": 3, "top_k_format": "npz"},
+        "top_k_format: must be one of lists, base64",
+    ),
+    "format without top k": ({**IDS, "top_k_format": "base64"}, "top_k_format: only read with return_top_k"),
+    "top k misspelt": ({**IDS, "return_topk": 3}, "Did you mean 'return_top_k'"),
+    "top k without a context": ({"return_top_k": 3}, "exactly one of student_text"),
     "student longer than its context": (
         {"student_input_ids": [10] * (CONTEXT_LENGTH + 1)},
         "student_input_ids: the student context is too long: 257 tokens",
@@ -89,6 +108,18 @@ BAD = {
 def test_message_names_the_field(sampler, custom_params, message):
     with pytest.raises(ValueError, match=message):
         ask(sampler, custom_params)
+
+
+def test_more_most_likely_tokens_than_an_answer_may_have(sampler, monkeypatch):
+    monkeypatch.setattr("sglang_optimal.wanted.LARGEST_TOP_K", 12_000)
+    sides = {**IDS, "top_k_of": ["teacher", "student", "mixture"]}
+    with pytest.raises(
+        ValueError, match="return_top_k: 41 tokens of 3 sides for each of up to 100 output tokens are 12300"
+    ):
+        ask(sampler, {**sides, "return_top_k": 41}, max_new_tokens=100)
+    with pytest.raises(ValueError, match="return_top_k: 17 tokens of 3 sides for each of up to 256 output tokens"):
+        ask(sampler, {**sides, "return_top_k": 17}, max_new_tokens=None)
+    ask(sampler, {**sides, "return_top_k": 40}, max_new_tokens=100)
 
 
 def test_student_context_and_new_tokens_too_long(sampler):

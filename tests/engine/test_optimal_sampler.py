@@ -107,6 +107,26 @@ def test_streaming(sampler):
     assert all(chunk.finish_reason == "length" for chunk in last.values())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_most_likely_tokens_and_series_by_name(sampler, stream):
+    """As arrays, which grow with a stream."""
+    asked = {"return_mixing_info": ("mixture_entropy", "mixture_logprob"), "return_top_k": 4, "top_k_of": "mixture"}
+    results = sampler.generate(TEACHERS, STUDENTS, stream=stream, **asked, **GREEDY)
+    if stream:
+        results = {chunk.index: chunk for chunk in results}.values()
+    for result in results:
+        assert result.mixing_info.keys() == {"mixture_entropy", "mixture_logprob"}
+        entry = result.top_k["mixture"]
+        assert entry["ids"].shape == entry["teacher_logprobs"].shape == (len(result.token_ids), 4)
+        assert entry["ids"][:, 0].tolist() == result.token_ids  # greedy
+        assert entry["mixture_logprobs"][:, 0].tolist() == pytest.approx(
+            result.mixing_info["mixture_logprob"], abs=1e-5
+        )
+    assert sampler.generate(TEACHERS[0], STUDENTS[0], **GREEDY).top_k == {}
+    both = sampler.generate(TEACHERS[0], STUDENTS[0], return_top_k=2, top_k_of=("student", "teacher"), **GREEDY)
+    assert both.top_k.keys() == {"teacher", "student"}
+
+
 def test_asyncio(sampler):
     async def both():
         whole = await asyncio.gather(

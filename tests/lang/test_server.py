@@ -39,6 +39,18 @@ def test_run(backend, client, tiny_oracle):
     assert generate(client, text=HINT, sampling_params=params)["text"] == state["x"]
 
 
+def test_the_most_likely_tokens(backend):
+    @sgl.function
+    def look(s):
+        asked = {"return_mixing_info": ["teacher_rank"], "return_top_k": 2, "top_k_of": "teacher"}
+        s += PROBLEM + so.mixed_gen("x", teacher_ctx=HINT, **asked, **GREEDY)
+
+    meta = look.run(backend=backend).get_meta_info("x")
+    ids = meta["top_k"]["teacher"]["ids"]
+    assert len(ids) == len(meta["teacher_rank"]) == 12 and all(len(row) == 2 for row in ids)
+    assert "kl_to_student" not in meta
+
+
 def test_run_batch_with_progress_bar(backend, tiny_oracle, capsys):
     batch = [{"problem": f"what is {i}+30? ", "hint": f"copy {i + 30}. "} for i in range(8)]
     states = solve.run_batch(batch, backend=backend, num_threads=8, progress_bar=True)

@@ -7,6 +7,7 @@ import random
 import time
 
 import httpx
+import numpy as np
 import pytest
 import yaml
 from harness import SMALL, Case, check_greedy, random_ids
@@ -15,6 +16,7 @@ from tiny_models import small_chat_ids as chat_ids
 from tiny_models import small_ids as ids
 from tiny_models import small_text as text_of
 
+from sglang_optimal import decode_top_k
 from sglang_optimal.names import SERIES
 
 API_KEY = "a-key-for-this-test"
@@ -88,6 +90,31 @@ def test_each_student_field(client, tiny_oracle, field, value, student):
     assert output["text"] == text_of(output["output_ids"])
     assert output["meta_info"]["prompt_tokens"] == len(case.teacher)
     assert max(output["meta_info"]["alpha"]) == pytest.approx(0.3)  # the server's bound
+
+
+@pytest.mark.parametrize("form", ["lists", "base64"])
+def test_the_most_likely_tokens(client, form):
+    """Of a batch with two samples each, and growing with a stream; plain requests beside have none."""
+    case = Case(ids(TEACHER_TEXT), ids(STUDENT_TEXT), 6)
+    params = case.params()
+    params["custom_params"] |= {"return_top_k": 3, "top_k_of": "teacher", "top_k_format": form}
+    batch = [case.teacher, case.teacher, case.teacher]
+    outputs = generate(client, input_ids=batch, sampling_params=[params, params, {"max_new_tokens": 6}])
+    assert "top_k" not in outputs[2]["meta_info"]
+    one = outputs[0]["meta_info"]["top_k"]
+    assert one == outputs[1]["meta_info"]["top_k"]
+    expected = decode_top_k(one)["teacher"]
+    assert expected["ids"].shape == (6, 3) and expected["teacher_tail"].shape == (6,)
+    if form == "base64":
+        assert one["teacher"]["ids"].keys() == {"dtype", "shape", "base64"} and one["teacher"]["ids"]["dtype"] == "<i4"
+    else:
+        assert len(one["teacher"]["ids"][0]) == 3 and isinstance(one["teacher"]["teacher_logprobs"][0][0], float)
+    seen = 0
+    for event in events(client, "/generate", {"input_ids": case.teacher, "sampling_params": params, "stream": True}):
+        part = decode_top_k(event["meta_info"]["top_k"])["teacher"]
+        seen = len(part["ids"])
+        assert seen == len(event["output_ids"]) and np.array_equal(part["ids"], expected["ids"][:seen])
+    assert seen == 6
 
 
 def test_alpha_comes_unasked_and_the_other_series_do_not(client, tiny_oracle):

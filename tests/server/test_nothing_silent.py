@@ -156,6 +156,10 @@ def test_parameters_of_a_client_s_own_processor(client):
     for typo in ({"student_txt": "b"}, {"alpha_methd": "fixed"}, {"student_text": "b", "alpha_min": 2}):
         response = client.post("/generate", json={**body, "sampling_params": {"custom_params": typo}})
         assert response.status_code == 400
+    # What the processor makes of the mixture is not known.
+    mixed = {"student_text": "b", "return_mixing_info": ["behaviour_logprob"], "token_ids": [5]}
+    response = client.post("/generate", json={**body, "sampling_params": {"custom_params": mixed}})
+    assert "return_mixing_info: behaviour_logprob is not known beside a custom_logit" in message_of(response)
     # Where nobody else reads them they are typing errors.
     response = client.post("/generate", json={"text": "a", "sampling_params": {"custom_params": {"alpha": 2.0}}})
     assert "custom_params: unknown key 'alpha'" in message_of(response)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import openai
 import pytest
 from serving import events, generate, message_of
 from tiny_models import small_chat_ids, small_ids, small_text
 
+from sglang_optimal import decode_top_k
 from sglang_optimal.names import SERIES
 
 PROBLEM, HINT = "what is 12+30?", "the answer is 42."
@@ -172,6 +174,26 @@ def test_chat_stream(ai, n):
         assert series[choice.index].keys() == mixing.keys() == set(SERIES)
         for name, values in mixing.items():
             assert series[choice.index][name] == pytest.approx(values, abs=1e-4)
+
+
+@pytest.mark.parametrize("form", ["lists", "base64"])
+def test_the_most_likely_tokens_of_a_chat(ai, form):
+    """A stream's chunks have those of their own tokens."""
+    asked = {"return_top_k": 3, "top_k_of": ["student", "mixture"], "top_k_format": form}
+    custom = {"teacher_system_prompt": HINT, **asked, "return_mixing_info": ["student_entropy"]}
+    (whole,) = chat(ai, custom).sglext["mixing"]
+    assert whole.keys() == {"alpha", "student_entropy", "top_k"} and whole["top_k"].keys() == {"student", "mixture"}
+    expected = decode_top_k(whole["top_k"])
+    assert expected["mixture"]["ids"].shape == (12, 3)
+    parts = []
+    for chunk in chat(ai, custom, stream=True):
+        if hasattr(chunk, "sglext") and "top_k" in chunk.sglext["mixing"][0]:
+            (new,) = chunk.sglext["mixing"]
+            parts.append(decode_top_k(new["top_k"]))
+            assert len(parts[-1]["student"]["ids"]) == len(new["student_entropy"])
+    for side, entry in expected.items():
+        for name, array in entry.items():
+            assert np.allclose(np.concatenate([part[side][name] for part in parts]), array, atol=1e-4)
 
 
 def test_completions(ai, tiny_oracle):
