@@ -74,8 +74,8 @@ def mixed_gen(
             sgl.assistant_begin()``), `state_text` and `state_var`. None: the text of this state so far.
         return_mixing_info: all series in the meta info, not alpha alone.
         max_tokens, …, json_schema: as in ``sgl.gen``; they act on the mixture.
-        **alpha: over the server's defaults: ``alpha_method``, ``alpha_min``, ``alpha_max``, ``fixed_alpha``, see
-            AlphaSettings.
+        **alpha: over the server's defaults: ``alpha_method``, ``alpha_min``, ``alpha_max``, ``fixed_alpha``,
+            ``kl_budget``, ``kl_budget_teacher``, see AlphaSettings.
 
     Raises:
         ValueError: names the argument and the fix. What only the server knows is refused there; the state then has it

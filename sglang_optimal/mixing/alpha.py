@@ -311,7 +311,8 @@ def kl_budget(pair: LogPair, budget: Tensor, of_teacher: bool = False) -> Tensor
     def f(p: LogPair, x: Tensor) -> tuple[Tensor, Tensor]:
         value, slope = kl(p, x)
         root = (2.0 * value).sqrt_()
-        return root, slope / root
+        # The slope of a KL that is noise says nothing; 0 bisects.
+        return root, torch.where(value <= KL_TOLERANCE, 0.0, slope / root)
 
     # The ends are decided first, because between them only the region near the root is looked at.
     most, _ = kl(pair, torch.ones_like(pair.student_log_z))

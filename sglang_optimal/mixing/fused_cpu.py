@@ -268,15 +268,14 @@ def _within(sign, budget, base, delta, center, log_zs, half_log_w, half_mean, ha
         else:
             high = x
         target = low
-        if kl > 0.0:
+        if kl > KL_TOLERANCE:  # the slope of noise says nothing
             root = np.sqrt(2.0 * kl)
             slope = x * variance / root
             curvature = (slope - before) / moved if step > 0 else 8.0 * (np.sqrt(2.0 * kl_end) - root - slope / 2.0)
             before = slope
             newton = (wanted - root) / slope
-            target = x + newton / (1.0 + newton * curvature / (2.0 * slope))
-            if not low < target < high:
-                target = x + newton
+            bend = newton * curvature / (2.0 * slope)
+            target = x + (newton / (1.0 + bend) if abs(bend) < 0.5 else newton)
         if not (low < target < high and abs(target - x) <= last / 2.0):
             target = (low + high) / 2.0
         moved = target - x

@@ -392,7 +392,7 @@ def _within(
     while step < _STEPS:
         kl = x * sign * mean - (log_w - log_zs)
         root = tl.sqrt(tl.where(kl < 0.0, 0.0, 2.0 * kl))
-        slope = x * variance / root
+        slope = tl.where(kl <= _KL_TOLERANCE, 0.0, x * variance / root)  # that of noise says nothing; 0 bisects
         curvature = tl.where(step == 0, 8.0 * (slope * 0.5 - root), (slope - before) / moved)
         before = slope
         step += 1
@@ -408,8 +408,8 @@ def _within(
             low = tl.where(kl < budget, x, low)
             high = tl.where(kl < budget, high, x)
             newton = (wanted - root) / slope
-            target = x + newton / (1.0 + newton * curvature / (2.0 * slope))
-            target = tl.where((low < target) & (target < high), target, x + newton)
+            bend = newton * curvature / (2.0 * slope)
+            target = x + tl.where(tl.abs(bend) < 0.5, newton / (1.0 + bend), newton)
             inside = (low < target) & (target < high) & (tl.abs(target - x) <= last / 2)
             target = tl.where(inside, target, (low + high) / 2)
             # As far as the slope at ½ can tell, all fits the budget, and the pass over the end is the last one.

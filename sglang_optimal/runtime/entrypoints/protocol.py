@@ -28,7 +28,7 @@ MIXING_FIELDS = (
     + ALPHA_KEYS
 )
 # Keys with these beginnings are meant for us: a typo must not quietly give plain teacher samples.
-_OUR_PREFIXES = ("student", "alpha", "fixed_alpha", "return_mixing", "return_prompts", "teacher")
+_OUR_PREFIXES = ("student", "alpha", "fixed_alpha", "kl_budget", "return_mixing", "return_prompts", "teacher")
 _TYPO, _SURE_TYPO = 0.8, 0.93
 """From which likeness (`difflib`) on a key is one of ours misspelt: where nobody else reads custom_params, and where a
 custom logit processor of the client's own does."""
