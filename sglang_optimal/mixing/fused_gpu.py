@@ -400,9 +400,7 @@ def _within(
         if kl != kl:  # NaN stays
             alpha = kl
             step = _STEPS
-        elif (x == 1.0) & (kl <= budget):
-            step = _STEPS
-        elif (tl.abs(kl - budget) <= _KL_TOLERANCE) & (to_end == 0):
+        elif (x == 1.0) & (kl <= budget) or (tl.abs(kl - budget) <= _KL_TOLERANCE) & (to_end == 0):
             step = _STEPS
         else:
             low = tl.where(kl < budget, x, low)

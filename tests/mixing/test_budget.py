@@ -195,7 +195,10 @@ def test_each_row_has_its_own():
     methods = [("kl_budget", "fixed", "kl_budget_teacher", "kl_symmetry")[i % 4] for i in range(40)]
     budgets = [0.05 * i for i in range(40)]
     params = AlphaParams.from_lists(methods, [0.0] * 40, [1.0] * 40, [-0.5] * 40, kl_budget=budgets)
-    for p, t, s, times in ((params, teacher, student, 1), (params.repeat(2), teacher.tile(2, 1), student.tile(2, 1), 2)):
+    for p, t, s, times in (
+        (params, teacher, student, 1),
+        (params.repeat(2), teacher.tile(2, 1), student.tile(2, 1), 2),
+    ):
         m = mix(t, s, torch.ones(40 * times), p)
         kls = {"kl_budget": m.kl_to_student, "kl_budget_teacher": m.kl_to_teacher}
         used = 0
