@@ -28,6 +28,8 @@ ALPHA_METHODS = (
 """Names in the order of ``sglang_optimal.mixing.AlphaMethod``; kept apart so that parsing needs no torch."""
 METHOD_OF_NUMBER = {"fixed_alpha": "fixed", "kl_budget": "kl_budget", "kl_budget_teacher": "kl_budget_teacher"}
 """{setting: the method that needs it, and that it implies}; no other method has one."""
+NUMBERLESS_METHODS = tuple(method for method in ALPHA_METHODS if method not in METHOD_OF_NUMBER.values())
+"""Those that need nothing but their name."""
 
 
 def check_known(keys, allowed, where: str) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from sglang_optimal.config import ALPHA_METHODS, METHOD_OF_NUMBER
+from sglang_optimal.config import NUMBERLESS_METHODS
 from sglang_optimal.demo.prepare_model import DEFAULT_TARGET
 from sglang_optimal.demo.problems import Problem, load_problems
 from sglang_optimal.demo.progress import step
@@ -45,8 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--problems", type=int, default=12, help="How many problems, 1 to 12. Default: %(default)s.")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="Default: %(default)s.")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy. Default: %(default)s.")
-    solved = [method for method in ALPHA_METHODS if method not in METHOD_OF_NUMBER.values()]
-    parser.add_argument("--alpha-method", choices=solved, default=solved[0])
+    parser.add_argument("--alpha-method", choices=NUMBERLESS_METHODS, default=NUMBERLESS_METHODS[0])
     parser.add_argument(
         "--export-svg", metavar="FILE", help="Also save two problems and the summary as an SVG picture."
     )

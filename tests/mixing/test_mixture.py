@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from oracle import condition, entropy, interpolate, kl_divergence
 from oracle import mix as oracle_mix
 
-from sglang_optimal.config import METHOD_OF_NUMBER
+from sglang_optimal.config import NUMBERLESS_METHODS
 from sglang_optimal.mixing import ALPHA_METHODS, AlphaMethod, AlphaParams, mix, token_logprobs
 from sglang_optimal.mixing import mixture as mixture_module
 
-SOLVED = [m for m in ALPHA_METHODS if m not in METHOD_OF_NUMBER.values()]  # budgets: test_budget.py
+SOLVED = list(NUMBERLESS_METHODS)  # the budgets: test_budget.py
 BY_CONDITION = ["kl_symmetry", "ess_balance", "reverse_kl_symmetry"]
 
 
