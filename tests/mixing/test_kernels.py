@@ -72,7 +72,16 @@ def method_case(method, dtype):
     return (*rows(dtype=dtype), params), {"ess_ratio": True}
 
 
+def budget_case(first, budget):
+    """Both budgets by turns, without bounds."""
+    methods = [("kl_budget", "kl_budget_teacher")[(first + row) % 2] for row in range(ROWS)]
+    lists = methods, [0.0] * ROWS, [1.0] * ROWS, [0.5] * ROWS
+    return (*rows(width=3000), AlphaParams.from_lists(*lists, kl_budget=[budget] * ROWS)), {}
+
+
+BUDGETS = [(first, budget) for first in (0, 1) for budget in (0.0, 0.01, 1.0, 5.0, 1e30)]
 CASES = {(m, d): method_case(m, d) for m in ALPHA_METHODS for d in DTYPES} | {"wide": wide_case()}
+CASES |= {case: budget_case(*case) for case in BUDGETS}
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +107,20 @@ def test_every_method_and_special_row(interpreted, method, dtype):
     expected = mix(*args, **kwargs, implementation="torch")
     assert_same(interpreted[method, dtype], expected)
     assert_same(mix(*args, **kwargs, implementation="numba"), expected)
+
+
+@pytest.mark.parametrize("case", BUDGETS, ids=str)
+def test_budgets_from_nothing_to_everything(interpreted, case):
+    args, kwargs = CASES[case]
+    expected = mix(*args, **kwargs, implementation="torch")
+    good = [row for row in range(ROWS) if row not in STUDENT_BAD + TEACHER_BAD]
+    alpha = expected.alpha[good]
+    at_an_end = case[1] in (0.0, 1e30)
+    assert ((alpha > 0.0) & (alpha < 1.0)).any() != at_an_end
+    for got in (interpreted[case], mix(*args, **kwargs, implementation="numba")):
+        assert_same(got, expected, ess_ratio=False)
+        if at_an_end:
+            assert torch.equal(got.alpha[good], alpha)  # exactly
 
 
 def test_padded_and_strided_logits(interpreted):
