@@ -22,11 +22,12 @@ from sglang_optimal.mixing.pair import LogPair
 
 TOLERANCE = 1e-6
 """Iteration stops at |f| ≤ TOLERANCE or |Δα| ≤ TOLERANCE."""
+KL_TOLERANCE = 3e-7
+"""Of max(1, |αA'|), in nats. A budget counts as met so near to it: αA' − A is a difference, which float32 knows no
+better."""
 # Newton with bisection as the safeguard. On a GPU the count is fixed, because asking whether it has converged would
 # stall the overlap loop; a converged row stays where it is. 12 leaves room for a few bisections of the bracket.
 MAX_STEPS = 40
-KL_TOLERANCE = 3e-7
-"""Nats. A budget counts as met so near to it: αA' − A is a difference, which float32 knows no better."""
 _STEPS_DEVICE = 12
 # Squared: below this root-mean-square of r under the middle mixture (float32 noise of the logits) alpha has no meaning.
 EQUAL = 1e-10
@@ -237,7 +238,7 @@ def kl_symmetry(pair: LogPair) -> tuple[Tensor, Tensor]:
         (alpha [B] float32, equal [B] bool: whether the distributions are equal to float32 precision).
     """
 
-    def f(p: LogPair, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def f(p: LogPair, alpha: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
         _, first, second = p.derivatives(alpha)
         return first, second
 
@@ -254,7 +255,7 @@ def ess_balance(pair: LogPair) -> tuple[Tensor, Tensor]:
         (alpha [B] float32, equal [B] bool), as `kl_symmetry`.
     """
 
-    def f(p: LogPair, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def f(p: LogPair, alpha: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
         low, low_slope = p.derivatives(-alpha, order=1)
         high, high_slope = p.derivatives(2.0 - alpha, order=1)
         return low - high, high_slope - low_slope
@@ -304,21 +305,26 @@ def kl_budget(pair: LogPair, budget: Tensor, of_teacher: bool = False) -> Tensor
     def alpha_at(x: Tensor) -> Tensor:  # x: how far from the model whose budget it is
         return 1.0 - x if of_teacher else x
 
-    def kl(p: LogPair, x: Tensor) -> tuple[Tensor, Tensor]:
+    def kl(p: LogPair, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of KL(q‖its model): the value, the slope, and how well the value is known."""
         a, first, second = p.derivatives(alpha_at(x))
-        return (x * (-first if of_teacher else first) - a).clamp_(min=0.0), x * second
+        first.mul_(-x if of_teacher else x)
+        return (first - a).clamp_(min=0.0), x * second, first.abs().clamp_(min=1.0).mul_(KL_TOLERANCE)
 
-    def f(p: LogPair, x: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = kl(p, x)
+    def f(p: LogPair, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        wanted = budget if rows is None else budget[rows]
+        value, slope, known = kl(p, x)
         root = (2.0 * value).sqrt_()
+        missing = root - (2.0 * wanted).sqrt_()
+        missing.masked_fill_((value - wanted).abs() <= known, 0.0)
         # The slope of a KL that is noise says nothing; 0 bisects.
-        return root, torch.where(value <= KL_TOLERANCE, 0.0, slope / root)
+        return missing, torch.where(value <= known, 0.0, slope / root)
 
     # The ends are decided first, because between them only the region near the root is looked at.
-    most, _ = kl(pair, torch.ones_like(pair.student_log_z))
+    most, _, _ = kl(pair, torch.ones_like(pair.student_log_z))
     all_fits = _is_equal(pair) | (most <= budget)
     none_fits = (budget <= 0.0) & ~most.isnan()
-    x = _newton(pair, f, all_fits | none_fits, level=(2.0 * budget).sqrt())
+    x = _newton(pair, f, all_fits | none_fits)
     return alpha_at(torch.where(all_fits, 1.0, torch.where(none_fits, 0.0, x)))
 
 
@@ -342,17 +348,19 @@ def _is_equal(pair: LogPair) -> Tensor:
 
 
 def _newton(
-    pair: LogPair, f: Callable[[LogPair, Tensor], tuple[Tensor, Tensor]], done: Tensor, level: Tensor | None = None
+    pair: LogPair, f: Callable[[LogPair, Tensor, Tensor | None], tuple[Tensor, Tensor]], done: Tensor
 ) -> Tensor:
-    """Where an increasing f with f(0) ≤ level ≤ f(1) meets its level; f returns (value, slope), each [B].
+    """Root in [0, 1] of an increasing f with f(0) ≤ 0 ≤ f(1).
 
     A Newton step that leaves the bracket, or that would not halve the last step, becomes a bisection.
 
     Args:
-        done: [B] bool, rows that are not to be solved. level: [B], √(2·KL) wanted; None: 0, a root.
+        f: of a pair of n rows, alpha [n], and which rows of ``pair`` they are ([n] int64; None: all); returns (value,
+            slope), each [n].
+        done: [B] bool, rows that are not to be solved.
 
     Returns:
-        [B] float32 in [0, 1].
+        [B] float32.
     """
     on_device = pair.student.is_cuda
     done = done.clone()
@@ -364,22 +372,17 @@ def _newton(
         a = alpha if rows is None else alpha[rows]
         lo, hi = (low, high) if rows is None else (low[rows], high[rows])
         last = step if rows is None else step[rows]
-        value, slope = f(part, a)
-        met = value.abs() <= TOLERANCE
-        if level is not None:
-            wanted = level if rows is None else level[rows]
-            met = (value * value - wanted * wanted).abs() <= 2.0 * KL_TOLERANCE
-            value = value - wanted
-            met |= value.abs() <= TOLERANCE
+        value, slope = f(part, a, rows)
         below = value < 0
         lo, hi = torch.where(below, a, lo), torch.where(below, hi, a)
         newton = a - value / slope
         take = (newton > lo) & (newton < hi) & ((newton - a).abs() <= last / 2)
         target = torch.where(take, newton, (lo + hi) / 2)
-        target = torch.where(met, a, target)
+        small = value.abs() <= TOLERANCE
+        target = torch.where(small, a, target)
         target = torch.where(value.isnan(), value, target)
         change = (target - a).abs()
-        finished = met | ~(change > TOLERANCE)  # NaN is finished too
+        finished = small | ~(change > TOLERANCE)  # NaN is finished too
         if rows is None:
             keep = done
             alpha = torch.where(keep, alpha, target)

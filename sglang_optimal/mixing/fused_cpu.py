@@ -261,14 +261,15 @@ def _within(sign, budget, base, delta, center, log_zs, half_log_w, half_mean, ha
         kl = x * sign * mean - (log_w - log_zs - alpha * center)
         if np.isnan(kl):
             return kl
-        if abs(kl - budget) <= KL_TOLERANCE:
+        known = KL_TOLERANCE * max(1.0, abs(x * mean))
+        if abs(kl - budget) <= known:
             break
         if kl < budget:
             low = x
         else:
             high = x
         target = low
-        if kl > KL_TOLERANCE:  # the slope of noise says nothing
+        if kl > known:  # the slope of noise says nothing
             root = np.sqrt(2.0 * kl)
             slope = x * variance / root
             curvature = (slope - before) / moved if step > 0 else 8.0 * (np.sqrt(2.0 * kl_end) - root - slope / 2.0)

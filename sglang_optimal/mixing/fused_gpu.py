@@ -392,7 +392,8 @@ def _within(
     while step < _STEPS:
         kl = x * sign * mean - (log_w - log_zs)
         root = tl.sqrt(tl.where(kl < 0.0, 0.0, 2.0 * kl))
-        slope = tl.where(kl <= _KL_TOLERANCE, 0.0, x * variance / root)  # that of noise says nothing; 0 bisects
+        known = _KL_TOLERANCE * tl.maximum(tl.abs(x * mean), 1.0)
+        slope = tl.where(kl <= known, 0.0, x * variance / root)  # that of noise says nothing; 0 bisects
         curvature = tl.where(step == 0, 8.0 * (slope * 0.5 - root), (slope - before) / moved)
         before = slope
         step += 1
@@ -400,7 +401,7 @@ def _within(
         if kl != kl:  # NaN stays
             alpha = kl
             step = _STEPS
-        elif (x == 1.0) & (kl <= budget) or (tl.abs(kl - budget) <= _KL_TOLERANCE) & (to_end == 0):
+        elif (x == 1.0) & (kl <= budget) or (tl.abs(kl - budget) <= known) & (to_end == 0):
             step = _STEPS
         else:
             low = tl.where(kl < budget, x, low)
