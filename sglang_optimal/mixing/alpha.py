@@ -322,8 +322,9 @@ def kl_budget(pair: LogPair, budget: Tensor, of_teacher: bool = False) -> Tensor
 
     # The ends are decided first, because between them only the region near the root is looked at.
     most, _, _ = kl(pair, torch.ones_like(pair.student_log_z))
-    all_fits = _is_equal(pair) | (most <= budget)
+    # Nothing fits a budget of 0, even where float32 gives 0 for a KL of models that differ.
     none_fits = (budget <= 0.0) & ~most.isnan()
+    all_fits = _is_equal(pair) | ((most <= budget) & ~none_fits)
     x = _newton(pair, f, all_fits | none_fits)
     return alpha_at(torch.where(all_fits, 1.0, torch.where(none_fits, 0.0, x)))
 

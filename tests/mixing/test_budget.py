@@ -165,6 +165,14 @@ def test_certain_of_different_tokens(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_no_budget_where_float32_sees_no_kl(method):
+    """Both are certain of one token, and the other's odds differ: not equal, but a KL that float32 rounds to 0."""
+    row = torch.tensor([14.6044, -6.2096]), torch.tensor([12.3748, -7.8031])
+    assert solved(row, method, 0.0).alpha.item() == ENDS[method][0]
+    assert solved(row, method, 1e-5).alpha.item() == ENDS[method][1]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_one_common_token(method):
     """Both models are certain of it once the others are masked: equal, so any budget fits."""
     teacher = torch.tensor([1.0, 2.0, -torch.inf, 0.5])
