@@ -43,7 +43,7 @@ from bench.common import (
     spread,
 )
 from sglang_optimal import OptimalSampler
-from sglang_optimal.config import ALPHA_METHODS
+from sglang_optimal.config import NUMBERLESS_METHODS
 from sglang_optimal.runtime.entrypoints.engine import MixedEngine
 
 MODES = ("two-model", "shared", "plain")
@@ -67,7 +67,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=positive_int, default=3, help="Calls, after a warm-up. Default: %(default)s.")
     parser.add_argument("--temperature", type=float, default=1.0, help="Default: %(default)s.")
-    parser.add_argument("--alpha-method", choices=ALPHA_METHODS, default=ALPHA_METHODS[0], help="Default: %(default)s.")
+    parser.add_argument(
+        "--alpha-method", choices=NUMBERLESS_METHODS, default=NUMBERLESS_METHODS[0], help="Default: %(default)s."
+    )
     parser.add_argument("--seed", type=int, default=1, help="Default: %(default)s.")
     add_output_arguments(parser, "profile")
     parser.add_argument(

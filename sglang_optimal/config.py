@@ -16,8 +16,20 @@ from pydantic.fields import FieldInfo
 
 F = TypeVar("F", bound=Callable)
 
-ALPHA_METHODS = ("kl_symmetry", "ess_balance", "reverse_kl_symmetry", "entropy", "fixed")
+ALPHA_METHODS = (
+    "kl_symmetry",
+    "ess_balance",
+    "reverse_kl_symmetry",
+    "entropy",
+    "fixed",
+    "kl_budget",
+    "kl_budget_teacher",
+)
 """Names in the order of ``sglang_optimal.mixing.AlphaMethod``; kept apart so that parsing needs no torch."""
+METHOD_OF_NUMBER = {"fixed_alpha": "fixed", "kl_budget": "kl_budget", "kl_budget_teacher": "kl_budget_teacher"}
+"""{setting: the method that needs it, and that it implies}; no other method has one."""
+NUMBERLESS_METHODS = tuple(method for method in ALPHA_METHODS if method not in METHOD_OF_NUMBER.values())
+"""Those that need nothing but their name."""
 
 
 def check_known(keys, allowed, where: str) -> None:
@@ -34,13 +46,16 @@ def check_known(keys, allowed, where: str) -> None:
 def override(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """``over`` on top of ``values``; None in ``over`` counts as absent.
 
-    ``fixed_alpha`` alone means the method ``fixed``; another method drops an older ``fixed_alpha``.
+    A number of `METHOD_OF_NUMBER` alone means its method; another method drops an older number.
     """
     over = {k: v for k, v in over.items() if v is not None}
-    if "fixed_alpha" in over:
-        over.setdefault("alpha_method", "fixed")
-    elif "alpha_method" in over and over["alpha_method"] != "fixed":
-        over["fixed_alpha"] = None
+    for name, method in METHOD_OF_NUMBER.items():
+        if name in over:
+            over.setdefault("alpha_method", method)
+    if "alpha_method" in over:
+        for name, method in METHOD_OF_NUMBER.items():
+            if method != over["alpha_method"]:
+                over.setdefault(name, None)
     return {**values, **over}
 
 
@@ -104,6 +119,11 @@ def _on_or_off(value: Any) -> Any:
 
 Text = Annotated[str, _refuse_unless(lambda value: isinstance(value, str) and value != "", "a non-empty string")]
 Number = Annotated[float, _refuse_unless(_is_number, "a finite number")]
+Nats = Annotated[
+    float,
+    Field(json_schema_extra={"minimum": 0}),
+    _refuse_unless(lambda value: _is_number(value) and value >= 0, "a finite number, 0 or more"),
+]
 Bound = Annotated[Number, Field(json_schema_extra={"minimum": 0, "maximum": 1})]
 Tokens = Annotated[
     int,
@@ -124,7 +144,8 @@ class AlphaSettings(Settings):
     """How alpha is chosen for every token of one request.
 
     Raises:
-        ValueError: unknown method, bounds out of order or range, or ``fixed`` without ``fixed_alpha``.
+        ValueError: unknown method, bounds out of order or range, a method without the number that it needs, or a number
+            that the method does not read.
     """
 
     alpha_method: Literal[ALPHA_METHODS] = "kl_symmetry"  # type: ignore[valid-type]
@@ -136,6 +157,12 @@ class AlphaSettings(Settings):
     fixed_alpha: Number | None = None
     """The teacher's weight for every token; implies ``alpha_method: fixed``. May lie outside [0, 1] (guidance,
     contrastive decoding)."""
+    kl_budget: Nats | None = None
+    """Largest KL(q‖student) of every token, in nats: the greatest alpha within it; implies ``alpha_method:
+    kl_budget``. 0 is the student."""
+    kl_budget_teacher: Nats | None = None
+    """Largest KL(q‖teacher) of every token, in nats: the least alpha within it; implies ``alpha_method:
+    kl_budget_teacher``. 0 is the teacher."""
 
     @model_validator(mode="after")
     def _consistent(self) -> AlphaSettings:
@@ -151,11 +178,20 @@ class AlphaSettings(Settings):
             )
         if self.alpha_min > self.alpha_max:
             raise ValueError(f"alpha_min: {self.alpha_min} is greater than alpha_max {self.alpha_max}.")
-        if self.alpha_method == "fixed" and self.fixed_alpha is None:
-            raise ValueError("fixed_alpha: required when alpha_method is 'fixed'.")
-        if self.alpha_method != "fixed" and self.fixed_alpha is not None:
-            raise ValueError(f"fixed_alpha: only read when alpha_method is 'fixed', not {self.alpha_method!r}.")
+        given = [name for name in METHOD_OF_NUMBER if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{', '.join(given)}: give only one of them; each has an alpha_method of its own.")
+        for name, method in METHOD_OF_NUMBER.items():
+            if self.alpha_method == method and name not in given:
+                raise ValueError(f"{name}: required when alpha_method is {method!r}.")
+            if self.alpha_method != method and name in given:
+                raise ValueError(f"{name}: only read when alpha_method is {method!r}, not {self.alpha_method!r}.")
         return self
+
+    @property
+    def budget(self) -> float | None:
+        """The budget in nats of either method that has one."""
+        return self.kl_budget_teacher if self.kl_budget is None else self.kl_budget
 
     def updated(self, values: dict[str, Any]) -> AlphaSettings:
         """A copy with ``values`` on top, as `override` does it."""

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-AlphaMethod = Literal["kl_symmetry", "ess_balance", "reverse_kl_symmetry", "entropy", "fixed"]
+AlphaMethod = Literal[
+    "kl_symmetry", "ess_balance", "reverse_kl_symmetry", "entropy", "fixed", "kl_budget", "kl_budget_teacher"
+]
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -96,6 +98,17 @@ def bisect(function: Callable[[float], float]) -> float:
     return (low + high) / 2
 
 
+def farthest(near: Tensor, far: Tensor, budget: float) -> float:
+    """The weight of ``far``: the largest x in [0, 1] with KL(q‖near) ≤ budget, for q ∝ near^(1-x) far^x."""
+    if budget <= 0.0:
+        return 0.0
+
+    def excess(x: float) -> float:
+        return kl_divergence(interpolate(near, far, x), near) - budget
+
+    return 1.0 if excess(1.0) <= 0 else bisect(excess)
+
+
 def solve_alpha(
     log_s: Tensor,
     log_t: Tensor,
@@ -103,15 +116,26 @@ def solve_alpha(
     alpha_min: float = 0.0,
     alpha_max: float = 1.0,
     fixed_alpha: float | None = None,
+    kl_budget: float | None = None,
+    kl_budget_teacher: float | None = None,
 ) -> float:
     """Alpha for two normalized log-distributions, float64 [V] with finite entries."""
     if method == "fixed":
         if fixed_alpha is None:
             raise ValueError("alpha_method 'fixed' needs fixed_alpha")
         return fixed_alpha  # the bounds are for solved alphas: guidance asks for a value outside [0, 1]
-    if float((log_t - log_s).abs().max()) <= _EQUAL:
+    equal = float((log_t - log_s).abs().max()) <= _EQUAL
+    if method == "kl_budget":
+        if kl_budget is None:
+            raise ValueError("alpha_method 'kl_budget' needs kl_budget")
+        alpha = 1.0 if equal else farthest(log_s, log_t, kl_budget)
+    elif method == "kl_budget_teacher":
+        if kl_budget_teacher is None:
+            raise ValueError("alpha_method 'kl_budget_teacher' needs kl_budget_teacher")
+        alpha = 0.0 if equal else 1.0 - farthest(log_t, log_s, kl_budget_teacher)
+    elif equal:
         return (alpha_min + alpha_max) / 2
-    if method == "entropy":
+    elif method == "entropy":
         h_s, h_t = entropy(log_s), entropy(log_t)
         alpha = h_s / (h_s + h_t)
     else:
@@ -128,6 +152,8 @@ def mix(
     alpha_min: float = 0.0,
     alpha_max: float = 1.0,
     fixed_alpha: float | None = None,
+    kl_budget: float | None = None,
+    kl_budget_teacher: float | None = None,
 ) -> Mixture:
     """Mix two rows of logits, [V_t] and [V_s], over their first min(V_t, V_s) ids.
 
@@ -139,7 +165,8 @@ def mix(
     support = torch.isfinite(z_t) & torch.isfinite(z_s)
     log_t = torch.log_softmax(z_t[support], dim=-1)
     log_s = torch.log_softmax(z_s[support], dim=-1)
-    alpha = solve_alpha(log_s, log_t, alpha_method, alpha_min, alpha_max, fixed_alpha)
+    bounds = alpha_min, alpha_max
+    alpha = solve_alpha(log_s, log_t, alpha_method, *bounds, fixed_alpha, kl_budget, kl_budget_teacher)
 
     def spread(values: Tensor) -> Tensor:
         full = torch.full((size,), -torch.inf, dtype=torch.float64)
@@ -195,6 +222,8 @@ class MixedOracle:
         alpha_min: float = 0.0,
         alpha_max: float = 1.0,
         fixed_alpha: float | None = None,
+        kl_budget: float | None = None,
+        kl_budget_teacher: float | None = None,
         eos_ids: Collection[int] = (),
         logit_bias: Mapping[int, float] | None = None,
     ) -> OracleResult:
@@ -210,6 +239,8 @@ class MixedOracle:
                 alpha_min=alpha_min,
                 alpha_max=alpha_max,
                 fixed_alpha=fixed_alpha,
+                kl_budget=kl_budget,
+                kl_budget_teacher=kl_budget_teacher,
             )
             best = step.mixture.topk(2)
             token = int(best.indices[0])
@@ -236,6 +267,8 @@ class MixedOracle:
         alpha_min: float = 0.0,
         alpha_max: float = 1.0,
         fixed_alpha: float | None = None,
+        kl_budget: float | None = None,
+        kl_budget_teacher: float | None = None,
         logit_bias: Mapping[int, float] | None = None,
         renormalize_after_top_k: bool = False,
     ) -> Tensor:
@@ -250,6 +283,8 @@ class MixedOracle:
             alpha_min=alpha_min,
             alpha_max=alpha_max,
             fixed_alpha=fixed_alpha,
+            kl_budget=kl_budget,
+            kl_budget_teacher=kl_budget_teacher,
         )
         return filter_probs(
             step.mixture.exp(),

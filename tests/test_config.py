@@ -20,7 +20,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_optimal import OptimalSampler, launch_server, mixed_gen
-from sglang_optimal.config import ALPHA_KEYS, ALPHA_METHODS, SETTINGS, AlphaSettings, MixingConfig, load_yaml
+from sglang_optimal.config import (
+    ALPHA_KEYS,
+    ALPHA_METHODS,
+    METHOD_OF_NUMBER,
+    SETTINGS,
+    AlphaSettings,
+    MixingConfig,
+    load_yaml,
+)
 from sglang_optimal.distill.config import Mixing
 from sglang_optimal.mixing import AlphaMethod
 from sglang_optimal.runtime import launch
@@ -87,6 +95,19 @@ def test_method_names_are_those_of_the_mixing_package():
         ({"alpha_min": 0.7, "alpha_max": 0.6}, "alpha_min: 0.7 is greater than alpha_max 0.6"),
         ({"alpha_method": "fixed"}, "fixed_alpha: required"),
         ({"fixed_alpha": 0.5}, "fixed_alpha: only read when alpha_method is 'fixed', not 'kl_symmetry'"),
+        ({"alpha_method": "kl_budget"}, "kl_budget: required when alpha_method is 'kl_budget'"),
+        ({"alpha_method": "kl_budget_teacher"}, "kl_budget_teacher: required when"),
+        ({"kl_budget": 0.5}, "kl_budget: only read when alpha_method is 'kl_budget', not 'kl_symmetry'"),
+        ({"alpha_method": "kl_budget", "kl_budget_teacher": 0.5}, "kl_budget: required when"),
+        (
+            {"alpha_method": "kl_budget", "kl_budget": -1e-9},
+            "kl_budget: must be a finite number, 0 or more, got -1e-09",
+        ),
+        ({"kl_budget": math.inf}, "kl_budget: must be a finite number, 0 or more, got inf"),
+        ({"kl_budget_teacher": math.nan}, "kl_budget_teacher: must be a finite number, 0 or more"),
+        ({"kl_budget": "0.1"}, "kl_budget: must be a finite number, 0 or more, got '0.1'"),
+        ({"kl_budget": 0.5, "kl_budget_teacher": 0.5}, "kl_budget, kl_budget_teacher: give only one of them"),
+        ({"kl_budget": 0.5, "fixed_alpha": 0.5}, "fixed_alpha, kl_budget: give only one of them"),
     ],
 )
 def test_alpha_settings_refuse(values, message):
@@ -107,6 +128,33 @@ def test_updated():
         base.updated({"alpha_method": "entropy", "fixed_alpha": 0.5})
     with pytest.raises(ValueError, match="alpha_min: 0.1 is greater than alpha_max 0.05"):
         base.updated({"alpha_max": 0.05})
+
+
+def test_updated_with_numbers():
+    """A number brings its method with it, and goes with its method; whatever the default was."""
+    numbers = {
+        "fixed": {"fixed_alpha": 1.5},
+        "kl_budget": {"kl_budget": 0.0},
+        "kl_budget_teacher": {"kl_budget_teacher": 2},
+    }
+    assert {name: method for method, own in numbers.items() for name in own} == METHOD_OF_NUMBER
+    for method, own in numbers.items():
+        base = AlphaSettings(alpha_max=0.5).updated(own)
+        assert base == AlphaSettings(alpha_method=method, alpha_max=0.5, **own)
+        assert base.updated({"alpha_method": method}) == base
+        assert base.updated({"alpha_method": "kl_symmetry"}) == AlphaSettings(alpha_max=0.5)
+        for other, value in numbers.items():
+            assert base.updated(value) == AlphaSettings(alpha_method=other, alpha_max=0.5, **value)
+            if other != method:
+                with pytest.raises(ValueError, match=f"{next(iter(value))}: required"):
+                    base.updated({"alpha_method": other})
+                with pytest.raises(ValueError, match="give only one of them"):
+                    base.updated({**own, **value})
+            with pytest.raises(ValueError, match="only read when"):
+                base.updated({"alpha_method": "entropy", **value})
+    assert AlphaSettings().budget is None
+    assert AlphaSettings(alpha_method="kl_budget", kl_budget=0.0).budget == 0.0
+    assert AlphaSettings(alpha_method="kl_budget_teacher", kl_budget_teacher=2).budget == 2.0
 
 
 UNIT = st.floats(0, 1)
@@ -310,6 +358,14 @@ def test_flags_win_over_the_file(write):
         ("alpha_method: fixed", ["--fixed-alpha", "1.5"], AlphaSettings(alpha_method="fixed", fixed_alpha=1.5)),
         ("fixed_alpha: 1.5", ["--fixed-alpha", "0"], AlphaSettings(alpha_method="fixed", fixed_alpha=0.0)),
         ("alpha_max: 0.5", ["--alpha-max", "0"], AlphaSettings(alpha_max=0.0)),
+        ("kl_budget: 0.5", ["--kl-budget", "0"], AlphaSettings(alpha_method="kl_budget", kl_budget=0.0)),
+        ("kl_budget: 0.5", ["--fixed-alpha", "0"], AlphaSettings(alpha_method="fixed", fixed_alpha=0.0)),
+        ("kl_budget: 0.5", ["--alpha-method", "kl_symmetry"], AlphaSettings()),
+        (
+            "fixed_alpha: 1.5",
+            ["--kl-budget-teacher", "0.2"],
+            AlphaSettings(alpha_method="kl_budget_teacher", kl_budget_teacher=0.2),
+        ),
     ],
 )
 def test_method_flags_over_the_file(write, mixing, argv, alpha):
@@ -426,6 +482,11 @@ def refused(argv, capfd) -> str:
         (["--alpha-min", "0.8", "--alpha-max", "0.2"], "alpha_min: 0.8 is greater than {}--alpha-min, --alpha-max."),
         (["--alpha-max", "1.5"], "alpha_min, alpha_max: must lie in [0, 1]{}--alpha-max."),
         (["--fixed-alpha", "nan"], "fixed_alpha: must be a finite number{}--fixed-alpha."),
+        (["--kl-budget", "-1"], "kl_budget: must be a finite number, 0 or more, got -1{}--kl-budget."),
+        (
+            ["--kl-budget", "1", "--kl-budget-teacher", "1"],
+            "kl_budget, kl_budget_teacher: give only one of them{}--kl-b",
+        ),
         (["--student-max-total-tokens", "-4"], "student_max_total_tokens: must be a positive integer, got -4"),
         (["--config", "/no/such.yaml"], "--config: no such file: /no/such.yaml"),
         (["--page-size", "16"], "--page-size: only 1 is supported beside a student, got 16"),

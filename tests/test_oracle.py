@@ -86,6 +86,37 @@ def test_swapping_the_models_mirrors_alpha(method: str) -> None:
     )
 
 
+@pytest.mark.parametrize("budget", [1e-4, 0.1, 1.0])
+def test_a_budget_is_used_up(budget: float) -> None:
+    teacher, student = random_pair(9)
+    step = mix(teacher, student, alpha_method="kl_budget", kl_budget=budget)
+    assert 0.0 < step.alpha < 1.0
+    assert kl_divergence(step.mixture, step.student) == pytest.approx(budget, rel=1e-9)
+    step = mix(teacher, student, alpha_method="kl_budget_teacher", kl_budget_teacher=budget)
+    assert 0.0 < step.alpha < 1.0
+    assert kl_divergence(step.mixture, step.teacher) == pytest.approx(budget, rel=1e-9)
+
+
+def test_a_budget_at_its_ends() -> None:
+    """Nothing, everything, a bound that already exceeds it, and equal models, which any budget allows."""
+    teacher, student = random_pair(9)
+    step = mix(teacher, student)
+    most = {
+        "kl_budget": kl_divergence(step.teacher, step.student),
+        "kl_budget_teacher": kl_divergence(step.student, step.teacher),
+    }
+    for name, near, far in (("kl_budget", 0.0, 1.0), ("kl_budget_teacher", 1.0, 0.0)):
+
+        def alpha(budget: float, student=student, name=name, **bounds: float) -> float:
+            return mix(teacher, student, alpha_method=name, **{name: budget}, **bounds).alpha
+
+        bounds = {"alpha_min": 0.3, "alpha_max": 0.6}
+        assert alpha(0.0) == near
+        assert alpha(1.001 * most[name]) == far != alpha(0.999 * most[name])
+        assert alpha(0.0, **bounds) == (0.3 if near == 0.0 else 0.6)
+        assert alpha(99.0, **bounds) == alpha(0.0, student=teacher + 3.0, **bounds) == (0.6 if near == 0.0 else 0.3)
+
+
 def test_bounds_equal_distributions_and_masks() -> None:
     teacher, student = random_pair(8)
     free = mix(teacher, student).alpha

@@ -98,7 +98,8 @@ def records(args: argparse.Namespace, run_name: str) -> list[str | Path]:
 
 def mixing(args: argparse.Namespace) -> dict[str, Check]:
     kernel = ["time", "--run-name", "gpu", "--result-filename", args.output / "bench.jsonl"]
-    alpha = ["--dtype", "bfloat16", "--vocab-size", 151936, "--batch-size", *BATCHES, *records(args, "gpu")]
+    logits = ["--alpha-method", "kl_symmetry", "--dtype", "bfloat16", "--vocab-size", 151936]
+    alpha = [*logits, "--batch-size", *BATCHES, *records(args, "gpu")]
     return {
         "mixing": Check("first", 60, 20, python("bench.gpu.mixing_kernel", *kernel)),
         "alpha": Check("first", 75, 25, python("bench.alpha", *alpha)),

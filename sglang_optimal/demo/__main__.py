@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from sglang_optimal.config import ALPHA_METHODS
+from sglang_optimal.config import NUMBERLESS_METHODS
 from sglang_optimal.demo.prepare_model import DEFAULT_TARGET
 from sglang_optimal.demo.problems import Problem, load_problems
 from sglang_optimal.demo.progress import step
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--problems", type=int, default=12, help="How many problems, 1 to 12. Default: %(default)s.")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="Default: %(default)s.")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy. Default: %(default)s.")
-    parser.add_argument("--alpha-method", choices=ALPHA_METHODS[:-1], default=ALPHA_METHODS[0])
+    parser.add_argument("--alpha-method", choices=NUMBERLESS_METHODS, default=NUMBERLESS_METHODS[0])
     parser.add_argument(
         "--export-svg", metavar="FILE", help="Also save two problems and the summary as an SVG picture."
     )

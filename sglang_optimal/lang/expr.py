@@ -79,8 +79,8 @@ def mixed_gen(
         return_mixing_info: all series in the meta info, not alpha alone; or the names of series, see docs/api.md.
         return_top_k, top_k_of, top_k_format: the most likely tokens in the meta info, see docs/api.md.
         max_tokens, …, json_schema: as in ``sgl.gen``; they act on the mixture.
-        **alpha: over the server's defaults: ``alpha_method``, ``alpha_min``, ``alpha_max``, ``fixed_alpha``, see
-            AlphaSettings.
+        **alpha: over the server's defaults: ``alpha_method``, ``alpha_min``, ``alpha_max``, ``fixed_alpha``,
+            ``kl_budget``, ``kl_budget_teacher``, see AlphaSettings.
 
     Raises:
         ValueError: names the argument and the fix. What only the server knows is refused there; the state then has it

@@ -2,8 +2,11 @@
 
 With r = log p_t − log p_s and A(α) = log Σ p_s^(1−α) p_t^α (convex, A(0) = A(1) = 0), the mixture is q ∝ p_s e^(αr),
 A' = E_q[r] and A'' = Var_q[r]. A' = KL(q‖p_s) − KL(q‖p_t), so its root is the minimum of A: the Chernoff point.
+KL(q‖p_s) = αA' − A increases with α (its slope is αA''), and KL(q‖p_t) = −(1−α)A' − A decreases, so either can be a
+budget.
 
-Source: Chernoff 1952, "A Measure of Asymptotic Efficiency for Tests of a Hypothesis Based on the sum of Observations".
+Sources: Chernoff 1952, "A Measure of Asymptotic Efficiency for Tests of a Hypothesis Based on the sum of Observations";
+"Trust-Region Behavior Blending", arXiv 2605.31159 (the budget).
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ from sglang_optimal.mixing.pair import LogPair
 
 TOLERANCE = 1e-6
 """Iteration stops at |f| ≤ TOLERANCE or |Δα| ≤ TOLERANCE."""
+KL_TOLERANCE = 3e-7
+"""Of max(1, |αA'|), in nats. A budget counts as met so near to it: αA' − A is a difference, which float32 knows no
+better."""
 # Newton with bisection as the safeguard. On a GPU the count is fixed, because asking whether it has converged would
 # stall the overlap loop; a converged row stays where it is. 12 leaves room for a few bisections of the bracket.
 MAX_STEPS = 40
@@ -43,9 +49,15 @@ class AlphaMethod(enum.IntEnum):
     """α = H(p_s) / (H(p_s) + H(p_t)): the more certain model weighs more."""
     FIXED = 4
     """α is given and may lie outside [0, 1]."""
+    KL_BUDGET = 5
+    """The largest α with KL(q‖p_s) ≤ a budget: nearest to the teacher in a trust region around the student (arXiv
+    2605.31159)."""
+    KL_BUDGET_TEACHER = 6
+    """The smallest α with KL(q‖p_t) ≤ a budget, the mirror image."""
 
 
 ALPHA_METHODS: tuple[str, ...] = tuple(method.name.lower() for method in AlphaMethod)
+_BUDGETS = (AlphaMethod.KL_BUDGET, AlphaMethod.KL_BUDGET_TEACHER)
 
 
 @dataclasses.dataclass
@@ -58,6 +70,7 @@ class AlphaParams:
         method: [B] int64, an `AlphaMethod` each.
         alpha_min, alpha_max: [B] float32, bounds on solved alphas; FIXED ignores them.
         fixed_alpha: [B] float32, read where the method is FIXED.
+        kl_budget: [B] float32, nats, read where the method is KL_BUDGET or KL_BUDGET_TEACHER.
         methods_present: the methods that occur, known on the host so that only these are solved.
 
     Example:
@@ -69,12 +82,15 @@ class AlphaParams:
         ([0, 4], [0.5, 1.5])
         >>> AlphaParams.uniform(3, "entropy").method.tolist()
         [3, 3, 3]
+        >>> AlphaParams.uniform(2, "kl_budget", kl_budget=0.5).kl_budget.tolist()
+        [0.5, 0.5]
     """
 
     method: Tensor
     alpha_min: Tensor
     alpha_max: Tensor
     fixed_alpha: Tensor
+    kl_budget: Tensor
     methods_present: frozenset[AlphaMethod]
 
     @classmethod
@@ -85,6 +101,8 @@ class AlphaParams:
         alpha_max: Sequence[float],
         fixed_alpha: Sequence[float],
         device: torch.device | str = "cpu",
+        *,
+        kl_budget: Sequence[float] | None = None,
     ) -> AlphaParams:
         """Make the settings of B rows from lists of B entries.
 
@@ -93,13 +111,20 @@ class AlphaParams:
             alpha_min, alpha_max: bounds on solved alphas.
             fixed_alpha: alphas of the rows with FIXED; the others ignore theirs.
             device: of the tensors, cpu or cuda. A copy to cuda is asynchronous, from pinned memory.
+            kl_budget: nats, 0 or more, of the rows with KL_BUDGET or KL_BUDGET_TEACHER; the others ignore theirs. None:
+                no row has such a method.
 
         Raises:
-            ValueError: lists of different lengths, or an unknown method.
+            ValueError: lists of different lengths, an unknown method, or a method that needs a budget without any.
         """
         if not len(methods) == len(alpha_min) == len(alpha_max) == len(fixed_alpha):
             raise ValueError("methods, alpha_min, alpha_max, fixed_alpha: must have the same length.")
+        if kl_budget is not None and len(kl_budget) != len(methods):
+            raise ValueError("kl_budget: must have the same length as methods.")
         values = [_method(m) for m in methods]
+        present = frozenset(values)
+        if kl_budget is None and not present.isdisjoint(_BUDGETS):
+            raise ValueError("kl_budget: required where a method is kl_budget or kl_budget_teacher.")
 
         # Pinned, because a copy from other memory may wait until a GPU has caught up.
         pin = torch.device(device).type == "cuda"
@@ -108,12 +133,15 @@ class AlphaParams:
             return torch.tensor(entries, dtype=torch.float32, pin_memory=pin).to(device, non_blocking=True)
 
         method = torch.tensor([int(v) for v in values], dtype=torch.int64, pin_memory=pin)
+        fixed = floats(fixed_alpha)
         return cls(
             method=method.to(device, non_blocking=True),
             alpha_min=floats(alpha_min),
             alpha_max=floats(alpha_max),
-            fixed_alpha=floats(fixed_alpha),
-            methods_present=frozenset(values),
+            fixed_alpha=fixed,
+            # Where nothing reads it, any tensor of this shape will do: no copy for batches without a budget.
+            kl_budget=fixed if kl_budget is None else floats(kl_budget),
+            methods_present=present,
         )
 
     @classmethod
@@ -125,15 +153,18 @@ class AlphaParams:
         alpha_min: float = 0.0,
         alpha_max: float = 1.0,
         fixed_alpha: float = 0.5,
+        kl_budget: float | None = None,
         device: torch.device | str = "cpu",
     ) -> AlphaParams:
         """Make the same settings for each of ``batch_size`` rows; the arguments are those of `from_lists`.
 
         Raises:
-            ValueError: an unknown method.
+            ValueError: an unknown method, or one that needs a budget without any.
         """
         n = batch_size
-        return cls.from_lists([method] * n, [alpha_min] * n, [alpha_max] * n, [fixed_alpha] * n, device)
+        budgets = None if kl_budget is None else [kl_budget] * n
+        lists = [method] * n, [alpha_min] * n, [alpha_max] * n, [fixed_alpha] * n
+        return cls.from_lists(*lists, device, kl_budget=budgets)
 
     def repeat(self, times: int) -> AlphaParams:
         """Return the settings of [times · B] rows: all rows once, then all rows again."""
@@ -142,13 +173,19 @@ class AlphaParams:
             self.alpha_min.repeat(times),
             self.alpha_max.repeat(times),
             self.fixed_alpha.repeat(times),
+            self.kl_budget.repeat(times),
             self.methods_present,
         )
 
     def rows(self, rows: slice) -> AlphaParams:
         """Return the settings of a range of rows, as views."""
         return AlphaParams(
-            self.method[rows], self.alpha_min[rows], self.alpha_max[rows], self.fixed_alpha[rows], self.methods_present
+            self.method[rows],
+            self.alpha_min[rows],
+            self.alpha_max[rows],
+            self.fixed_alpha[rows],
+            self.kl_budget[rows],
+            self.methods_present,
         )
 
 
@@ -168,13 +205,17 @@ def solve_alpha(pair: LogPair, params: AlphaParams) -> Tensor:
         pair: the distributions of B rows. params: their settings, on the same device (cpu or cuda).
 
     Returns:
-        [B] float32, within the bounds of each row (FIXED: as given). Equal distributions give the middle of the bounds,
-        an empty common support gives 1, and NaN in a row stays NaN.
+        [B] float32, within the bounds of each row (FIXED: as given). Equal distributions give the middle of the bounds
+        (KL_BUDGET: alpha_max, KL_BUDGET_TEACHER: alpha_min), an empty common support gives 1, and NaN in a row stays
+        NaN.
     """
     alpha = torch.zeros_like(params.fixed_alpha)
     for method in sorted(params.methods_present):
         if method is AlphaMethod.FIXED:
             solved = params.fixed_alpha
+        elif method in _BUDGETS:
+            free = kl_budget(pair, params.kl_budget, of_teacher=method is AlphaMethod.KL_BUDGET_TEACHER)
+            solved = free.clamp(params.alpha_min, params.alpha_max)
         else:
             solved, equal = _SOLVERS[method](pair)
             middle = (params.alpha_min + params.alpha_max) / 2
@@ -197,11 +238,12 @@ def kl_symmetry(pair: LogPair) -> tuple[Tensor, Tensor]:
         (alpha [B] float32, equal [B] bool: whether the distributions are equal to float32 precision).
     """
 
-    def f(p: LogPair, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def f(p: LogPair, alpha: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
         _, first, second = p.derivatives(alpha)
         return first, second
 
-    return _newton(pair, f)
+    equal = _is_equal(pair)
+    return _newton(pair, f, equal), equal
 
 
 def ess_balance(pair: LogPair) -> tuple[Tensor, Tensor]:
@@ -213,12 +255,13 @@ def ess_balance(pair: LogPair) -> tuple[Tensor, Tensor]:
         (alpha [B] float32, equal [B] bool), as `kl_symmetry`.
     """
 
-    def f(p: LogPair, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def f(p: LogPair, alpha: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
         low, low_slope = p.derivatives(-alpha, order=1)
         high, high_slope = p.derivatives(2.0 - alpha, order=1)
         return low - high, high_slope - low_slope
 
-    return _newton(pair, f)
+    equal = _is_equal(pair)
+    return _newton(pair, f, equal), equal
 
 
 def reverse_kl_symmetry(pair: LogPair) -> tuple[Tensor, Tensor]:
@@ -246,6 +289,46 @@ def entropy(pair: LogPair) -> tuple[Tensor, Tensor]:
     return alpha, _is_equal(pair)
 
 
+def kl_budget(pair: LogPair, budget: Tensor, of_teacher: bool = False) -> Tensor:
+    """Find the largest α in [0, 1] with KL(q‖p_s) ≤ ``budget`` (Trust-Region Behavior Blending, arXiv 2605.31159).
+
+    Solves √(2·KL) = √(2·budget), which is nearly linear in α and has no zero slope at 0.
+
+    Args:
+        budget: [B] float32, nats. 0 gives the student, KL(p_t‖p_s) or more the teacher; so do equal distributions.
+        of_teacher: the mirror image, the smallest α with KL(q‖p_t) ≤ ``budget``.
+
+    Returns:
+        [B] float32.
+    """
+
+    def alpha_at(x: Tensor) -> Tensor:  # x: how far from the model whose budget it is
+        return 1.0 - x if of_teacher else x
+
+    def kl(p: LogPair, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of KL(q‖its model): the value, the slope, and how well the value is known."""
+        a, first, second = p.derivatives(alpha_at(x))
+        first.mul_(-x if of_teacher else x)
+        return (first - a).clamp_(min=0.0), x * second, first.abs().clamp_(min=1.0).mul_(KL_TOLERANCE)
+
+    def f(p: LogPair, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        wanted = budget if rows is None else budget[rows]
+        value, slope, known = kl(p, x)
+        root = (2.0 * value).sqrt_()
+        missing = root - (2.0 * wanted).sqrt_()
+        missing.masked_fill_((value - wanted).abs() <= known, 0.0)
+        # The slope of a KL that is noise says nothing; 0 bisects.
+        return missing, torch.where(value <= known, 0.0, slope / root)
+
+    # The ends are decided first, because between them only the region near the root is looked at.
+    most, _, _ = kl(pair, torch.ones_like(pair.student_log_z))
+    # Nothing fits a budget of 0, even where float32 gives 0 for a KL of models that differ.
+    none_fits = (budget <= 0.0) & ~most.isnan()
+    all_fits = _is_equal(pair) | ((most <= budget) & ~none_fits)
+    x = _newton(pair, f, all_fits | none_fits)
+    return alpha_at(torch.where(all_fits, 1.0, torch.where(none_fits, 0.0, x)))
+
+
 def entropies(pair: LogPair) -> tuple[Tensor, Tensor]:
     """Return the entropies H(p_s) and H(p_t) in nats, each [B] float32."""
     result = []
@@ -265,26 +348,32 @@ def _is_equal(pair: LogPair) -> Tensor:
     return equal & (pair.delta.abs().amax(-1) <= EQUAL_TAIL)
 
 
-def _newton(pair: LogPair, f: Callable[[LogPair, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Root in [0, 1] of an increasing f with f(0) ≤ 0 ≤ f(1); f returns (value, slope), each [B].
+def _newton(
+    pair: LogPair, f: Callable[[LogPair, Tensor, Tensor | None], tuple[Tensor, Tensor]], done: Tensor
+) -> Tensor:
+    """Root in [0, 1] of an increasing f with f(0) ≤ 0 ≤ f(1).
 
     A Newton step that leaves the bracket, or that would not halve the last step, becomes a bisection.
 
+    Args:
+        f: of a pair of n rows, alpha [n], and which rows of ``pair`` they are ([n] int64; None: all); returns (value,
+            slope), each [n].
+        done: [B] bool, rows that are not to be solved.
+
     Returns:
-        (alpha [B] float32, equal [B] bool: whether the distributions are equal to float32 precision).
+        [B] float32.
     """
     on_device = pair.student.is_cuda
-    equal = _is_equal(pair)
+    done = done.clone()
     alpha = torch.full_like(pair.student_log_z, 0.5)
     low, high = torch.zeros_like(alpha), torch.ones_like(alpha)
     step = torch.ones_like(alpha)
-    done = equal.clone()
     part, rows = pair, None  # the rows that still iterate; None: all
     for _ in range(_STEPS_DEVICE if on_device else MAX_STEPS):
         a = alpha if rows is None else alpha[rows]
         lo, hi = (low, high) if rows is None else (low[rows], high[rows])
         last = step if rows is None else step[rows]
-        value, slope = f(part, a)
+        value, slope = f(part, a, rows)
         below = value < 0
         lo, hi = torch.where(below, a, lo), torch.where(below, hi, a)
         newton = a - value / slope
@@ -313,7 +402,7 @@ def _newton(pair: LogPair, f: Callable[[LogPair, Tensor], tuple[Tensor, Tensor]]
         if left.numel() <= current // 2:
             rows = left
             part = pair.select(rows)
-    return alpha, equal
+    return alpha
 
 
 _SOLVERS = {

@@ -23,6 +23,7 @@ from torch import Tensor
 from sglang_optimal.mixing.alpha import (
     EQUAL,
     EQUAL_TAIL,
+    KL_TOLERANCE,
     MAX_STEPS,
     TOLERANCE,
     AlphaMethod,
@@ -39,10 +40,11 @@ _LOWEST = np.int32(-(2**31))
 _OUTSIDE = np.float32(-1e30)
 # Below this a sum of weights with a shift that is merely an upper bound has lost digits to underflow.
 _UNDERFLOW = 1e-20
-_KL_SYMMETRY, _ESS_BALANCE, _REVERSE_KL, _ENTROPY = (
-    int(m)
-    for m in (AlphaMethod.KL_SYMMETRY, AlphaMethod.ESS_BALANCE, AlphaMethod.REVERSE_KL_SYMMETRY, AlphaMethod.ENTROPY)
-)
+_ESS_BALANCE = int(AlphaMethod.ESS_BALANCE)
+_REVERSE_KL = int(AlphaMethod.REVERSE_KL_SYMMETRY)
+_ENTROPY = int(AlphaMethod.ENTROPY)
+_FIXED = int(AlphaMethod.FIXED)
+_KL_BUDGET = int(AlphaMethod.KL_BUDGET)
 
 # Sums may be reordered, which vectorising them needs. NaN and infinities keep their meaning.
 _SUM = {"reassoc", "contract", "nsz"}
@@ -237,7 +239,56 @@ def _root(method, base, delta, center, log_zs, log_zt, half_mean, half_variance)
 
 
 @_njit(nogil=True)
-def _mix_row(teacher, student, temperature, method, low, high, fixed, want_ess, base, delta, out, stats):
+def _within(sign, budget, base, delta, center, log_zs, half_log_w, half_mean, half_variance, kl_end):
+    """The largest x in [0, 1] with KL(x) ≤ ``budget``: alpha for the student's budget (sign 1), 1 − alpha for the
+    teacher's (sign −1). KL(0) = 0, KL(1) is ``kl_end``, KL(½) comes from the moments; see `alpha.kl_budget`.
+
+    Newton for √(2·KL) with the second derivative, first from both ends and the middle, then from the last two slopes.
+    """
+    if np.isnan(half_mean):
+        return half_mean
+    if budget <= 0.0:
+        return 0.0
+    if kl_end <= budget:
+        return 1.0
+    low, high, x, last, moved, before = 0.0, 1.0, 0.5, 1.0, 1.0, 0.0
+    wanted = np.sqrt(2.0 * budget)
+    for step in range(MAX_STEPS):
+        alpha = x if sign > 0.0 else 1.0 - x
+        log_w, mean, variance = half_log_w, half_mean, half_variance
+        if step > 0:
+            log_w, mean, variance = _moments(base, delta, alpha, center)
+        kl = x * sign * mean - (log_w - log_zs - alpha * center)
+        if np.isnan(kl):
+            return kl
+        known = KL_TOLERANCE * max(1.0, abs(x * mean))
+        if abs(kl - budget) <= known:
+            break
+        if kl < budget:
+            low = x
+        else:
+            high = x
+        target = low
+        if kl > known:  # the slope of noise says nothing
+            root = np.sqrt(2.0 * kl)
+            slope = x * variance / root
+            curvature = (slope - before) / moved if step > 0 else 8.0 * (np.sqrt(2.0 * kl_end) - root - slope / 2.0)
+            before = slope
+            newton = (wanted - root) / slope
+            bend = newton * curvature / (2.0 * slope)
+            target = x + (newton / (1.0 + bend) if abs(bend) < 0.5 else newton)
+        if not (low < target < high and abs(target - x) <= last / 2.0):
+            target = (low + high) / 2.0
+        moved = target - x
+        last = abs(moved)
+        x = target
+        if last <= TOLERANCE:
+            break
+    return x
+
+
+@_njit(nogil=True)
+def _mix_row(teacher, student, temperature, method, low, high, fixed, budget, want_ess, base, delta, out, stats):
     n = teacher.size
     scale = float32(1.0 / temperature)
     alive, t_top, s_top = _tops(teacher, student)
@@ -261,15 +312,23 @@ def _mix_row(teacher, student, temperature, method, low, high, fixed, want_ess, 
     center = log_zt - log_zs  # r = log p_t − log p_s = delta − center
     tail = max(abs(_as_float(_ordered(smallest)) - center), abs(_as_float(_ordered(largest)) - center))
 
-    if method < _KL_SYMMETRY or method > _ENTROPY:
+    if method == _FIXED:
         alpha = float(fixed)
     else:
-        _, mean, variance = _moments(base, delta, 0.5, center)
-        if variance + mean * mean <= EQUAL and tail <= EQUAL_TAIL:
+        log_w, mean, variance = _moments(base, delta, 0.5, center)
+        equal = variance + mean * mean <= EQUAL and tail <= EQUAL_TAIL
+        if equal and method < _KL_BUDGET:
             alpha = (low + high) / 2.0
         else:
-            if method == _REVERSE_KL:
-                kl_ts, kl_st = t1 / t0 - center, center - s1 / s0
+            kl_ts, kl_st = t1 / t0 - center, center - s1 / s0
+            if method >= _KL_BUDGET:
+                sign = 1.0 if method == _KL_BUDGET else -1.0
+                kl_end = kl_ts if method == _KL_BUDGET else kl_st
+                x = 1.0
+                if not equal:
+                    x = _within(sign, budget, base, delta, center, log_zs, log_w, mean, variance, kl_end)
+                alpha = x if method == _KL_BUDGET else 1.0 - x
+            elif method == _REVERSE_KL:
                 alpha = kl_ts / (kl_ts + kl_st)
             elif method == _ENTROPY:
                 h_s, h_t = max(log_zs - s2 / s0, 0.0), max(log_zt - t2 / t0, 0.0)
@@ -318,7 +377,7 @@ def _only_teacher(teacher, scale, out, stats):
 
 @_njit(nogil=True, cache=True)
 def _mix_rows(
-    teacher, student, strides, width, temperature, method, low, high, fixed, want_ess, out, stats, first, step
+    teacher, student, strides, width, temperature, method, low, high, fixed, budget, want_ess, out, stats, first, step
 ):
     """Rows first, first + step, … of flat arrays in which a row starts every ``strides`` elements."""
     base = np.empty(width, np.float32)
@@ -327,7 +386,7 @@ def _mix_rows(
         t, s, o = row * strides[0], row * strides[1], row * strides[2]
         _mix_row(
             teacher[t : t + width], student[s : s + width], temperature[row], method[row], low[row], high[row],
-            fixed[row], want_ess, base, delta, out[o : o + width], stats[row],
+            fixed[row], budget[row], want_ess, base, delta, out[o : o + width], stats[row],
         )  # fmt: skip
 
 
@@ -366,7 +425,8 @@ def mix_rows(
         raise ValueError("out: must be contiguous in its last dimension.")
     teacher, student = _bits_of(teacher), _bits_of(student)
     strides = (teacher.stride(0), student.stride(0), out.stride(0))
-    settings = [t.numpy() for t in (params.method, params.alpha_min, params.alpha_max, params.fixed_alpha)]
+    tensors = params.method, params.alpha_min, params.alpha_max, params.fixed_alpha, params.kl_budget
+    settings = [t.numpy() for t in tensors]
     rows: tuple[Any, ...] = (
         _flat(teacher), _flat(student), strides, width, temperature.reshape(-1).numpy(), *settings,
         want_ess_ratio, _flat(out), stats.numpy(),

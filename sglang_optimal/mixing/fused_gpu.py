@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sglang_optimal.mixing.alpha import EQUAL, EQUAL_TAIL, MAX_STEPS, TOLERANCE, AlphaMethod, AlphaParams
+from sglang_optimal.mixing.alpha import (
+    EQUAL,
+    EQUAL_TAIL,
+    KL_TOLERANCE,
+    MAX_STEPS,
+    TOLERANCE,
+    AlphaMethod,
+    AlphaParams,
+)
 
 STATS = 7
 """Numbers a row: alpha, KL to student and teacher, log Z of teacher, student and mixture, ESS ratio."""
@@ -38,11 +46,13 @@ class Shape(NamedTuple):
 
 SHAPE = Shape()
 
-_KL_SYMMETRY = tl.constexpr(int(AlphaMethod.KL_SYMMETRY))
 _ESS_BALANCE = tl.constexpr(int(AlphaMethod.ESS_BALANCE))
 _REVERSE_KL = tl.constexpr(int(AlphaMethod.REVERSE_KL_SYMMETRY))
 _ENTROPY = tl.constexpr(int(AlphaMethod.ENTROPY))
+_FIXED = tl.constexpr(int(AlphaMethod.FIXED))
+_KL_BUDGET = tl.constexpr(int(AlphaMethod.KL_BUDGET))
 _TOLERANCE = tl.constexpr(TOLERANCE)
+_KL_TOLERANCE = tl.constexpr(KL_TOLERANCE)
 _EQUAL_SQUARE = tl.constexpr(EQUAL)
 _TAIL = tl.constexpr(EQUAL_TAIL)
 _STEPS = tl.constexpr(MAX_STEPS)
@@ -166,7 +176,7 @@ def _entropies(
 
 @triton.jit
 def _mix_row(
-    teacher, student, out, stats, temperatures, methods, alpha_mins, alpha_maxs, fixed_alphas,
+    teacher, student, out, stats, temperatures, methods, alpha_mins, alpha_maxs, fixed_alphas, kl_budgets,
     teacher_stride, student_stride, out_stride, width,
     STATISTICS: tl.constexpr, WANT_ESS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -228,17 +238,18 @@ def _mix_row(
         written = -_INF  # the alpha at which all below is known and the mixture is written
         log_w = 0.0
         mean = 0.0
-        if (method >= _KL_SYMMETRY) & (method <= _ENTROPY):
+        if method != _FIXED:
             low, high = tl.load(alpha_mins + row), tl.load(alpha_maxs + row)
             z = tl.sum(m0, 0)
             d1, d2 = 2 * tl.sum(m1, 0) / z, 4 * tl.sum(m2, 0) / z
             mean, variance = (d1 - center) * _LN2, (d2 - d1 * d1) * (_LN2 * _LN2)
+            log_w = (tl.log2(z) + (log2_zs - log2_zt) * 0.5) * _LN2
             if (z < _UNDERFLOW) | (variance + mean * mean < d2 * _CANCELLED):
-                _, mean, variance = _moments(
+                log_w, mean, variance = _moments(
                     teacher, student, out, width, scale, t_center, s_shift, 0.5, False, BLOCK, LANE, STAGES
                 )  # fmt: skip
             if (variance + mean * mean <= _EQUAL_SQUARE) & (tail <= _TAIL):
-                alpha = (low + high) / 2
+                alpha = tl.where(method == _KL_BUDGET, high, tl.where(method > _KL_BUDGET, low, (low + high) / 2))
             else:
                 if method == _REVERSE_KL:
                     _, kl_ts, _ = _moments(
@@ -253,6 +264,12 @@ def _mix_row(
                         teacher, student, width, scale, t_shift, s_shift, log2_zt, log2_zs, BLOCK, LANE, STAGES
                     )  # fmt: skip
                     alpha = tl.where(h_s + h_t == 0.0, 0.5, h_s / (h_s + h_t))
+                elif method >= _KL_BUDGET:
+                    alpha, written, log_w, mean = _within(
+                        teacher, student, out, width, scale, t_center, s_shift, log2_zs * _LN2,
+                        tl.where(method == _KL_BUDGET, 1.0, -1.0), tl.load(kl_budgets + row), log_w, mean, variance,
+                        BLOCK, LANE, STAGES,
+                    )  # fmt: skip
                 else:
                     alpha, written, log_w, mean = _root(
                         teacher, student, out, width, scale, t_center, s_shift, method, mean, variance,
@@ -348,6 +365,74 @@ def _root(
 
 
 @triton.jit
+def _within(
+    teacher, student, out, width, scale, t_shift, s_shift, log_zs, sign, budget, log_w, mean, variance,
+    BLOCK: tl.constexpr, LANE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The largest x in [0, 1] with KL(x) ≤ ``budget``: alpha for the student's budget (sign 1), 1 − alpha for the
+    teacher's (sign −1); see `alpha.kl_budget`. Begins with the moments at ½.
+
+    Newton for √(2·KL) with the second derivative, first from x = 0 and the middle, then from the last two slopes. Where
+    the middle fits the budget, the end is looked at next. Returns what `_root` does.
+    """
+    low = 0.0
+    high = 1.0
+    x = 0.5
+    alpha = 0.5
+    last = 1.0
+    moved = 1.0
+    wanted = tl.sqrt(2.0 * budget)
+    before = 0.0
+    written = -_INF
+    step = 0
+    if budget <= 0.0:
+        x = mean * 0.0  # so that NaN stays
+        alpha = tl.where(sign > 0.0, x, 1.0 - x)
+        step = _STEPS
+    while step < _STEPS:
+        kl = x * sign * mean - (log_w - log_zs)
+        root = tl.sqrt(tl.where(kl < 0.0, 0.0, 2.0 * kl))
+        known = _KL_TOLERANCE * tl.maximum(tl.abs(x * mean), 1.0)
+        slope = tl.where(kl <= known, 0.0, x * variance / root)  # that of noise says nothing; 0 bisects
+        curvature = tl.where(step == 0, 8.0 * (slope * 0.5 - root), (slope - before) / moved)
+        before = slope
+        step += 1
+        to_end = (kl <= budget) & (step == 1)
+        if kl != kl:  # NaN stays
+            alpha = kl
+            step = _STEPS
+        elif (x == 1.0) & (kl <= budget) or (tl.abs(kl - budget) <= known) & (to_end == 0):
+            step = _STEPS
+        else:
+            low = tl.where(kl < budget, x, low)
+            high = tl.where(kl < budget, high, x)
+            newton = (wanted - root) / slope
+            bend = newton * curvature / (2.0 * slope)
+            target = x + tl.where(tl.abs(bend) < 0.5, newton / (1.0 + bend), newton)
+            inside = (low < target) & (target < high) & (tl.abs(target - x) <= last / 2)
+            target = tl.where(inside, target, (low + high) / 2)
+            # As far as the slope at ½ can tell, all fits the budget, and the pass over the end is the last one.
+            write = to_end & (root + slope * 0.5 <= wanted)
+            target = tl.where(to_end, 1.0, target)
+            moved = target - x
+            last = tl.where(to_end, last, tl.abs(moved))
+            if (last <= _TOLERANCE) & (written == alpha):  # as near as the next one would be, and known
+                step = _STEPS
+            else:
+                x = target
+                alpha = tl.where(sign > 0.0, x, 1.0 - x)
+                if last <= _TOLERANCE:
+                    step = _STEPS
+                else:
+                    write = write | (last <= _LIKELY_LAST)
+                    log_w, mean, variance = _moments(
+                        teacher, student, out, width, scale, t_shift, s_shift, alpha, write, BLOCK, LANE, STAGES
+                    )  # fmt: skip
+                    written = tl.where(write, alpha, -_INF)
+    return alpha, written, log_w, mean
+
+
+@triton.jit
 def _only_teacher(teacher, out, stats, width, scale, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """A row without a common token is the teacher's."""
     tops = tl.full((BLOCK,), -_INF, tl.float32)
@@ -391,7 +476,7 @@ def mix_rows(
     if out.shape[0]:
         _mix_row[(out.shape[0],)](
             teacher, student, out, stats, temperature.reshape(-1).contiguous(),
-            params.method, params.alpha_min, params.alpha_max, params.fixed_alpha,
+            params.method, params.alpha_min, params.alpha_max, params.fixed_alpha, params.kl_budget,
             teacher.stride(0), student.stride(0), out.stride(0), out.shape[1],
             STATISTICS=STATS, WANT_ESS=want_ess_ratio, **SHAPE.options(max(teacher.itemsize, student.itemsize)),
         )  # fmt: skip

@@ -136,6 +136,7 @@ class MixedRows:
         """The rows ``row_ids`` of ``batch``; ``as_student``: how the students' forward sees a request."""
         reqs = [batch.reqs[i] for i in row_ids]
         settings = [req.mixing.alpha for req in reqs]
+        budgets = [s.budget for s in settings]
         device = batch.device
         offsets_cpu, offsets = sent([length_offset(req) for req in reqs], device)
         row_ids_cpu, device_row_ids = sent(row_ids, device)
@@ -152,6 +153,7 @@ class MixedRows:
                 [s.alpha_max for s in settings],
                 [0.5 if s.fixed_alpha is None else s.fixed_alpha for s in settings],
                 device,
+                kl_budget=[b or 0.0 for b in budgets] if any(b is not None for b in budgets) else None,
             ),
             wanted=Wanted.by_all(req.mixing.wanted for req in reqs),
         )

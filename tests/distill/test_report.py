@@ -310,6 +310,30 @@ def test_a_fixed_alpha_has_no_bounds(tmp_path, mixing):
     assert found["α at its bounds"][0] == "none" and "over all tokens" in found["KL balance"][1]
 
 
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_budget_is_judged_by_what_was_used(tmp_path, side):
+    """Between the bounds it is used up; at α = 0 and 1 no bound decides."""
+    rng = np.random.default_rng(0)
+    name = "kl_budget" if side == "student" else "kl_budget_teacher"
+    records = [balanced(rng, i) for i in range(4)]
+    for one in records:
+        setattr(one, f"kl_to_{side}", [0.3] * len(one.token_ids))
+        half = len(one.token_ids) // 2
+        one.alpha[:half] = [1.0 if side == "student" else 0.0] * half
+        getattr(one, f"kl_to_{side}")[:half] = [0.01] * half  # all fits there
+    for budget, mark in ((0.3, "good"), (0.2, "warn")):
+        folder = build(tmp_path / f"{budget}", records, {"config": {"mixing": {name: budget}}})
+        found = marks(folder)
+        assert found["KL budget"][0] == mark and f"KL(q‖{side}) is 0.3000" in found["KL budget"][1]
+        assert "KL balance" not in found and found["α at its bounds"][0] == "good"
+        assert f"{name} of {budget} nats, bounds 0 to 1" in page_of(folder).text
+    bounds = {"alpha_max": 0.9} if side == "student" else {"alpha_min": 0.1}
+    for one in records:
+        one.alpha = [min(max(alpha, 0.1), 0.9) for alpha in one.alpha]
+    clamped = build(tmp_path / "clamped", records, {"config": {"mixing": {name: 0.3, **bounds}}})
+    assert marks(clamped)["α at its bounds"][0] == "warn"
+
+
 def test_wilson():
     low, high = wilson(8, 10)
     assert (low, high) == pytest.approx((0.490, 0.943), abs=1e-3)  # a textbook's example

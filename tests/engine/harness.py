@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sglang_optimal import OptimalSampler
+from sglang_optimal.config import override
 
 # Where the oracle's best two tokens are closer than this (nats), float32 may order them either way.
 TIE = 2e-4
@@ -64,7 +65,14 @@ ALPHAS = (
     {"fixed_alpha": -0.3},
     {"alpha_min": 0.55, "alpha_max": 0.7},
     {"alpha_max": 0.3},
+    {"kl_budget": 0.15},
+    {"kl_budget_teacher": 0.15, "alpha_min": 0.2},
 )
+
+
+def oracle_settings(alpha: dict[str, Any]) -> dict[str, Any]:
+    """A request's alpha fields as the oracle takes them: with the method that a number implies."""
+    return {name: value for name, value in override({}, alpha).items() if value is not None}
 
 
 def random_cases(seed: int, mixed: int, plain: int, *, longest: int = 60, tokens: tuple[int, int] = (6, 20)):
@@ -102,7 +110,7 @@ def answer(oracle, case: Case):
         if case.student is None:
             _answers[key] = oracle.plain_greedy(case.teacher, case.n, logit_bias=bias)
         else:
-            settings = {"alpha_method": "fixed", **case.alpha} if "fixed_alpha" in case.alpha else case.alpha
+            settings = oracle_settings(case.alpha)
             _answers[key] = oracle.generate_greedy(case.teacher, case.student, case.n, logit_bias=bias, **settings)
     return _answers[key]
 

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from harness import Case, check_greedy, check_pools, random_cases, random_ids, run, start
+from harness import Case, check_greedy, check_pools, oracle_settings, random_cases, random_ids, run, start
 from scipy.stats import chisquare
 
 DRAWS = 3000
@@ -81,7 +81,7 @@ def test_distribution_of_the_first_token(sampler, tiny_oracle, contexts, filters
 def test_distribution_of_later_tokens(sampler, tiny_oracle, contexts, alpha):
     """The second and third token come from decode steps, each with its own alpha."""
     draws = draw(sampler, contexts, draws=1500, n=3, alpha=alpha, temperature=0.35)
-    settings = {"alpha_method": "fixed", **alpha} if "fixed_alpha" in alpha else alpha
+    settings = oracle_settings(alpha)
     teacher, student = contexts
     for position in (1, 2):
         # Draws with different histories have different distributions; expected counts add up over the histories.
@@ -100,13 +100,14 @@ SEQUENCES = [
     ({"alpha_method": "entropy"}, {"temperature": 1.0, "top_k": 3, "min_p": 0.3}),
     ({"fixed_alpha": 1.3}, {"temperature": 0.7, "top_k": 3}),
     ({"fixed_alpha": 0.2}, {"temperature": 1.0, "top_k": 4}),
+    ({"kl_budget": 0.1}, {"temperature": 1.0, "top_k": 3}),
 ]
 
 
 @pytest.mark.parametrize("alpha,filters", SEQUENCES, ids=str)
 def test_distribution_of_whole_sequences(sampler, tiny_oracle, contexts, alpha, filters):
     """Four tokens, of which three come from decode steps, or from one where the student drafts."""
-    settings = {"alpha_method": "fixed", **alpha} if "fixed_alpha" in alpha else alpha
+    settings = oracle_settings(alpha)
     teacher, student = contexts
     expected: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(4):
@@ -150,8 +151,7 @@ def test_logprobs_are_the_mixtures(sampler, tiny_oracle):
         if case.student is None:
             continue
         assert values == pytest.approx(meta["mixture_logprob"], abs=1e-4)
-        settings = {"alpha_method": "fixed", **case.alpha} if "fixed_alpha" in case.alpha else case.alpha
-        probs = tiny_oracle.next_token_distribution(case.teacher, case.student, **settings)
+        probs = tiny_oracle.next_token_distribution(case.teacher, case.student, **oracle_settings(case.alpha))
         top = probs.log().topk(3)
         assert [e[1] for e in meta["output_top_logprobs"][0]] == top.indices.tolist()
         assert [e[0] for e in meta["output_top_logprobs"][0]] == pytest.approx(top.values.tolist(), abs=1e-3)

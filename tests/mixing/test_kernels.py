@@ -14,6 +14,7 @@ from sglang_optimal.mixing import ALPHA_METHODS, AlphaParams, Mixture, mix
 
 FIELDS = ("logits", "alpha", "kl_to_student", "kl_to_teacher", "teacher_log_z", "student_log_z", "mixture_log_z")
 ROWS = 14
+DISJOINT = 5
 STUDENT_BAD, TEACHER_BAD = [4, 10, 12, 13], [8, 9, 11]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,8 +46,10 @@ def assert_same(got, expected, ess_ratio=True):
     for name in (*FIELDS, "ess_ratio") if ess_ratio else FIELDS:
         a, b = getattr(got, name), getattr(expected, name)
         rows = common if name in ("teacher_log_z", "student_log_z") else good
-        a, b = a[rows], b[rows]
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        for row in rows:
+            # A small KL of nearly disjoint models is a difference of hundreds of nats.
+            near = {"rtol": 1e-3, "atol": 5e-4} if row == DISJOINT else {"rtol": 1e-4, "atol": 1e-4}
+            torch.testing.assert_close(a[row], b[row], **near, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
     for mixture in (got, expected):
         # What the engine tells the user by (`MixingHostOutput`): there is no mixture, and whose fault it is.
         assert mixture.kl_to_student[bad].isnan().all() and mixture.kl_to_teacher[bad].isnan().all()
@@ -65,11 +68,20 @@ def wide_case():
 
 
 def method_case(method, dtype):
-    params = AlphaParams.uniform(ROWS, method, alpha_min=0.1, alpha_max=0.9, fixed_alpha=1.7)
+    params = AlphaParams.uniform(ROWS, method, alpha_min=0.1, alpha_max=0.9, fixed_alpha=1.7, kl_budget=0.3)
     return (*rows(dtype=dtype), params), {"ess_ratio": True}
 
 
+def budget_case(first, budget):
+    """Both budgets by turns, without bounds."""
+    methods = [("kl_budget", "kl_budget_teacher")[(first + row) % 2] for row in range(ROWS)]
+    lists = methods, [0.0] * ROWS, [1.0] * ROWS, [0.5] * ROWS
+    return (*rows(width=3000), AlphaParams.from_lists(*lists, kl_budget=[budget] * ROWS)), {}
+
+
+BUDGETS = [(first, budget) for first in (0, 1) for budget in (0.0, 0.01, 1.0, 5.0, 1e30)]
 CASES = {(m, d): method_case(m, d) for m in ALPHA_METHODS for d in DTYPES} | {"wide": wide_case()}
+CASES |= {case: budget_case(*case) for case in BUDGETS}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +107,20 @@ def test_every_method_and_special_row(interpreted, method, dtype):
     expected = mix(*args, **kwargs, implementation="torch")
     assert_same(interpreted[method, dtype], expected)
     assert_same(mix(*args, **kwargs, implementation="numba"), expected)
+
+
+@pytest.mark.parametrize("case", BUDGETS, ids=str)
+def test_budgets_from_nothing_to_everything(interpreted, case):
+    args, kwargs = CASES[case]
+    expected = mix(*args, **kwargs, implementation="torch")
+    good = [row for row in range(ROWS) if row not in STUDENT_BAD + TEACHER_BAD]
+    alpha = expected.alpha[good]
+    at_an_end = case[1] in (0.0, 1e30)
+    assert ((alpha > 0.0) & (alpha < 1.0)).any() != at_an_end
+    for got in (interpreted[case], mix(*args, **kwargs, implementation="numba")):
+        assert_same(got, expected, ess_ratio=False)
+        if at_an_end:
+            assert torch.equal(got.alpha[good], alpha)  # exactly
 
 
 def test_padded_and_strided_logits(interpreted):
@@ -143,7 +169,8 @@ def test_gpu_kernel_compiles(capability, dtype):
 
     from sglang_optimal.mixing import fused_gpu as kernel
 
-    pointers = {name: "*fp32" for name in ("out", "stats", "temperatures", "alpha_mins", "alpha_maxs", "fixed_alphas")}
+    settings = ("temperatures", "alpha_mins", "alpha_maxs", "fixed_alphas", "kl_budgets")
+    pointers = {name: "*fp32" for name in ("out", "stats", *settings)}
     pointers |= {"teacher": f"*{dtype}", "student": f"*{dtype}", "methods": "*i64"}
     constants = {"STATISTICS": kernel.STATS, "WANT_ESS": True, **kernel.SHAPE.options(2 if dtype == "bf16" else 4)}
     warps = constants.pop("num_warps")
@@ -161,6 +188,6 @@ def test_gpu_kernel_compiles(capability, dtype):
 @pytest.mark.parametrize("method", ALPHA_METHODS)
 def test_gpu_kernel_on_a_gpu(method, dtype):
     teacher, student, temperatures = (t.cuda() for t in rows(width=151_936, dtype=dtype))
-    params = AlphaParams.uniform(ROWS, method, fixed_alpha=1.7, device="cuda")
+    params = AlphaParams.uniform(ROWS, method, fixed_alpha=1.7, kl_budget=0.3, device="cuda")
     got = mix(teacher, student, temperatures, params, ess_ratio=True, implementation="triton")
     assert_same(got, mix(teacher, student, temperatures, params, ess_ratio=True, implementation="torch"))

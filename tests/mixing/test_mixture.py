@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from oracle import condition, entropy, interpolate, kl_divergence
 from oracle import mix as oracle_mix
 
+from sglang_optimal.config import NUMBERLESS_METHODS
 from sglang_optimal.mixing import ALPHA_METHODS, AlphaMethod, AlphaParams, mix, token_logprobs
 from sglang_optimal.mixing import mixture as mixture_module
 
-SOLVED = [m for m in ALPHA_METHODS if m != "fixed"]
+SOLVED = list(NUMBERLESS_METHODS)  # the budgets: test_budget.py
 BY_CONDITION = ["kl_symmetry", "ess_balance", "reverse_kl_symmetry"]
 
 
@@ -157,7 +158,9 @@ def test_peaked_on_different_tokens(method, gap):
 def test_disjoint_support_is_the_teachers_row(method):
     teacher = torch.tensor([[1.0, 2.0, -torch.inf, -torch.inf], [0.0, 1.0, 2.0, 3.0]])
     student = torch.tensor([[-torch.inf, -torch.inf, 1.0, 2.0], [3.0, 1.0, 2.0, 0.0]])
-    m = mix(teacher, student, torch.ones(2), AlphaParams.uniform(2, method, fixed_alpha=0.4), ess_ratio=True)
+    middle = mix(teacher, student, torch.ones(2), AlphaParams.uniform(2, "fixed", fixed_alpha=0.5))
+    params = AlphaParams.uniform(2, method, fixed_alpha=0.4, kl_budget=middle.kl_to_student[1].item())
+    m = mix(teacher, student, torch.ones(2), params, ess_ratio=True)
     assert m.alpha[0] == 1.0
     assert torch.equal(m.logits[0], teacher[0])
     assert m.kl_to_student[0] == m.kl_to_teacher[0] == torch.inf
@@ -191,25 +194,31 @@ def test_other_dtypes_are_computed_in_float32(dtype):
 
 
 def mixed_batch():
+    """Logits, temperatures and the lists of `AlphaParams.from_lists` of 40 rows; the last is their budgets."""
     generator = torch.Generator().manual_seed(7)
     teacher = 3.0 * torch.randn(40, 500, generator=generator)
     student = 2.0 * torch.randn(40, 500, generator=generator)
     student[3, :400] = -torch.inf
     student[11] = teacher[11]
-    methods = [ALPHA_METHODS[i % 5] for i in range(40)]
+    methods = [ALPHA_METHODS[i % len(ALPHA_METHODS)] for i in range(40)]
     lows = [0.1 * (i % 4) for i in range(40)]
     highs = [min(1.0, low + 0.1 * (i % 7)) for i, low in enumerate(lows)]
     fixed = [-1.0 + 0.1 * i for i in range(40)]
     temperatures = torch.tensor([0.5 + 0.05 * i for i in range(40)])
-    return teacher, student, temperatures, methods, lows, highs, fixed
+    budgets = [0.02 * i for i in range(40)]
+    return teacher, student, temperatures, methods, lows, highs, fixed, budgets
+
+
+def params_of(methods, lows, highs, fixed, budgets):
+    return AlphaParams.from_lists(methods, lows, highs, fixed, kl_budget=budgets)
 
 
 def test_rows_of_a_batch_are_independent():
     """A row's result does not depend on its neighbours, whatever their methods, bounds, temperatures and masks."""
-    teacher, student, temperatures, methods, lows, highs, fixed = mixed_batch()
-    whole = mix(teacher, student, temperatures, AlphaParams.from_lists(methods, lows, highs, fixed), ess_ratio=True)
+    teacher, student, temperatures, methods, lows, highs, fixed, budgets = mixed_batch()
+    whole = mix(teacher, student, temperatures, params_of(methods, lows, highs, fixed, budgets), ess_ratio=True)
     for i in range(40):
-        params = AlphaParams.from_lists([methods[i]], [lows[i]], [highs[i]], [fixed[i]])
+        params = params_of([methods[i]], [lows[i]], [highs[i]], [fixed[i]], [budgets[i]])
         alone = mix(teacher[i : i + 1], student[i : i + 1], temperatures[i : i + 1], params, ess_ratio=True)
         for name in ("alpha", "kl_to_student", "kl_to_teacher", "mixture_log_z", "ess_ratio"):
             assert getattr(whole, name)[i].item() == pytest.approx(
@@ -223,7 +232,7 @@ def test_rows_of_a_batch_are_independent():
 
 def test_blocks_do_not_change_the_result(monkeypatch):
     teacher, student, temperatures, *settings_ = mixed_batch()
-    params = AlphaParams.from_lists(*settings_)
+    params = params_of(*settings_)
     whole = mix(teacher, student, temperatures, params, ess_ratio=True)
     monkeypatch.setattr(mixture_module, "_BLOCK_ELEMENTS", 7 * 500)
     blocks = mix(teacher, student, temperatures, params, ess_ratio=True)
@@ -234,7 +243,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
 
 def test_nan_stays_in_its_row():
     teacher, student, temperatures, *settings_ = mixed_batch()
-    params = AlphaParams.from_lists(*settings_)
+    params = params_of(*settings_)
     clean = mix(teacher, student, temperatures, params)
     student[6, 100] = torch.nan
     m = mix(teacher, student, temperatures, params)
@@ -257,7 +266,7 @@ def test_linear_bias_comes_out_once():
 def test_arguments_are_left_alone_and_out_is_used():
     teacher, student, temperatures, *settings_ = mixed_batch()
     copies = teacher.clone(), student.clone(), temperatures.clone()
-    params = AlphaParams.from_lists(*settings_)
+    params = params_of(*settings_)
     expected = mix(teacher, student, temperatures, params)
     out = torch.empty_like(teacher)
     got = mix(teacher, student, temperatures, params, out=out)

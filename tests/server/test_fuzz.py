@@ -45,6 +45,8 @@ plausible = {
     "alpha_min": st.floats(-0.1, 1.1),
     "alpha_max": st.floats(-0.1, 1.1),
     "fixed_alpha": st.one_of(st.floats(-2, 3), any_number),
+    "kl_budget": st.one_of(st.floats(0, 3), any_number),
+    "kl_budget_teacher": st.one_of(st.floats(0, 3), any_number),
     "return_mixing_info": st.booleans(),
     "return_prompts": st.booleans(),
 }

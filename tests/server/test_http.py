@@ -17,6 +17,7 @@ from tiny_models import small_ids as ids
 from tiny_models import small_text as text_of
 
 from sglang_optimal import decode_top_k
+from sglang_optimal.config import METHOD_OF_NUMBER, override
 from sglang_optimal.names import SERIES
 
 API_KEY = "a-key-for-this-test"
@@ -54,8 +55,7 @@ def client(tiny_pair, tmp_path_factory):
 def check(oracle, case: Case, output: dict) -> None:
     """The output is the oracle's, under the server's defaults where the case has no setting of its own."""
     if case.student is not None:
-        over = case.alpha if "fixed_alpha" in case.alpha else {**DEFAULTS, **case.alpha}
-        case = dataclasses.replace(case, alpha=over)
+        case = dataclasses.replace(case, alpha=override(DEFAULTS, case.alpha))
     # The cases of this module are fixed, and none of them has a tie.
     assert check_greedy(oracle, case, output) == case.n
     if case.student is not None:
@@ -134,6 +134,8 @@ def test_alpha_comes_unasked_and_the_other_series_do_not(client, tiny_oracle):
         {"alpha_max": 1.0},
         {"alpha_method": "ess_balance", "alpha_min": 0.4, "alpha_max": 0.9},
         {"fixed_alpha": 1.3},
+        {"kl_budget": 0.2, "alpha_max": 0.9},
+        {"kl_budget_teacher": 0.3, "alpha_max": 0.9},
     ],
     ids=str,
 )
@@ -299,7 +301,7 @@ def test_file_and_flags_reach_the_server(client, tiny_pair):
     info = server_info(client)
     mixing = info["internal_states"][0]["mixing"]
     assert mixing["student_model_path"] == str(tiny_pair[1])
-    assert mixing["alpha"] == {**DEFAULTS, "fixed_alpha": None}
+    assert mixing["alpha"] == {**DEFAULTS, **dict.fromkeys(METHOD_OF_NUMBER)}
     assert info["model_path"] == str(tiny_pair[0])
     assert info["max_running_requests"] == 64
     assert info["disable_radix_cache"] is False

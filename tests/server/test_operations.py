@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from serving import as_argv, generate, serve, server_info, wait_until_free
 from tiny_models import build_tiny_tokenizer_model
 
+from sglang_optimal.config import AlphaSettings
+
 API_KEY = "a-key-for-this-test"
 
 
@@ -58,7 +60,8 @@ def test_server_info(client, tiny_pair, route):
     mixing = client.get(route).json()["internal_states"][0]["mixing"]
     assert mixing["teacher_model_path"] == str(tiny_pair[0])
     assert mixing["student_model_path"] == str(tiny_pair[1])
-    assert mixing["alpha"] == {"alpha_method": "kl_symmetry", "alpha_min": 0.0, "alpha_max": 1.0, "fixed_alpha": None}
+    assert mixing["alpha"] == AlphaSettings().model_dump()
+    assert mixing["alpha"].keys() >= {"alpha_method", "alpha_min", "alpha_max", "fixed_alpha", "kl_budget"}
     for side in ("teacher_pool", "student_pool"):
         assert mixing[side]["size"] == SMALL["max_total_tokens"]
 

@@ -94,6 +94,13 @@ def test_settings(client, page):
     page.sample()
     meta = ask(client, fixed_alpha=1.5)["meta_info"]
     assert text_of(page.tokens("mixture")) == "".join(piece[2] for piece in meta["output_token_logprobs"])
+    page.fill(method="kl_budget", budget="0.05")
+    assert page.driver.find_element("id", "alpha-min").is_enabled()
+    assert not page.driver.find_element("id", "fixed").is_enabled()
+    page.sample()
+    meta = ask(client, kl_budget=0.05)["meta_info"]
+    assert text_of(page.tokens("mixture")) == "".join(piece[2] for piece in meta["output_token_logprobs"])
+    assert f"mean α {sum(meta['alpha']) / len(meta['alpha']):.3f}" in page.part("mixture", "figures").text
     page.driver.find_element("css selector", "summary").click()
     page.fill(student_template="{problem} {answer}")
     assert page.driver.find_element("id", "leak").text == "The student sees the answer."

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from harness import ALPHAS, TIE, random_ids
+from harness import ALPHAS, TIE, oracle_settings, random_ids
 from oracle import MixedOracle, OracleResult
 from tiny_models import small_text
 
@@ -82,8 +82,7 @@ class Expectations:
         settings = known.alpha
         if not mixed:
             settings = {"fixed_alpha": 1.0}  # the teacher alone, with margins
-        if "fixed_alpha" in settings:
-            settings = {"alpha_method": "fixed", **settings}
+        settings = oracle_settings(settings)
         for version, oracle in self._oracles.items():
             if not mixed and known.answers:
                 known.answers[version] = next(iter(known.answers.values()))  # no student reads it

@@ -99,7 +99,8 @@ def _settings(statistics: Statistics, named: list[dict[str, str | None]]) -> lis
         alpha = "fixed" if run.fixed_alpha is None else f"fixed at {run.fixed_alpha:g}"
     else:
         method = run.method or "the server's own method (kl_symmetry, unless it was told otherwise)"
-        alpha = f"{method}, bounds {run.alpha_min:g} to {run.alpha_max:g}"
+        budget = "" if run.kl_budget is None else f" of {run.kl_budget:g} nats"
+        alpha = f"{method}{budget}, bounds {run.alpha_min:g} to {run.alpha_max:g}"
     rows.append(("α", alpha))
     sampling = run.config.get("sampling") or {}
     keys = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "n", "seed")

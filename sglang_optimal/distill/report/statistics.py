@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 
+from sglang_optimal.config import override
 from sglang_optimal.distill.manifests import read_manifests
 from sglang_optimal.distill.records import MODEL_COLUMNS, schema
 from sglang_optimal.distill.report.histogram import (
@@ -50,6 +51,7 @@ class RunInfo:
         config: the settings of the run; {} when not known.
         method: how alpha was solved; None: left to the server.
         alpha_min, alpha_max: bounds on the solved alpha, infinite for the method ``fixed``. fixed_alpha: its alpha.
+        kl_budget: nats, of the methods that have a budget.
         filters: labels in their order.
         states: of all machines. planned, failed: samples. elapsed: seconds of sampling, summed over machines.
         started: the earliest start.
@@ -61,6 +63,7 @@ class RunInfo:
     alpha_min: float
     alpha_max: float
     fixed_alpha: float | None
+    kl_budget: float | None
     filters: list[str]
     states: set[str]
     machines: int
@@ -75,7 +78,7 @@ class RunInfo:
         manifests = read_manifests(folder)
         config: dict[str, Any] = next((m["config"] for m in manifests if m.get("config")), {})
         mixing = {name: value for name, value in (config.get("mixing") or {}).items() if value is not None}
-        method = "fixed" if "fixed_alpha" in mixing else mixing.get("alpha_method")
+        method = override({}, mixing).get("alpha_method")
         bounds = {"alpha_min": 0, "alpha_max": 1} | mixing if method != "fixed" else {}
         configured = [f.get("name") or f.get("type") or "?" for f in config.get("filters") or []]
         return cls(
@@ -85,6 +88,7 @@ class RunInfo:
             alpha_min=float(bounds.get("alpha_min", -math.inf)),
             alpha_max=float(bounds.get("alpha_max", math.inf)),
             fixed_alpha=mixing.get("fixed_alpha"),
+            kl_budget=mixing.get("kl_budget", mixing.get("kl_budget_teacher")),
             filters=next((m["filters"] for m in manifests if m.get("filters")), configured),
             states={m["state"] for m in manifests if m.get("state")},
             machines=len(manifests),

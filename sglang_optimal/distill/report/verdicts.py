@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from sglang_optimal.distill.report.statistics import KLS, RARE, Statistics
+from sglang_optimal.distill.report.statistics import KLS, RARE, RunInfo, Statistics
 
 KL_TOLERANCE = 0.05
 ESS_TOLERANCE, ESS_WIDE = 0.1, 3.0
@@ -82,6 +82,8 @@ def _kl_balance(statistics: Statistics) -> Verdict:
         f"KL(q‖student) is {student:.4f} nats and KL(q‖teacher) {teacher:.4f} nats on average {where}: "
         f"ratio {ratio:.3f}."
     )
+    if statistics.run.kl_budget is not None and statistics.known:
+        return _kl_budget(statistics.run, student, teacher, where)
     if method not in (None, "kl_symmetry"):
         name = "A fixed α" if method == "fixed" else f"The method {method}"
         return Verdict("none", title, f"{measured} {name} does not ask for equal KLs.")
@@ -91,6 +93,18 @@ def _kl_balance(statistics: Statistics) -> Verdict:
     return _judged(
         title, abs(ratio - 1) <= KL_TOLERANCE,
         f"{measured} kl_symmetry{default} makes them equal; amber outside 1 ± {KL_TOLERANCE}.",
+        "Check that the server used this method, and that its student is the one that you mean.",
+    )  # fmt: skip
+
+
+def _kl_budget(run: RunInfo, student: float, teacher: float, where: str) -> Verdict:
+    """Between the bounds each token uses up its budget."""
+    budget = run.kl_budget or 0.0
+    side, value = ("teacher", teacher) if run.method == "kl_budget_teacher" else ("student", student)
+    return _judged(
+        "KL budget", abs(value - budget) <= KL_TOLERANCE * budget,
+        f"KL(q‖{side}) is {value:.4f} nats on average {where}; {run.method} makes it {budget:g}, amber more than "
+        f"{percent(KL_TOLERANCE)} off.",
         "Check that the server used this method, and that its student is the one that you mean.",
     )  # fmt: skip
 
@@ -126,6 +140,9 @@ def _bounds(statistics: Statistics) -> Verdict:
         return Verdict("none", title, f"α was fixed{value} for every token, so it has no bounds.")
     low, high = statistics.at_min / count, statistics.at_max / count
     together = low + high if run.alpha_min < run.alpha_max else low
+    if run.kl_budget is not None:
+        # At 0 and 1 one model itself is within its budget, or the budget is 0: the method decides there.
+        together = (low if run.alpha_min > 0 else 0.0) + (high if run.alpha_max < 1 else 0.0)
     return _judged(
         title, together <= BOUND_SHARE,
         f"{percent(low)} of tokens are at α = {run.alpha_min:g} (towards the student) and {percent(high)} at "

@@ -58,14 +58,17 @@ _INTERNAL = (
 # A large body without any of these is not looked at: names as they are, or with letters escaped.
 _SUSPICIOUS = re.compile(
     "|".join(
-        ("student", "teacher", "alpha", "return_mixing", "return_prompts", "response_format", "\\\\u00", *_INTERNAL)
+        (
+            *("student", "teacher", "alpha", "kl_budget", "return_mixing", "return_prompts"),
+            *("response_format", "\\\\u00", *_INTERNAL),
+        )
     ).encode(),
     re.IGNORECASE,
 )
 _LONGEST = max(map(len, MIXING_FIELDS))
 # Where all keys are the server's, so that one which begins as ours do is meant for us, however it goes on.
 _ARGUMENTS = re.compile(r"((parameters\.)?sampling_params(\[\d+\])?|parameters|extra_body|options)?")
-_PREFIXES = ("student_", "teacher_", "alpha_", "fixed_alpha", "return_mixing")
+_PREFIXES = ("student_", "teacher_", "alpha_", "fixed_alpha", "kl_budget", "return_mixing")
 _LARGE = 1 << 20
 """Bytes that are parsed in a few milliseconds."""
 

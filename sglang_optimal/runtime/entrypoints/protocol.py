@@ -34,6 +34,7 @@ _OUR_PREFIXES = (
     "student",
     "alpha",
     "fixed_alpha",
+    "kl_budget",
     "return_mixing",
     "return_prompts",
     "return_top_k",
