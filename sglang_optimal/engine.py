@@ -190,6 +190,51 @@ class OptimalSampler:
             return self._async_stream(request, output)
         return self._results(request, output)
 
+    @takes_settings(ALPHA_KEYS)
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        student_prompts: Prompt | Sequence[Prompt] | None,
+        completions: str | Sequence[int] | Sequence[str | Sequence[int]],
+        *,
+        sampling_params: dict[str, Any] | None = None,
+        return_mixing_info: bool | Sequence[str] = True,
+        return_top_k: int | None = None,
+        top_k_of: str | Sequence[str] | None = None,
+        **sampling: Any,
+    ) -> GenerationResult | list[GenerationResult]:
+        """What both models and their mixture say of completions that are given, as if each token had been drawn.
+
+        One prefill for each side. A mixed sample's own tokens give its series back.
+
+        Args:
+            prompts, student_prompts: as for `generate`.
+            completions: one for each prompt: text, tokenized without special tokens, or token ids.
+            sampling_params, **sampling: temperature, ``logit_bias``, and for ``behaviour_logprob`` top-k, top-p and
+                min-p; and the settings of alpha. What acts on generated text alone is refused.
+            return_mixing_info, return_top_k, top_k_of: as for `generate`.
+
+        Returns:
+            As `generate`: ``token_ids`` and ``text`` are the completion's.
+
+        Raises:
+            ValueError: as `generate`; or a completion is empty, or too long for a model beside its prompt.
+            RuntimeError: a model failed.
+        """
+        returned = _returned(return_mixing_info, return_top_k, top_k_of)
+        sampling = {**sampling, "max_new_tokens": 0}
+        request = self._request(prompts, student_prompts, sampling_params, sampling, returned)
+        batch: list[Any] = [completions] if request.single else list(completions)
+        params = request.arguments["sampling_params"]
+        if len(batch) != len(params):
+            raise ValueError(f"completions: {len(batch)} of them for {len(params)} prompts; give one for each prompt.")
+        for own, completion in zip(params, batch, strict=True):
+            kind = "text" if isinstance(completion, str) else "input_ids"
+            own["custom_params"][f"completion_{kind}"] = completion if isinstance(completion, str) else list(completion)
+        with _plain_errors():
+            output = self._running().generate(**request.arguments)
+        return self._results(request, output)
+
     # -- alpha history ---------------------------------------------------------------------------------------------
 
     def alpha_stats(self) -> AlphaStats:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -43,6 +43,21 @@ class Side:
 
 
 @dataclasses.dataclass
+class Score:
+    """A completion to score: the last tokens of both sides' prompts.
+
+    Attributes:
+        length: of the completion.
+        teacher, student: hidden states [n, H] of the positions before its tokens, part by part. Set by the workers'
+            prefills (sampling/scoring.py); they die when both sides are complete and the scores are made.
+    """
+
+    length: int
+    teacher: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    student: list[torch.Tensor] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
 class MixedRequest:
     """What is mixed for one request.
 
@@ -51,11 +66,13 @@ class MixedRequest:
             every token.
         alpha: how.
         wanted: what the client asked for.
+        score: the completion that is scored; None where one is generated.
     """
 
     sides: list[Side]
     alpha: AlphaSettings
     wanted: Wanted = Wanted()
+    score: Score | None = None
 
     @property
     def student(self) -> Side:
@@ -109,6 +126,19 @@ def length_offset(req: Req) -> int:
     return len(req.mixing.student.prompt_ids) - len(req.origin_input_ids)
 
 
+def alpha_params(settings: Sequence[AlphaSettings], device: torch.device | str) -> AlphaParams:
+    """How alpha is solved in rows with these settings."""
+    budgets = [s.budget for s in settings]
+    return AlphaParams.from_lists(
+        [s.alpha_method for s in settings],
+        [s.alpha_min for s in settings],
+        [s.alpha_max for s in settings],
+        [0.5 if s.fixed_alpha is None else s.fixed_alpha for s in settings],
+        device,
+        kl_budget=[b or 0.0 for b in budgets] if any(b is not None for b in budgets) else None,
+    )
+
+
 @dataclasses.dataclass
 class MixedRows:
     """The mixed rows of a batch and their settings; unchanged from step to step while the batch has the same requests.
@@ -136,7 +166,6 @@ class MixedRows:
         """The rows ``row_ids`` of ``batch``; ``as_student``: how the students' forward sees a request."""
         reqs = [batch.reqs[i] for i in row_ids]
         settings = [req.mixing.alpha for req in reqs]
-        budgets = [s.budget for s in settings]
         device = batch.device
         offsets_cpu, offsets = sent([length_offset(req) for req in reqs], device)
         row_ids_cpu, device_row_ids = sent(row_ids, device)
@@ -147,14 +176,7 @@ class MixedRows:
             device_row_ids=None if len(row_ids) == len(batch.reqs) else device_row_ids,
             offsets=offsets,
             offsets_cpu=offsets_cpu,
-            alpha=AlphaParams.from_lists(
-                [s.alpha_method for s in settings],
-                [s.alpha_min for s in settings],
-                [s.alpha_max for s in settings],
-                [0.5 if s.fixed_alpha is None else s.fixed_alpha for s in settings],
-                device,
-                kl_budget=[b or 0.0 for b in budgets] if any(b is not None for b in budgets) else None,
-            ),
+            alpha=alpha_params(settings, device),
             wanted=Wanted.by_all(req.mixing.wanted for req in reqs),
         )
 

@@ -189,6 +189,60 @@ def test_every_series_and_the_most_likely_tokens(sampler, oracle, settings):
     assert [name for name in (*ALL_SERIES, "top_k") if name in meta] == ["alpha"]
 
 
+@pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "plain", "filtered"])
+def test_scores_of_given_completions(sampler, oracle, settings):
+    """Of a sample's own tokens they are its series; of others what the oracle says. In chunks of 16, with prefixes that
+    the caches have and contexts that begin alike, beside requests that generate; twice, when all is cached."""
+    rng = random.Random(72)
+    alphas = ({}, {"fixed_alpha": 1.3}, {"alpha_method": "entropy", "alpha_min": 0.2})
+    sizes = ((20, 12, 14), (3, 45, 30), (33, 33, 1))
+    cases = [Case(random_ids(rng, t), random_ids(rng, s), n, a) for (t, s, n), a in zip(sizes, alphas, strict=True)]
+    same = random_ids(rng, 40)
+    cases.append(Case(same + random_ids(rng, 2), same + random_ids(rng, 3), 9))
+    cases.append(Case(same, same, 5))
+    cases[1].bias = {9: -50.0, 12: 3.0}
+    asked = {"return_mixing_info": list(ALL_SERIES), "return_top_k": 4, "top_k_of": list(SIDES)}
+    params = [case.params(**settings) for case in cases]
+    for own in params:
+        own["custom_params"] |= asked
+    ids = [case.teacher for case in cases]
+    drawn = sampler.engine.generate(input_ids=ids, sampling_params=params)
+    given = [output["output_ids"] for output in drawn] + [random_ids(rng, 21)]
+    scoring = [{**own, "max_new_tokens": 0} for own in [*params, params[0]]]
+    for own, completion in zip(scoring, given, strict=True):
+        own["custom_params"] = {**own["custom_params"], "completion_input_ids": completion}
+    beside = random_cases(73, 2, 2, longest=20)
+    batch = [*ids, ids[0], *(case.teacher for case in beside)]
+    for _ in range(2):
+        outputs = sampler.engine.generate(
+            input_ids=batch, sampling_params=[*scoring, *(case.params() for case in beside)]
+        )
+        check_all(oracle, beside, outputs[len(given) :])
+        for case, sample, output in zip(cases, drawn, outputs, strict=False):
+            meta = output["meta_info"]
+            assert output["output_ids"] == sample["output_ids"] and output["text"] == sample["text"]
+            assert meta["completion_tokens"] == case.n and meta["prompt_tokens"] == len(case.teacher)
+            for name in ALL_SERIES:
+                assert meta[name] == pytest.approx(sample["meta_info"][name], abs=2e-4, rel=2e-4), name
+            for side in SIDES:
+                assert meta["top_k"][side]["ids"] == sample["meta_info"]["top_k"][side]["ids"]
+        meta, case = outputs[len(cases)]["meta_info"], cases[0]
+        for i, token in enumerate(given[-1]):
+            step = mix(
+                *oracle.next_logits(case.teacher, case.student, given[-1][:i]),
+                temperature=settings["temperature"] or 1.0,
+            )
+            behaviour = filter_probs(step.mixture.exp(), **{k: v for k, v in settings.items() if k != "temperature"})
+            if settings["temperature"] == 0.0:
+                behaviour = torch.ones_like(behaviour)
+            values = {name: meta[name][i] for name in ALL_SERIES}
+            if behaviour[token] == 0.0:  # which could not have been drawn
+                assert values.pop("behaviour_logprob") == -torch.inf
+                values["behaviour_logprob"], behaviour = 0.0, torch.ones_like(behaviour)
+            check_series(values, step, token, behaviour, 1e-3)
+            check_top_k(entry_of(meta["top_k"], "student", i), "student", 4, step, 1e-3)
+
+
 def test_one_request_shares_a_prefix_with_itself(sampler, oracle):
     """Contexts that begin alike: apart after a while, one the other's beginning, equal; twice in one batch."""
     rng = random.Random(12)

@@ -24,7 +24,7 @@ from sglang_optimal.config import MixingConfig
 from sglang_optimal.names import CARRIER
 from sglang_optimal.runtime.entrypoints.protocol import MIXING_FIELDS, is_typo
 
-_GENERATE = ("/generate",)
+_GENERATE = ("/generate", "/score_mixture")
 _VERTEX = (os.environ.get("AIP_PREDICT_ROUTE", "/vertex_generate"),)
 _OPENAI = ("/v1/chat/completions", "/v1/completions", "/invocations")
 _OLLAMA = (
@@ -59,7 +59,7 @@ _INTERNAL = (
 _SUSPICIOUS = re.compile(
     "|".join(
         (
-            *("student", "teacher", "alpha", "kl_budget", "return_mixing", "return_prompts"),
+            *("student", "teacher", "alpha", "kl_budget", "return_mixing", "return_prompts", "completion", "top_k"),
             *("response_format", "\\\\u00", *_INTERNAL),
         )
     ).encode(),
@@ -68,7 +68,7 @@ _SUSPICIOUS = re.compile(
 _LONGEST = max(map(len, MIXING_FIELDS))
 # Where all keys are the server's, so that one which begins as ours do is meant for us, however it goes on.
 _ARGUMENTS = re.compile(r"((parameters\.)?sampling_params(\[\d+\])?|parameters|extra_body|options)?")
-_PREFIXES = ("student_", "teacher_", "alpha_", "fixed_alpha", "kl_budget", "return_mixing")
+_PREFIXES = ("student_", "teacher_", "alpha_", "fixed_alpha", "kl_budget", "return_mixing", "return_top_k", "top_k_")
 _LARGE = 1 << 20
 """Bytes that are parsed in a few milliseconds."""
 

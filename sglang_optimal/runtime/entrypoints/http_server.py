@@ -8,10 +8,12 @@ from typing import Annotated
 from fastapi import Body, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 from sglang.srt.entrypoints import http_server
-from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+from sglang.srt.managers.io_struct import GenerateReqInput, UpdateWeightFromDiskReqInput
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from sglang_optimal import token_view
+from sglang_optimal.names import CARRIER
+from sglang_optimal.runtime.entrypoints.protocol import COMPLETION_FIELDS
 
 
 async def mixing_page() -> HTMLResponse:
@@ -30,8 +32,24 @@ async def update_student_weights_from_disk(
     return JSONResponse(content, status_code=HTTPStatus.OK if success else HTTPStatus.BAD_REQUEST)
 
 
+async def score_mixture(obj: Annotated[GenerateReqInput, Body()], request: Request):
+    """Both models' and the mixture's view of completions that are given; the body is that of ``/generate``, with
+    ``completion_text`` or ``completion_input_ids`` beside the student's context."""
+    params = obj.sampling_params if isinstance(obj.sampling_params, list) else [obj.sampling_params]
+    sessions = obj.session_params if isinstance(obj.session_params, list) else [obj.session_params] * len(params)
+    for own, session in zip(params, sessions, strict=False):
+        carried = session.get(CARRIER) if isinstance(session, dict) else None
+        places = [own.get("custom_params") if isinstance(own, dict) else None, carried]
+        if not any(isinstance(place, dict) and place.keys() & COMPLETION_FIELDS for place in places):
+            message = f"{' or '.join(COMPLETION_FIELDS)}: give one; /score_mixture scores, /generate generates."
+            return JSONResponse({"error": {"message": message}}, status_code=HTTPStatus.BAD_REQUEST)
+        own.setdefault("max_new_tokens", 0)
+    return await http_server.serve_generate_request(obj, request)
+
+
 def install() -> None:
     """Add the routes; before the server starts, because it looks at their access levels then."""
     app = http_server.app
     app.add_api_route("/mixing", mixing_page, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/score_mixture", score_mixture, methods=["POST"])
     app.add_api_route("/update_student_weights_from_disk", update_student_weights_from_disk, methods=["POST"])

@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_optimal.config import ALPHA_KEYS, AlphaSettings, MixingConfig, check_known
 from sglang_optimal.names import CARRIER
-from sglang_optimal.runtime.core import MixedRequest, Side
+from sglang_optimal.runtime.core import MixedRequest, Score, Side
 from sglang_optimal.runtime.entrypoints.messages import (
     characters,
     checked_messages,
@@ -22,11 +22,14 @@ from sglang_optimal.wanted import TOP_K_FIELDS, check_amount, wanted_by
 STUDENT_FIELDS = ("student_text", "student_input_ids", "student_messages")
 TEACHER_FIELDS = ("teacher_messages", "teacher_only_messages", "teacher_system_prompt", "teacher_chat_template_kwargs")
 """Fields about the teacher's messages; none of them is left when the request reaches the scheduler."""
+COMPLETION_FIELDS = ("completion_text", "completion_input_ids")
+"""A completion to score in place of generating one."""
 MIXING_FIELDS = (
     STUDENT_FIELDS
     + TEACHER_FIELDS
     + ("student_system_prompt", "student_chat_template_kwargs", "return_mixing_info", "return_prompts")
     + TOP_K_FIELDS
+    + COMPLETION_FIELDS
     + ALPHA_KEYS
 )
 # Keys with these beginnings are meant for us: a typo must not quietly give plain teacher samples.
@@ -39,6 +42,7 @@ _OUR_PREFIXES = (
     "return_prompts",
     "return_top_k",
     "top_k_",
+    "completion_",
     "teacher",
 )
 _TYPO, _SURE_TYPO = 0.8, 0.93
@@ -176,12 +180,14 @@ class StudentReader:
 
     Attributes:
         encode_text, encode_messages: its tokenizer; and its chat template, with extra variables for it.
+        encode_completion: the tokenizer without what it puts around a text.
         vocab_size: number of ids both models know; ids must lie in [0, vocab_size).
         context_length: in tokens. max_chars: characters that can fit into it at the most.
     """
 
     encode_text: Callable[[str], Sequence[int]]
     encode_messages: Callable[[list[dict], dict], Sequence[int]]
+    encode_completion: Callable[[str], Sequence[int]]
     vocab_size: int
     context_length: int
     max_chars: int
@@ -232,6 +238,9 @@ def to_wire(
                 raise ValueError(f"{extra}: only read with student_messages, not with {name}.")
     if not ids:
         raise ValueError(f"{name}: the student context has no tokens.")
+    completion = completion_of(fields, reader, max_new_tokens)
+    if completion is not None:
+        ids, max_new_tokens = ids + completion, 1
     wanted = len(ids) + max(max_new_tokens or 1, 1)
     if wanted > reader.context_length:
         raise ValueError(
@@ -241,18 +250,50 @@ def to_wire(
     if not isinstance(fields.get("return_prompts"), bool | None):
         raise ValueError(f"return_prompts: must be true or false, got {fields['return_prompts']!r}.")
     of_tokens = wanted_by(fields)
-    check_amount(of_tokens, max_new_tokens or reader.context_length)
+    check_amount(of_tokens, len(completion) if completion is not None else max_new_tokens or reader.context_length)
     alpha = config.alpha.updated({k: fields[k] for k in ALPHA_KEYS if k in fields})
     others = {k: v for k, v in custom_params.items() if k not in fields}
     return {
         **others,
         "student_input_ids": ids,
+        "completion_length": None if completion is None else len(completion),
         "return_mixing_info": list(of_tokens.series),
         "return_top_k": of_tokens.top_k,
         "top_k_of": list(of_tokens.sides) or None,
         "top_k_format": of_tokens.top_k_format,
         **alpha.model_dump(),
     }
+
+
+def completion_of(fields: dict[str, Any], reader: StudentReader, max_new_tokens: int | None) -> list[int] | None:
+    """Token ids of the completion to score; None where one is to be generated.
+
+    Raises:
+        ValueError: names the field and the fix.
+    """
+    given = [name for name in COMPLETION_FIELDS if fields.get(name) is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ValueError(f"{', '.join(given)}: give one of them.")
+    (name,) = given
+    if max_new_tokens != 0:
+        raise ValueError(f"{name}: is scored, and nothing generated; give max_new_tokens 0, got {max_new_tokens}.")
+    value = fields[name]
+    if name == "completion_text":
+        if not isinstance(value, str) or not value:
+            raise ValueError("completion_text: must be a non-empty string.")
+        check_size(len(value), reader.max_chars, name)
+        ids = list(reader.encode_completion(value))
+    else:
+        ids = _checked_ids(value, reader.vocab_size, reader.context_length, name)
+    if not ids:
+        raise ValueError(f"{name}: has no tokens.")
+    if len(ids) + 2 > reader.context_length:
+        raise ValueError(
+            f"{name}: {len(ids)} tokens are too long for the student's context length of {reader.context_length}."
+        )
+    return ids
 
 
 def from_wire(custom_params: Any, teacher_ids: array) -> MixedRequest | None:
@@ -268,15 +309,16 @@ def from_wire(custom_params: Any, teacher_ids: array) -> MixedRequest | None:
         sides=[Side("teacher", teacher_ids), Side("student", array("q", custom_params["student_input_ids"]))],
         alpha=AlphaSettings(**settings),
         wanted=wanted_by(custom_params),
+        score=Score(custom_params["completion_length"]) if custom_params.get("completion_length") else None,
     )
 
 
-def _checked_ids(value: Any, vocab_size: int, context_length: int) -> list[int]:
+def _checked_ids(value: Any, vocab_size: int, context_length: int, field: str = "student_input_ids") -> list[int]:
     if not isinstance(value, list | tuple):
-        raise ValueError(f"student_input_ids: must be a list of token ids, got {type(value).__name__}.")
+        raise ValueError(f"{field}: must be a list of token ids, got {type(value).__name__}.")
     for position, token in enumerate(value[: context_length + 1]):  # a longer one is refused for its length
         if isinstance(token, bool) or not isinstance(token, int):
-            raise ValueError(f"student_input_ids[{position}]: must be an integer, got {token!r}.")
+            raise ValueError(f"{field}[{position}]: must be an integer, got {token!r}.")
         if not 0 <= token < vocab_size:
-            raise ValueError(f"student_input_ids[{position}]: {token} is outside the vocabulary [0, {vocab_size}).")
+            raise ValueError(f"{field}[{position}]: {token} is outside the vocabulary [0, {vocab_size}).")
     return list(value)

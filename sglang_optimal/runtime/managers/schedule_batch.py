@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable
 
 import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -14,6 +15,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang_optimal.runtime.core import DecodePlan, MixedRows, PrefillChunk, PrefillPlan, student_of
 from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
 from sglang_optimal.runtime.model_executor.host_copy import sent
+from sglang_optimal.runtime.sampling.scoring import take_student_states, want_hidden_states
 
 
 class Planner:
@@ -164,20 +166,26 @@ def prefill_part(batch: ScheduleBatch, chunks: list[PrefillChunk], req_pool_offs
     part.extend_lens = lens
     part.extend_num_tokens = sum(lens)
     part.extend_logprob_start_lens = lens
+    want_hidden_states(part, part.reqs)
     return part
 
 
 def prefill_micro_batches(
-    batch: ScheduleBatch, plan: PrefillPlan, forward: Callable[[ScheduleBatch], torch.Tensor], req_pool_offset: int = 0
+    batch: ScheduleBatch,
+    plan: PrefillPlan,
+    forward: Callable[[ScheduleBatch], LogitsProcessorOutput],
+    req_pool_offset: int = 0,
 ) -> torch.Tensor:
     """Forward the micro batches one after another. Returns logits [n, V] of each context's last token.
 
     Args:
-        forward: gives logits that its next call leaves as they are.
+        forward: gives what its next call leaves as it is.
     """
     finished: list[torch.Tensor] = []
     for chunks in plan.micro_batches:
-        logits = forward(prefill_part(batch, chunks, req_pool_offset))
+        output = forward(prefill_part(batch, chunks, req_pool_offset))
+        take_student_states(chunks, output.hidden_states)
+        logits = output.next_token_logits
         # A context that goes on in the next forward is the last of this one.
         done = len(chunks) if chunks[-1].last else len(chunks) - 1
         if done:
@@ -247,6 +255,7 @@ def joined(batch: ScheduleBatch, part: ScheduleBatch) -> ScheduleBatch:
     both.seq_lens_sum = None if part.seq_lens_sum is None else batch.seq_lens_sum + part.seq_lens_sum
     both.multimodal_inputs = [None] * len(both.reqs)
     if batch.forward_mode.is_extend():
+        both.return_hidden_states_mode = max(batch.return_hidden_states_mode, part.return_hidden_states_mode)
         for name in ("prefix_lens", "extend_lens", "extend_logprob_start_lens"):
             setattr(both, name, [*getattr(batch, name), *getattr(part, name)])
         both.extend_num_tokens = batch.extend_num_tokens + part.extend_num_tokens

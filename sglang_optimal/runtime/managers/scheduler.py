@@ -29,6 +29,7 @@ from sglang_optimal.runtime.managers.self_check import SelfCheck, SelfCheckError
 from sglang_optimal.runtime.managers.shared_tp_worker import SharedTpModelWorker
 from sglang_optimal.runtime.managers.tp_worker import MixedTpModelWorker, SeparateTpModelWorker
 from sglang_optimal.runtime.model_executor.weight_updater import HELD, is_for_student
+from sglang_optimal.runtime.sampling.scoring import score_of
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +223,13 @@ def _check_decode_mem(original: Callable[..., bool], batch: ScheduleBatch, selec
     return batch.tree_cache.student_kv.can_decode(student, teacher)
 
 
+def _compute_max_prefix_len(original: Callable[[Req, int], int], req: Req, input_len: int) -> int:
+    """The hidden states before a scored token are needed, which a cached prefix has not."""
+    score = score_of(req)
+    longest = original(req, input_len)
+    return longest if score is None else min(longest, len(req.origin_input_ids) - 1 - score.length)
+
+
 def _prepare_for_decode(original: Callable[[ScheduleBatch], None], batch: ScheduleBatch) -> None:
     """Where a step takes slots ahead, both sides do at once: a request may end before the step is run."""
     original(batch)
@@ -255,6 +263,9 @@ def run_mixed_scheduler_process(config: MixingConfig, *args, **kwargs) -> None:
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", configured_scheduler(config), HookType.REPLACE)
     HookRegistry.register(
         "sglang.srt.managers.schedule_batch.ScheduleBatch.check_decode_mem", _check_decode_mem, HookType.AROUND
+    )
+    HookRegistry.register(
+        "sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len", _compute_max_prefix_len, HookType.AROUND
     )
     HookRegistry.register(
         "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_decode", _prepare_for_decode, HookType.AROUND

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 
 import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -28,6 +29,7 @@ from sglang_optimal.runtime.managers.student_tp_worker import SharedStudent, kep
 from sglang_optimal.runtime.managers.tp_worker import MixedTpModelWorker
 from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentReqToTokenPool
 from sglang_optimal.runtime.sampling.sampler import MixingStep
+from sglang_optimal.runtime.sampling.scoring import take_student_states
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class SharedTpModelWorker(MixedTpModelWorker):
             step = None if plan is None else MixingStep(plan.rows, None, self.vocab_size)
             batch.sampling_info.mixing = step
             self._pending = None if step is None else (batch, step)
+            return self._scored(batch, step, super().forward_batch_generation, *args, **kwargs)
         return super().forward_batch_generation(batch, *args, **kwargs)
 
     def _forward(self, forward_batch: ForwardBatch, *args, **kwargs) -> ModelRunnerOutput:
@@ -104,18 +107,20 @@ class SharedTpModelWorker(MixedTpModelWorker):
             output = self._forward_one(forward_batch, *args, **kwargs)
             output.logits_output = kept(output)
             with self._ending_students(step, batch):
-                step.student_logits = prefill_micro_batches(batch, plan, self._logits, self._rows.offset)
+                step.student_logits = prefill_micro_batches(batch, plan, self._output, self._rows.offset)
             return output
         with self._ending_students(step, batch):
             part = self._part_beside(batch, plan)
             if part is not None:
-                return self._forward_both(batch, part, step)
-            step.student_logits = prefill_micro_batches(batch, plan, self._logits, self._rows.offset)
+                return self._forward_both(batch, plan, part, step)
+            step.student_logits = prefill_micro_batches(batch, plan, self._output, self._rows.offset)
         if self.model_runner.lora_manager is not None:  # which now knows the students' rows
             self.model_runner.lora_manager.prepare_lora_batch(forward_batch)
         return self._forward_one(forward_batch, *args, **kwargs)
 
-    def _forward_both(self, batch: ScheduleBatch, part: ScheduleBatch, step: MixingStep) -> ModelRunnerOutput:
+    def _forward_both(
+        self, batch: ScheduleBatch, plan: DecodePlan | PrefillPlan, part: ScheduleBatch, step: MixingStep
+    ) -> ModelRunnerOutput:
         """One forward of the scheduled rows and the students'; returns the former's part of what it gave."""
         output = self._forward_one(self._forward_batch(joined(batch, part)))
         logits = output.logits_output.next_token_logits
@@ -124,6 +129,10 @@ class SharedTpModelWorker(MixedTpModelWorker):
             raise RuntimeError(f"{len(logits)} rows of logits for {scheduled} and {rows_of(part)} of the batch")
         step.student_logits = logits[scheduled:]
         output.logits_output.next_token_logits = logits[:scheduled]
+        hidden = output.logits_output.hidden_states
+        if hidden is not None and isinstance(plan, PrefillPlan):
+            output.logits_output.hidden_states = hidden[: batch.extend_num_tokens]
+            take_student_states(plan.micro_batches[0], hidden[batch.extend_num_tokens :])
         return output
 
     @contextlib.contextmanager
@@ -149,5 +158,5 @@ class SharedTpModelWorker(MixedTpModelWorker):
     def _forward_batch(self, batch: ScheduleBatch) -> ForwardBatch:
         return ForwardBatch.init_new(batch, self.model_runner, return_hidden_states_before_norm=False)
 
-    def _logits(self, part: ScheduleBatch) -> torch.Tensor:
-        return kept(self._forward_one(self._forward_batch(part))).next_token_logits
+    def _output(self, part: ScheduleBatch) -> LogitsProcessorOutput:
+        return kept(self._forward_one(self._forward_batch(part)))

@@ -77,7 +77,7 @@ class StudentTpModelWorker(TpModelWorker):
             view: whether the caller copies them before any model's next forward, which may overwrite them then.
         """
         part = decode_part(batch, plan, input_ids=input_ids)
-        return self._forward(part).logits_output.next_token_logits if view else self._logits(part)
+        return self._forward(part).logits_output.next_token_logits if view else self._output(part).next_token_logits
 
     def forward_prefill(self, batch: ScheduleBatch, plan: PrefillPlan) -> torch.Tensor:
         """Prefill the student contexts, at most the chunk size in one forward.
@@ -85,10 +85,10 @@ class StudentTpModelWorker(TpModelWorker):
         Returns:
             logits [n, V_student] of each context's last token, in the order of ``plan.rows``.
         """
-        return prefill_micro_batches(batch, plan, self._logits)
+        return prefill_micro_batches(batch, plan, self._output)
 
-    def _logits(self, part: ScheduleBatch) -> torch.Tensor:
-        return kept(self._forward(part)).next_token_logits
+    def _output(self, part: ScheduleBatch) -> LogitsProcessorOutput:
+        return kept(self._forward(part))
 
     def _forward(self, part: ScheduleBatch) -> ModelRunnerOutput:
         forward_batch = ForwardBatch.init_new(part, self.model_runner, return_hidden_states_before_norm=False)

@@ -7,11 +7,12 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
-from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.entrypoints.engine import init_tokenizer_manager
 from sglang.srt.managers.io_struct import GenerateReqInput, LoRAUpdateOutput, UpdateWeightFromDiskReqInput
-from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.model_executor.forward_batch_info import get_server_return_hidden_states_mode
 from sglang.srt.runtime_context import get_device, get_model, get_serving
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
@@ -19,9 +20,12 @@ from sglang_optimal.config import MixingConfig
 from sglang_optimal.names import ALL_SERIES, TOP_K
 from sglang_optimal.runtime.configs.model_config import student_model_config
 from sglang_optimal.runtime.entrypoints.openai.chat_side import ChatSide
-from sglang_optimal.runtime.entrypoints.openai.stream_series import SERIES_RECORDER, with_public_top_k
+from sglang_optimal.runtime.entrypoints.openai.stream_series import (
+    SERIES_RECORDER,
+    with_public_top_k,
+    with_scores,
+)
 from sglang_optimal.runtime.entrypoints.protocol import (
-    STUDENT_FIELDS,
     StudentReader,
     check_has_student,
     mixing_fields,
@@ -38,7 +42,24 @@ from sglang_optimal.runtime.managers.request_checks import (
     client_errors,
 )
 from sglang_optimal.runtime.model_executor.weight_updater import HELD, LEAVING_SECONDS, is_for_student, mark_for_student
+from sglang_optimal.scores import SCORED
 from sglang_optimal.wanted import wanted_by
+
+_NOT_OF_A_COMPLETION: dict[str, Any] = {
+    "n": 1,
+    "regex": None,
+    "json_schema": None,
+    "ebnf": None,
+    "structural_tag": None,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "repetition_penalty": 1,
+    "min_new_tokens": 0,
+    "stop": None,
+    "stop_token_ids": None,
+    "stop_regex": None,
+}
+"""Sampling parameters that act on what is generated, and what they are where they do not."""
 
 # Request features whose meaning for two contexts is not defined; refused rather than answered by the teacher alone.
 _UNSUPPORTED = (
@@ -100,6 +121,7 @@ class MixedTokenizerManager(TokenizerManager):
         self.student_reader = StudentReader(
             encode_text=self._encode_student_text,
             encode_messages=self._encode_student_messages,
+            encode_completion=self._encode_completion,
             vocab_size=min(self.model_config.vocab_size, model_config.vocab_size),
             context_length=model_config.context_len,
             max_chars=_max_chars(self.student_tokenizer, model_config.context_len),
@@ -150,7 +172,7 @@ class MixedTokenizerManager(TokenizerManager):
             _unpack_carried(obj)
             self._render_teacher_messages(obj)
             check_batch(obj)
-        outputs = super().generate_request(obj, request)
+        outputs = with_scores(super().generate_request(obj, request), self._completion_text)
         recorder = SERIES_RECORDER.get()
         return with_public_top_k(outputs) if recorder is None else recorder.wrap(outputs)
 
@@ -219,7 +241,7 @@ class MixedTokenizerManager(TokenizerManager):
                 if input_ids is not None and len(input_ids) == 0:
                     # Stock SGLang ends over it; beside other requests it would be answered from their logits.
                     raise ValueError("text: gives no tokens at all; send some text, or input_ids.")
-                self._prepare_mixing(obj, input_ids)
+                input_ids = self._prepare_mixing(obj, input_ids)
             tokenized = super()._create_tokenized_object(
                 obj, input_text, input_ids, input_embeds, mm_inputs, *args, **kwargs
             )
@@ -263,7 +285,8 @@ class MixedTokenizerManager(TokenizerManager):
         if config.student_model_path is not None and not config.shared_weights:
             raise ValueError(f"{route}: not supported beside a student with weights of its own.")
 
-    def _prepare_mixing(self, obj: GenerateReqInput, input_ids: list[int]) -> None:
+    def _prepare_mixing(self, obj: GenerateReqInput, input_ids: list[int]) -> list[int]:
+        """Check and complete a mixed request; returns what the teacher reads."""
         params = obj.sampling_params or {}
         custom = params.get("custom_params")
         if self.mixing_config.student_lora_path is not None and params.get("beam_width") not in (None, 1):
@@ -272,7 +295,7 @@ class MixedTokenizerManager(TokenizerManager):
         fields = mixing_fields(custom, others_read=bool(obj.custom_logit_processor))
         if custom is None or not fields:
             self._check_plain(obj)
-            return
+            return input_ids
         check_has_student(fields, self.mixing_config)
         if "behaviour_logprob" in wanted_by(fields).series and obj.custom_logit_processor:
             raise ValueError(
@@ -286,30 +309,51 @@ class MixedTokenizerManager(TokenizerManager):
             raise ValueError("beam_width: beam search is not supported in a mixed request; remove one of the two.")
         # A new dict: the requests of one batch may share theirs.
         obj.sampling_params = {**params, "custom_params": wire}
+        length = wire["completion_length"] or 0
+        student = wire["student_input_ids"]
         if fields.get("return_prompts"):
-            obj.mixing_prompts = self._prompts(list(input_ids), wire["student_input_ids"])
+            obj.mixing_prompts = self._prompts(list(input_ids), student[: len(student) - length])
+        return self._with_completion(obj, list(input_ids), student[-length:]) if length else input_ids
 
-    def _prompts(self, teacher: list[int], student: list[int]) -> dict[str, list[int] | str]:
-        prompts: dict[str, list[int] | str] = {"teacher_prompt_ids": teacher, "student_prompt_ids": student}
-        if self.tokenizer is not None and self.student_tokenizer is not None:
-            for side, tokenizer in (("teacher", self.tokenizer), ("student", self.student_tokenizer)):
-                prompts[f"{side}_prompt_text"] = tokenizer.decode(prompts[f"{side}_prompt_ids"])
-        return prompts
+    def _with_completion(self, obj: GenerateReqInput, input_ids: list[int], completion: list[int]) -> list[int]:
+        """The teacher's context with the completion to score behind it.
 
-    def _check_plain(self, obj: GenerateReqInput) -> None:
-        if self.mixing_config.plain_requests == "allow" or self.server_status == ServerStatus.Starting:
-            return  # SGLang warms the server up with a plain request
-        if isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX):
-            return
-        raise ValueError(
-            f"a mixed request needs one of {', '.join(STUDENT_FIELDS)} in custom_params (behind sglang-router, in "
-            "session_params.mixing); this server takes no plain requests (--plain-requests refuse)."
-        )
+        Raises:
+            ValueError: it is too long, or another field has no meaning then.
+        """
+        params = obj.sampling_params
+        longest = self.model_config.context_len
+        if len(input_ids) + len(completion) + 1 > longest:
+            raise ValueError(
+                f"completion_text, completion_input_ids: {len(input_ids)} tokens of the teacher's context and "
+                f"{len(completion)} of the completion exceed its context length of {longest}."
+            )
+        for name, nothing in _NOT_OF_A_COMPLETION.items():
+            value = params.get(name)
+            if value is not None and value != nothing and value != []:
+                raise ValueError(f"{name}: has no meaning for a completion that is given; leave it out.")
+        for name in ("return_logprob", "custom_logit_processor", "return_hidden_states"):
+            if getattr(obj, name, None):
+                raise ValueError(f"{name}: not supported where a completion is scored; ask for series.")
+        if get_server_return_hidden_states_mode().need_capture():
+            raise ValueError(
+                "completion_text, completion_input_ids: not supported on a server that returns hidden states."
+            )
+        params["max_new_tokens"] = 1  # what is sampled beyond the completion is dropped
+        return input_ids + completion
+
+    def _completion_text(self, token_ids: list[int]) -> str:
+        return "" if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _encode_student_text(self, text: str) -> list[int]:
         if self.student_tokenizer is None:
             raise ValueError("student_text: the server runs with --skip-tokenizer-init; send student_input_ids.")
         return self.student_tokenizer.encode(text)
+
+    def _encode_completion(self, text: str) -> list[int]:
+        if self.student_tokenizer is None:
+            raise ValueError("completion_text: the server runs with --skip-tokenizer-init; send completion_input_ids.")
+        return self.student_tokenizer.encode(text, add_special_tokens=False)
 
     def _encode_student_messages(self, messages: list[dict], kwargs: dict) -> list[int]:
         return self.sides_of_a_chat("student_messages", "send student_input_ids").student.ids(
@@ -332,7 +376,7 @@ class MixedTokenizerManager(TokenizerManager):
         own = {
             key: values
             for key, values in customized_info.items()
-            if key not in (*ALL_SERIES, TOP_K)
+            if key not in (*ALL_SERIES, TOP_K, SCORED)
             or key in state.customized_info_accumulated
             or (values[index] and values[index][0] is not None)
         }

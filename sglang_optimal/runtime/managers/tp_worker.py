@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from sglang.srt.layers.moe.utils import initialize_moe_config
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.runtime_context import (
     get_context,
@@ -30,6 +31,7 @@ from sglang_optimal.runtime.model_executor.student_failure import no_logits, stu
 from sglang_optimal.runtime.sampling import sampler
 from sglang_optimal.runtime.sampling.sampler import MixingStep
 from sglang_optimal.runtime.sampling.sampling_observer import MixingObserver
+from sglang_optimal.runtime.sampling.scoring import score, score_of, take_teacher_states, want_hidden_states
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +102,21 @@ class MixedTpModelWorker(TpModelWorker):
         with resized_buffers(self.model_runner, self.rows_per_request):
             super().init_cuda_graphs(capture_decode_cuda_graph)
         prepare_graphs(self.model_runner, self.rows_per_request)
+
+    def _scored(
+        self, batch: ScheduleBatch, step: MixingStep | None, forward: Callable, *args, **kwargs
+    ) -> GenerationBatchResult:
+        """What ``forward`` gives of the batch; completions whose prompts are complete with it are scored."""
+        if not batch.forward_mode.is_extend() or all(score_of(req) is None for req in batch.reqs):
+            return forward(batch, *args, **kwargs)
+        want_hidden_states(batch, batch.reqs)
+        result = forward(batch, *args, **kwargs)
+        output = result.logits_output
+        take_teacher_states(batch, output.hidden_states)
+        output.hidden_states = None  # which no request asked for
+        if step is not None and step.failure is None:
+            step.scoring = score(step.rows, self.model_runner, self.student_runner, self.vocab_size)
+        return result
 
     def _failed(self, step: MixingStep, error: Exception, device: torch.device | str) -> None:
         """Let the step's requests end: their student's forward raised ``error``."""
@@ -253,7 +270,7 @@ class SeparateTpModelWorker(MixedTpModelWorker):
         if batch is None or batch.sampling_info is None:
             return super().forward_batch_generation(batch, *args, **kwargs)
         step = batch.sampling_info.mixing = self._student_step(batch)
-        result = super().forward_batch_generation(batch, *args, **kwargs)
+        result = self._scored(batch, step, super().forward_batch_generation, *args, **kwargs)
         if step is not None:  # its tensors are the scheduler's to drop, but the forward's to read
             result.extra_keep_alive_refs = [*(result.extra_keep_alive_refs or ()), batch.student_plan]
         return result

@@ -116,7 +116,9 @@ class StudentKV(abc.ABC):
     def match(self, req: Req) -> StudentKVState:
         """Match the request's student context in the radix cache and lock what was found. Allocates nothing."""
         ids = req.mixing.student.prompt_ids + req.output_ids
-        key = self._key(req, ids[:-1])  # the last token is always forwarded: its logits are needed
+        score = req.mixing.score
+        # The last token is always forwarded: its logits are needed, as are the hidden states before scored ones.
+        key = self._key(req, ids[: len(ids) - 1 - (0 if score is None else score.length)])
         result = self.tree.match_prefix(MatchPrefixParams(key=key))
         node, prefix_len = result.last_device_node, result.device_prefix_len
         start = prefix_len + self._num_aliased(req, ids, prefix_len)
@@ -351,7 +353,8 @@ class SharedStudentKV(StudentKV):
         self._tree = teacher_tree
 
     def _num_aliased(self, req: Req, ids: array, prefix_len: int) -> int:
-        if self.lora_id is not None:  # the same tokens have another KV there
+        # Of an adapter the same tokens have another KV; and the hidden states of scored ones are the student's own.
+        if self.lora_id is not None or req.mixing.score is not None:
             return 0
         teacher = req.origin_input_ids + req.output_ids
         longest = min(len(ids) - 1, len(teacher))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sglang.srt.layers import sampler
 from sglang.srt.runtime_context import get_exec
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -21,13 +23,13 @@ def filters_of(info: SamplingBatchInfo, rows: MixedRows) -> SamplingFilters:
         greedy=info.is_all_greedy,
         some_greedy=info.is_any_greedy,
         largest_top_k=info.max_top_k,
-        kernels=_kernels(info),
+        kernels=kernels_for(info),
     )
 
 
-def _kernels(info: SamplingBatchInfo) -> Kernels | None:
-    """What SGLang samples with: flashinfer's kernels, whose order is another where any row of the batch has a min-p, or
-    PyTorch's sort."""
+def kernels_for(info: Any) -> Kernels | None:
+    """What SGLang samples with, by the limits that ``info`` has: flashinfer's kernels, whose order is another where any
+    row of the batch has a min-p, or PyTorch's sort."""
     if get_exec().kernel.sampling_backend != "flashinfer":
         return None
     return Kernels(

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 
 import torch
 from sglang.srt.layers.sampler import Sampler
+from sglang.srt.managers.auxiliary_output import DeviceAuxiliaryOutput
 from sglang.srt.runtime_context import get_context, get_exec
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -59,6 +60,7 @@ class MixingStep:
         mixed: once they are mixed, and until the token is sampled.
         failure: why there are no student logits (they are NaN then, and the rows end with this message); else None.
         dead_rows: of the whole batch, where a request has a grammar.
+        scoring: the scores of given completions; set once the forward has been launched.
     """
 
     rows: MixedRows
@@ -67,6 +69,7 @@ class MixingStep:
     mixed: MixedLogits | None = None
     failure: str | None = None
     dead_rows: DeadRows | None = None
+    scoring: DeviceAuxiliaryOutput | None = None
 
     def apply_logit_transforms(self, width: int, info: SamplingBatchInfo) -> None:
         """Penalties, grammar mask and logit bias, applied to the student's logits as SGLang does to the teacher's."""

@@ -16,7 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from sglang.srt.managers.auxiliary_output import CommittedTokens, DeviceAuxiliaryOutput, append_auxiliary_output
+from sglang.srt.managers.auxiliary_output import (
+    CommittedTokens,
+    CompositeHostAuxiliaryOutput,
+    DeviceAuxiliaryOutput,
+    HostAuxiliaryOutput,
+    append_auxiliary_output,
+)
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -65,7 +71,7 @@ class MixingObserver:
         values = token_values(sides, token_ids, state.rows.wanted, behaviour).unsqueeze(1)
         if self.on_sides is not None:
             self.on_sides(state.rows.reqs, mixed.teacher, mixed.student)
-        output = MixingDeviceOutput(state.rows.row_ids, values, state.rows.wanted, self, state.failure)
+        output = MixingDeviceOutput(state.rows.row_ids, values, state.rows.wanted, self, state.failure, state)
         return append_auxiliary_output(output, state.dead_rows)
 
 
@@ -111,9 +117,14 @@ class MixingDeviceOutput:
     wanted: Wanted
     observer: MixingObserver
     failure: str | None = None
+    step: MixingStep | None = None  # what is scored of it comes after its sampling
 
-    def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> MixingHostOutput:
-        return MixingHostOutput(self.host_rows, copy_tensor(self.values), self.wanted, self.observer, self.failure)
+    def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> HostAuxiliaryOutput:
+        output = MixingHostOutput(self.host_rows, copy_tensor(self.values), self.wanted, self.observer, self.failure)
+        scoring = None if self.step is None else self.step.scoring
+        if scoring is None:
+            return output
+        return CompositeHostAuxiliaryOutput((output, scoring.copy_to_host(copy_tensor)))
 
 
 @dataclasses.dataclass
@@ -154,6 +165,8 @@ class MixingHostOutput:
                 return tokens[:position]
             if req.customized_info is None:
                 req.customized_info = {}
+            if req.mixing.score is not None:  # the token beyond a completion, which nobody asked for
+                return []
             self.observer.equal_sides.add(req, values)
             wanted = req.mixing.wanted.series
             for name, value in zip(self.wanted.columns, values, strict=True):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from sglang_optimal.names import ALL_SERIES, PROMPTS, TOP_K
+from sglang_optimal.scores import SCORED
 from sglang_optimal.top_k import public
 
 SERIES_RECORDER: contextvars.ContextVar[SeriesRecorder | None] = contextvars.ContextVar("series_recorder", default=None)
@@ -31,6 +32,35 @@ def for_client(series: dict[str, Any]) -> dict[str, Any]:
     """The same with the most likely tokens as a client gets them."""
     tokens = series.get(TOP_K)
     return {**series, TOP_K: public(tokens)} if isinstance(tokens, list) else series
+
+
+async def with_scores(
+    outputs: AsyncGenerator[Any, None], text_of: Callable[[list[int]], str]
+) -> AsyncGenerator[Any, None]:
+    """Yield what ``outputs`` yields; an answer about a given completion is the completion, with what was made of it.
+
+    Args:
+        text_of: gives the text of token ids.
+    """
+    async with contextlib.aclosing(outputs):
+        async for output in outputs:
+            parts = [_scored(part, text_of) for part in (output if isinstance(output, list) else [output])]
+            yield parts if isinstance(output, list) else parts[0]
+
+
+def _scored(output: dict[str, Any], text_of: Callable[[list[int]], str]) -> dict[str, Any]:
+    meta_info = output.get("meta_info")
+    if not isinstance(meta_info, dict) or not meta_info.get(SCORED):
+        return output
+    (scored,) = meta_info[SCORED]
+    ids = scored.token_ids
+    own = {
+        "prompt_tokens": meta_info["prompt_tokens"] - len(ids),
+        "completion_tokens": len(ids),
+        "finish_reason": {"type": "length", "length": len(ids)},
+    }
+    rest = {name: value for name, value in meta_info.items() if name != SCORED}
+    return {**output, "text": text_of(ids), "output_ids": ids, "meta_info": {**rest, **scored.meta_info(), **own}}
 
 
 async def with_public_top_k(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
@@ -79,7 +109,10 @@ class SeriesRecorder:
         self._seen[index] = self._seen.get(index, 0) + len(new.get("alpha", ()))
         waiting = self._waiting.setdefault(index, {})
         for name, values in new.items():
-            waiting.setdefault(name, []).extend(values)
+            if isinstance(values, dict):  # of a completion that was scored: all at once
+                waiting[name] = values
+            else:
+                waiting.setdefault(name, []).extend(values)
         waiting.update(prompts_of(meta_info))
 
     def pop_new(self, index: int) -> dict[str, Any]:
