@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.entrypoints.engine import init_tokenizer_manager
 from sglang.srt.managers.io_struct import GenerateReqInput, LoRAUpdateOutput, UpdateWeightFromDiskReqInput
-from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
 from sglang.srt.model_executor.forward_batch_info import get_server_return_hidden_states_mode
 from sglang.srt.runtime_context import get_device, get_model, get_serving
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
@@ -26,6 +27,7 @@ from sglang_optimal.runtime.entrypoints.openai.stream_series import (
     with_scores,
 )
 from sglang_optimal.runtime.entrypoints.protocol import (
+    STUDENT_FIELDS,
     StudentReader,
     check_has_student,
     mixing_fields,
@@ -344,6 +346,23 @@ class MixedTokenizerManager(TokenizerManager):
 
     def _completion_text(self, token_ids: list[int]) -> str:
         return "" if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _prompts(self, teacher: list[int], student: list[int]) -> dict[str, list[int] | str]:
+        prompts: dict[str, list[int] | str] = {"teacher_prompt_ids": teacher, "student_prompt_ids": student}
+        if self.tokenizer is not None and self.student_tokenizer is not None:
+            for side, tokenizer in (("teacher", self.tokenizer), ("student", self.student_tokenizer)):
+                prompts[f"{side}_prompt_text"] = tokenizer.decode(prompts[f"{side}_prompt_ids"])
+        return prompts
+
+    def _check_plain(self, obj: GenerateReqInput) -> None:
+        if self.mixing_config.plain_requests == "allow" or self.server_status == ServerStatus.Starting:
+            return  # SGLang warms the server up with a plain request
+        if isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX):
+            return
+        raise ValueError(
+            f"a mixed request needs one of {', '.join(STUDENT_FIELDS)} in custom_params (behind sglang-router, in "
+            "session_params.mixing); this server takes no plain requests (--plain-requests refuse)."
+        )
 
     def _encode_student_text(self, text: str) -> list[int]:
         if self.student_tokenizer is None:

@@ -13,6 +13,7 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+import orjson
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, ChatCompletionResponse, CompletionResponse
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -194,7 +195,7 @@ def _with_chunk_series(event: str, recorder: SeriesRecorder) -> str:
     if not any(series):
         return event
     chunk["sglext"] = {**(chunk.get("sglext") or {}), "mixing": series}
-    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+    return f"data: {orjson.dumps(chunk).decode()}\n\n"  # which has null for what JSON cannot say
 
 
 def _has_news(choice: dict[str, Any]) -> bool:
