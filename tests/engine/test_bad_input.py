@@ -103,6 +103,15 @@ BAD = {
     "format without top k": ({**IDS, "top_k_format": "base64"}, "top_k_format: only read with return_top_k"),
     "top k misspelt": ({**IDS, "return_topk": 3}, "Did you mean 'return_top_k'"),
     "top k without a context": ({"return_top_k": 3}, "exactly one of student_text"),
+    "both completions": (
+        {**IDS, "completion_text": "a", "completion_input_ids": [10]},
+        "completion_text, completion_input_ids: give one of them",
+    ),
+    "a completion, and tokens to generate": (
+        {**IDS, "completion_input_ids": [10]},
+        "completion_input_ids: is scored, and nothing generated; give max_new_tokens 0, got 4",
+    ),
+    "a completion misspelt": ({**IDS, "completion_ids": [10]}, "Did you mean 'completion_input_ids'"),
     "student longer than its context": (
         {"student_input_ids": [10] * (CONTEXT_LENGTH + 1)},
         "student_input_ids: the student context is too long: 257 tokens",
@@ -127,6 +136,42 @@ def test_more_most_likely_tokens_than_an_answer_may_have(sampler, monkeypatch):
     with pytest.raises(ValueError, match="return_top_k: 17 tokens of 3 sides for each of up to 256 output tokens"):
         ask(sampler, {**sides, "return_top_k": 17}, max_new_tokens=None)
     ask(sampler, {**sides, "return_top_k": 40}, max_new_tokens=100)
+
+
+@pytest.mark.parametrize(
+    "completion,more,message",
+    [
+        ({"completion_input_ids": []}, {}, "completion_input_ids: has no tokens"),
+        ({"completion_text": ""}, {}, "completion_text: must be a non-empty string"),
+        ({"completion_text": 7}, {}, "completion_text: must be a non-empty string"),
+        ({"completion_input_ids": "abc"}, {}, "completion_input_ids: must be a list of token ids"),
+        ({"completion_input_ids": [10, 64]}, {}, r"completion_input_ids\[1\]: 64 is outside the vocabulary"),
+        ({"completion_input_ids": [10] * 256}, {}, "completion_input_ids: 256 tokens are too long"),
+        (
+            {"student_input_ids": [10] * 100, "completion_input_ids": [10] * 200},
+            {},
+            "the student context is too long: 300 tokens and 1 new",
+        ),
+        ({"completion_input_ids": [10]}, {"regex": "a"}, "regex: has no meaning for a completion that is given"),
+        ({"completion_input_ids": [10]}, {"n": 2}, "n: has no meaning"),
+        ({"completion_input_ids": [10]}, {"frequency_penalty": 0.1}, "frequency_penalty: has no meaning"),
+        ({"completion_input_ids": [10]}, {"stop": ["a"]}, "stop: has no meaning"),
+        ({"completion_input_ids": [10], "student_input_ids": None}, {}, "exactly one of student_text"),
+    ],
+)
+def test_a_completion_that_cannot_be_scored(sampler, completion, more, message):
+    with pytest.raises(ValueError, match=message):
+        ask(sampler, {**IDS, **completion}, max_new_tokens=0, **more)
+
+
+def test_a_completion_too_long_for_the_teacher(sampler):
+    custom = {**IDS, "completion_input_ids": [10] * 100}
+    with pytest.raises(ValueError, match="200 tokens of the teacher's context and 100 of the completion exceed its"):
+        sampler.engine.generate(input_ids=[10] * 200, sampling_params={"max_new_tokens": 0, "custom_params": custom})
+    with pytest.raises(ValueError, match="return_logprob: not supported where a completion is scored"):
+        sampler.engine.generate(
+            input_ids=[10], sampling_params={"max_new_tokens": 0, "custom_params": custom}, return_logprob=True
+        )
 
 
 def test_student_context_and_new_tokens_too_long(sampler):

@@ -107,6 +107,24 @@ def test_streaming(sampler):
     assert all(chunk.finish_reason == "length" for chunk in last.values())
 
 
+def test_scores(sampler):
+    """Of samples' own tokens they are their series; text and token ids are the same."""
+    drawn = sampler.generate(TEACHERS, STUDENTS, return_mixing_info=True, fixed_alpha=0.4, **GREEDY)
+    ids = [result.token_ids for result in drawn]
+    scored = sampler.score(TEACHERS, STUDENTS, ids, return_top_k=2, fixed_alpha=0.4, temperature=0)
+    for result, score in zip(drawn, scored, strict=True):
+        assert score.token_ids == result.token_ids and score.text == result.text
+        assert score.alphas == pytest.approx(result.alphas, abs=1e-4)
+        for name, values in result.mixing_info.items():
+            assert score.mixing_info[name] == pytest.approx(values, abs=2e-4, rel=2e-4), name
+        assert score.top_k["teacher"]["ids"].shape == (len(result.token_ids), 2)
+    one = sampler.score(TEACHERS[0], STUDENTS[0], drawn[0].text, return_mixing_info=["student_rank"], temperature=0)
+    assert one.mixing_info.keys() == {"student_rank"} and len(one.alphas) == len(one.token_ids)
+    assert one.text == drawn[0].text
+    with pytest.raises(ValueError, match="completions: 2 of them for 3 prompts"):
+        sampler.score(TEACHERS, STUDENTS, ids[:2])
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_most_likely_tokens_and_series_by_name(sampler, stream):
     """As arrays, which grow with a stream."""

@@ -117,6 +117,43 @@ def test_the_most_likely_tokens(client, form):
     assert seen == 6
 
 
+def test_scores_over_http(client):
+    """On /generate and on /score_mixture, in a batch, in a stream and through session_params; a series that cannot be
+    written is null."""
+    custom = {"student_text": STUDENT_TEXT, "return_mixing_info": True}
+    params = {"temperature": 1.0, "max_new_tokens": 8, "ignore_eos": True, "custom_params": custom}
+    drawn = generate(client, text=TEACHER_TEXT, sampling_params=params)
+    given = {**custom, "completion_input_ids": drawn["output_ids"]}
+    scoring = {"temperature": 1.0, "custom_params": given}
+    for name in ("alpha", "kl_to_student", "mixture_logprob"):
+        expected = pytest.approx(drawn["meta_info"][name], abs=2e-4)
+        one = generate(client, text=TEACHER_TEXT, sampling_params={**scoring, "max_new_tokens": 0})
+        assert one["output_ids"] == drawn["output_ids"] and one["meta_info"][name] == expected
+    batch = client.post(
+        "/score_mixture", json={"text": [TEACHER_TEXT] * 2, "sampling_params": [scoring, scoring]}
+    ).json()
+    assert [answer["meta_info"]["alpha"] for answer in batch] == [
+        pytest.approx(drawn["meta_info"]["alpha"], abs=2e-4)
+    ] * 2
+    carried = {"text": TEACHER_TEXT, "session_params": {"mixing": given}, "sampling_params": {"temperature": 1.0}}
+    answer = client.post("/score_mixture", json=carried).json()
+    assert answer["meta_info"]["completion_tokens"] == 8 and answer["text"] == drawn["text"]
+    streamed = list(
+        events(client, "/score_mixture", {"text": TEACHER_TEXT, "sampling_params": scoring, "stream": True})
+    )
+    assert streamed[-1]["meta_info"]["alpha"] == pytest.approx(drawn["meta_info"]["alpha"], abs=2e-4)
+    never = {**custom, "completion_text": "zq", "return_mixing_info": ["behaviour_logprob"]}
+    answer = client.post(
+        "/score_mixture", json={"text": TEACHER_TEXT, "sampling_params": {"top_k": 2, "custom_params": never}}
+    ).json()
+    assert None in answer["meta_info"]["behaviour_logprob"]
+    for body in ({"text": "a"}, {"text": "a", "sampling_params": {"custom_params": custom}}):
+        response = client.post("/score_mixture", json=body)
+        assert response.status_code == 400 and "completion_text or completion_input_ids: give one" in message_of(
+            response
+        )
+
+
 def test_alpha_comes_unasked_and_the_other_series_do_not(client, tiny_oracle):
     case = Case(ids(TEACHER_TEXT), ids(STUDENT_TEXT), 12)
     params = case.params()
