@@ -78,7 +78,8 @@ def _cut(rows: Sequence[list[Any]], counts: Sequence[int]) -> list[list[Any]]:
 
 def encoded(name: str, array: np.ndarray) -> dict[str, Any]:
     """One of `ARRAYS` as it travels in base64."""
-    data = np.ascontiguousarray(array, _IDS if name == "ids" else _FLOATS)
+    dtype = _IDS if name == "ids" else _FLOATS
+    data = np.ascontiguousarray(array, dtype)
     return {"dtype": dtype.str, "shape": list(data.shape), "base64": base64.b64encode(data.tobytes()).decode("ascii")}
 
 
@@ -132,17 +133,21 @@ def top_k_columns(top_k: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, li
         >>> columns["top_k_teacher_ids"], columns["top_k_teacher_teacher_tail"]
         ([[5, 3], [2]], [0.25, 0.0])
     """
-    columns = {}
+    columns: dict[str, list[Any]] = {}
     for side, arrays in top_k.items():
         counts = (arrays["ids"] >= 0).sum(-1).tolist() if "ids" in arrays else []
         for name in ARRAYS:
             values = _written(arrays[name]) if name in arrays else []
-            columns[top_k_column(side, name)] = (
-                values if name.endswith("_tail") else _cut(values, counts) if values else []
-            )
+            if values and not name.endswith("_tail"):
+                values = _cut(values, counts)
+            columns[top_k_column(side, name)] = values
     return columns
 
 
 def _written(array: np.ndarray) -> list[Any]:
     finite = np.isfinite(array)
-    return array.tolist() if finite.all() else np.where(finite, array.astype(object), None).tolist()
+    if finite.all():
+        return array.tolist()
+    values = array.astype(object)
+    values[~finite] = None
+    return values.tolist()

@@ -397,11 +397,7 @@ def _messages(error: ValidationError) -> list[str]:
         kind, value = item["type"], item.get("input")
         if kind == "extra_forbidden":
             section, _, key = path.rpartition(".")
-            other = [
-                s for s, f in DistillConfig.model_fields.items() if key in getattr(f.annotation, "model_fields", ())
-            ]
-            hint = f"It belongs to `{other[0]}`." if other else _nearest(key, _known_keys(item["loc"][:-1]))
-            message = f"unknown key {key!r}. {hint}"
+            message = f"unknown key {key!r}. {_place(key) or _nearest(key, _known_keys(item['loc'][:-1]))}"
             path = section
         elif kind == "missing":
             message = "is required."
@@ -415,6 +411,14 @@ def _messages(error: ValidationError) -> list[str]:
             message = f"{item['msg']}; got {value!r}."
         lines.append(f"{path}: {message}" if path else message)
     return lines
+
+
+def _place(key: str) -> str | None:
+    """A hint at the section whose key it is: the nearest one here would be another, as ``top_k`` for `return_top_k`."""
+    for name, field in DistillConfig.model_fields.items():
+        if key in getattr(field.annotation, "model_fields", ()):
+            return f"It belongs to `{name}`."
+    return None
 
 
 def _nearest(key: str, known: list[str]) -> str:

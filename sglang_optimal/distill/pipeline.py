@@ -443,8 +443,8 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
         if isinstance(values, dict) and isinstance(before, dict):
             ignored = {"data": ("limit",), "sampling": ("n",), "output": ("dir", "shard_records")}.get(section, ())
             # Older versions had fewer keys.
-            fields = getattr(DistillConfig.model_fields[section].annotation, "model_fields")  # noqa: B009
-            defaults = {k: field.get_default(call_default_factory=True) for k, field in fields.items()}
+            keys: Any = DistillConfig.model_fields[section].annotation
+            defaults = {k: field.get_default(call_default_factory=True) for k, field in keys.model_fields.items()}
             names += [f"{section}.{k}" for k in values if values[k] != before.get(k, defaults[k]) and k not in ignored]
         else:
             names.append(section)
