@@ -56,7 +56,8 @@ class RecordCollator:
 
         Raises:
             ValueError: a missing or empty column, lists whose lengths differ from the completion's, ids and
-                log-probabilities that do not match, ids that are not different, a temperature or a behaviour that is not known. The message names row and column.
+                log-probabilities that do not match, ids that are not different, a temperature or a behaviour that is
+                not known. The message names row and column.
         """
         if not rows:
             raise ValueError("rows: a batch needs at least one record.")
