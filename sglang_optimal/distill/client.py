@@ -280,7 +280,7 @@ def request_body(
     """The body of ``POST /generate``; the mixing fields travel where sglang-router lets them through."""
     custom = {"return_mixing_info": True, **fields, "return_prompts": True}
     if "return_top_k" in fields:
-        custom["top_k_format"] = "base64"  # lists of as many numbers take seconds to read
+        custom["top_k_format"] = "base64"  # numbers in digits are slow to write and to read
     custom["student_text" if isinstance(student, str) else "student_messages"] = student
     body: dict[str, Any] = {"sampling_params": dict(sampling), "session_params": {CARRIER: custom}}
     if isinstance(teacher, str):

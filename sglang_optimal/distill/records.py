@@ -81,8 +81,8 @@ class Record:
 
         Args:
             series: with the seven per-token lists, not alpha alone. Those that were asked for by name always come.
-            packed: the most likely tokens in one value, as a server sends them, for `unpacked`. Numbers by the hundred
-                thousand take seconds to write as JSON.
+            packed: the most likely tokens in one value, as a server sends them, for `unpacked`. Written in digits
+                they take more than ten times as long.
         """
         row: dict[str, Any] = {
             "id": self.id,

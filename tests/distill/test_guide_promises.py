@@ -55,7 +55,7 @@ def words(text: str) -> str:
     [
         ("distillation_guide", "texts of 16 characters or more", leaks.LONG, 16),
         ("distillation_guide", "five starts in all", server.STARTS, 5),
-        ("distillation_guide", "hold (2,000,000 ids over its `max_new_tokens`", wanted.LARGEST_TOP_K, 2_000_000),
+        ("distillation_guide", "2,000,000 ids over its `max_new_tokens`", wanted.LARGEST_TOP_K, 2_000_000),
         ("distillation_guide", "amber above 10 %", verdicts.BOUND_SHARE, 0.1),
         ("distillation_guide", "a probability of 10⁻³", statistics.RARE, 1e-3),
         ("operations", "a run of ten minutes forgives", supervise.STEADY_SECONDS, 600),

@@ -27,6 +27,7 @@ from sglang_optimal.distill.records import COLUMNS, OPTIONAL_COLUMNS, has_top_k
 from sglang_optimal.distill.report import write_report
 from sglang_optimal.distill.store import RecordStore, find_shards, read_rows
 from sglang_optimal.names import MORE_SERIES, SERIES, SIDES
+from sglang_optimal.top_k import encoded
 from sglang_optimal.train import Objective, RecordCollator
 
 K = 4
@@ -179,7 +180,7 @@ def test_killed(folder, stub):
     check(folder.check_complete())
 
 
-def test_a_run_of_before(folder, stub):
+def test_a_run_of_before(folder, stub, capsys):
     """What did not ask is the run that it was, by its fingerprint too, so that it can be resumed."""
     folder.configure()
     config = load_config(folder.root / "run.yaml")
@@ -193,6 +194,10 @@ def test_a_run_of_before(folder, stub):
     for name in ("return_top_k", "top_k_of"):
         del manifest["config"]["output"][name]
     (folder.out / "run.json").write_text(json.dumps(manifest))
+    folder.configure(sampling={"n": 3, "max_new_tokens": 17})
+    assert folder.run(stub.url) == 2
+    assert "other settings (sampling.max_new_tokens);" in capsys.readouterr().err
+    folder.configure()
     assert folder.run(stub.url) == 0
     assert all(list(row) == list(COLUMNS) for row in folder.check_complete().values())
 
@@ -239,9 +244,17 @@ def put(value, *path: str):
     return change
 
 
+def one_token_short(meta):
+    sides = decode_top_k(meta["top_k"])
+    meta["top_k"] = {
+        side: {name: encoded(name, array[1:]) for name, array in arrays.items()} for side, arrays in sides.items()
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "missing"),
     [
+        (one_token_short, "top_k of the teacher"),
         (without("behaviour_logprob"), "behaviour_logprob"),
         (put([-1.0], "student_rank"), "student_rank"),
         (without("top_k"), "top_k of the teacher"),
