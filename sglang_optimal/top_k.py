@@ -13,6 +13,9 @@ import numpy as np
 from sglang_optimal.names import SIDES
 
 FORMATS = ("lists", "base64")
+ARRAYS = ("ids", *(f"{side}_logprobs" for side in SIDES), *(f"{side}_tail" for side in SIDES))
+"""What there is of each side; see `decode_top_k`."""
+
 _IDS = np.dtype("<i4")
 _FLOATS = np.dtype("<f4")
 
@@ -48,9 +51,9 @@ def public(tokens: Sequence[TopK]) -> dict[str, dict[str, Any]]:
         logprobs = dict(zip(SIDES, values[:, 1:].transpose(1, 0, 2), strict=True))
         tails = {name: _tail(rows) for name, rows in logprobs.items()}
         if tokens[0].format == "base64":
-            entry: dict[str, Any] = {"ids": _encoded(values[:, 0], _IDS)}
-            entry |= {f"{name}_logprobs": _encoded(rows, _FLOATS) for name, rows in logprobs.items()}
-            entry |= {f"{name}_tail": _encoded(tail, _FLOATS) for name, tail in tails.items()}
+            entry: dict[str, Any] = {"ids": encoded("ids", values[:, 0])}
+            entry |= {f"{name}_logprobs": encoded(f"{name}_logprobs", rows) for name, rows in logprobs.items()}
+            entry |= {f"{name}_tail": encoded(f"{name}_tail", tail) for name, tail in tails.items()}
         else:
             counts = (values[:, 0] >= 0).sum(-1).tolist()
             entry = {"ids": _lists(values[:, 0].astype(_IDS), counts)}
@@ -66,10 +69,16 @@ def _tail(logprobs: np.ndarray) -> np.ndarray:
 
 
 def _lists(rows: np.ndarray, counts: Sequence[int]) -> list[list[Any]]:
-    return [row[:count] for row, count in zip(rows.tolist(), counts, strict=True)]
+    return _cut(rows.tolist(), counts)
 
 
-def _encoded(array: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
+def _cut(rows: Sequence[list[Any]], counts: Sequence[int]) -> list[list[Any]]:
+    return [row[:count] for row, count in zip(rows, counts, strict=True)]
+
+
+def encoded(name: str, array: np.ndarray) -> dict[str, Any]:
+    """One of `ARRAYS` as it travels in base64."""
+    dtype = _IDS if name == "ids" else _FLOATS
     data = np.ascontiguousarray(array, dtype)
     return {"dtype": dtype.str, "shape": list(data.shape), "base64": base64.b64encode(data.tobytes()).decode("ascii")}
 
@@ -102,3 +111,43 @@ def _decoded(name: str, value: Any) -> np.ndarray:
         return np.array(value, dtype)
     columns = list(itertools.zip_longest(*value, fillvalue=missing))
     return np.array(columns, dtype).T if columns else np.empty((len(value), 0), dtype)
+
+
+def top_k_column(side: str, name: str) -> str:
+    """The name that one of `ARRAYS` has in a record."""
+    return f"top_k_{side}_{name}"
+
+
+def top_k_columns(top_k: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, list[Any]]:
+    """The arrays as columns of a record, in lists.
+
+    Args:
+        top_k: as `decode_top_k` gives it. A side without arrays has empty columns.
+
+    Returns:
+        {``top_k_SIDE_NAME``: for each of L output tokens a list of up to k values that ends with the support, of a tail
+        one value; None for what JSON cannot write}.
+
+    Example:
+        >>> columns = top_k_columns(decode_top_k({"teacher": {"ids": [[5, 3], [2]], "teacher_tail": [0.25, 0.0]}}))
+        >>> columns["top_k_teacher_ids"], columns["top_k_teacher_teacher_tail"]
+        ([[5, 3], [2]], [0.25, 0.0])
+    """
+    columns: dict[str, list[Any]] = {}
+    for side, arrays in top_k.items():
+        counts = (arrays["ids"] >= 0).sum(-1).tolist() if "ids" in arrays else []
+        for name in ARRAYS:
+            values = _written(arrays[name]) if name in arrays else []
+            if values and not name.endswith("_tail"):
+                values = _cut(values, counts)
+            columns[top_k_column(side, name)] = values
+    return columns
+
+
+def _written(array: np.ndarray) -> list[Any]:
+    finite = np.isfinite(array)
+    if finite.all():
+        return array.tolist()
+    values = array.astype(object)
+    values[~finite] = None
+    return values.tolist()

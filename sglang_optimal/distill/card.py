@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sglang_optimal.distill.manifests import read_manifests
-from sglang_optimal.distill.records import COLUMNS, MODEL_COLUMNS, sha256
+from sglang_optimal.distill.records import COLUMNS, MODEL_COLUMNS, OPTIONAL_COLUMNS, schema, sha256
 from sglang_optimal.distill.store import (
     EMPTY_SHARD,
     TALLIED,
     Tally,
     find_shards,
+    optional_columns,
     read_rows,
     replace_file,
+    stored_columns,
     write_empty_shard,
 )
 
@@ -32,7 +35,7 @@ def write_card(folder: Path) -> Path:
     shards = _finished(folder)
     if not shards["accepted"]:
         # Without a default configuration `load_dataset` would give the rejected records for it, where it says so now.
-        write_empty_shard(folder)
+        write_empty_shard(folder, optional_columns(shards["rejected"]))
         shards = _finished(folder)
     elif len(shards["accepted"]) > 1:
         (folder / "data" / EMPTY_SHARD).unlink(missing_ok=True)  # of a time when there were none
@@ -44,7 +47,9 @@ def write_card(folder: Path) -> Path:
     manifests = read_manifests(folder)
     path = folder / "README.md"
     state = _state(shards, manifests)
-    replace_file(path, f"---\n{_front_matter(folder, shards, state)}---\n\n{_body(folder, tally, models, manifests)}")
+    optional = optional_columns(shards["accepted"] + shards["rejected"])
+    body = _body(folder, tally, models, manifests, optional)
+    replace_file(path, f"---\n{_front_matter(folder, shards, state)}---\n\n{body}")
     return path
 
 
@@ -60,7 +65,7 @@ def _state(shards: dict[str, list[Path]], manifests: list[dict[str, Any]]) -> st
 
 
 def _front_matter(folder: Path, shards: dict[str, list[Path]], state: str) -> str:
-    configs = []
+    configs, infos = [], []
     for kind, name, split in (("accepted", "default", "train"), ("rejected", "rejected", "train")):
         suffixes = sorted({path.suffix for path in shards[kind]})
         if suffixes:
@@ -70,16 +75,30 @@ def _front_matter(folder: Path, shards: dict[str, list[Path]], state: str) -> st
             # without this it would give the records of another run in a folder of the same name.
             entry["description"] = f"state {state}"
             configs.append(entry | ({"default": True} if name == "default" else {}))
-    content = {
+            if features := _features(shards[kind]):
+                infos.append({"config_name": name, "features": features})
+    content: dict[str, Any] = {
         "pretty_name": folder.resolve().name,
         "tags": ["distillation", "semi-on-policy", "sglang-optimal", "synthetic"],
         "task_categories": ["text-generation"],
         "configs": configs,
+        **({"dataset_info": infos} if infos else {}),
     }
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def _body(folder: Path, tally: Tally, models: Counter, manifests: list[dict[str, Any]]) -> str:
+def _features(paths: list[Path]) -> list[dict[str, Any]] | None:
+    """The columns of parts that differ in them: datasets would take those of the first file for all."""
+    if len({frozenset(names) for path in paths if (names := stored_columns(path))}) < 2:
+        return None
+    from datasets import Features
+
+    return Features.from_arrow_schema(schema(optional_columns(paths)))._to_yaml_list()
+
+
+def _body(
+    folder: Path, tally: Tally, models: Counter, manifests: list[dict[str, Any]], optional: Collection[str]
+) -> str:
     config = manifests[0].get("config", {}) if manifests else {}
     lines = [
         f"# {folder.resolve().name}",
@@ -112,7 +131,8 @@ def _body(folder: Path, tally: Tally, models: Counter, manifests: list[dict[str,
     if tally.rejected:
         lines += ['rejected = load_dataset("path/to/this/folder", "rejected", split="train")']
     lines += ["```", "", "## Columns", "", "| column | meaning |", "|---|---|"]
-    lines += [f"| `{name}` | {_cell(meaning)} |" for name, meaning in COLUMNS.items()]
+    meanings = COLUMNS | {name: OPTIONAL_COLUMNS[name] for name in optional}
+    lines += [f"| `{name}` | {_cell(meaning)} |" for name, meaning in meanings.items()]
     if config:
         text = yaml.safe_dump(_public(config), sort_keys=False, allow_unicode=True)
         lines += ["", "## Settings", "", "```yaml", text.replace("```", "` ` `").rstrip(), "```"]

@@ -11,11 +11,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import numpy as np
 import tenacity
 
 from sglang_optimal import __version__
 from sglang_optimal.distill.records import Context
-from sglang_optimal.names import CARRIER, SERIES
+from sglang_optimal.names import CARRIER, TOP_K
+from sglang_optimal.top_k import ARRAYS, decode_top_k
+from sglang_optimal.wanted import Wanted, wanted_by
 
 if TYPE_CHECKING:
     from sglang_optimal.distill.config import Client
@@ -50,13 +53,14 @@ class Sample:
 
     Attributes:
         text, token_ids, finish_reason: the sample.
-        series: the per-token lists, see `sglang_optimal.names.SERIES`.
+        series: the per-token lists, see `sglang_optimal.names.ALL_SERIES`.
         prompt_tokens: of the teacher's prompt.
         latency: seconds.
         endpoint: who answered.
         weight_version: of the teacher, as SGLang has it.
         teacher_prompt_ids, student_prompt_ids: what each model really read; empty where the server does not say.
         student_prompt_text: the latter decoded, special tokens too; None likewise.
+        top_k: the most likely tokens of each side that was asked for, see `sglang_optimal.decode_top_k`.
     """
 
     text: str
@@ -70,6 +74,7 @@ class Sample:
     teacher_prompt_ids: list[int] = dataclasses.field(default_factory=list)
     student_prompt_ids: list[int] = dataclasses.field(default_factory=list)
     student_prompt_text: str | None = None
+    top_k: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -147,12 +152,12 @@ class Servers:
         Args:
             teacher, student: what each side reads.
             sampling: SGLang's sampling parameters.
-            fields: more mixing fields, such as ``alpha_method``.
+            fields: more mixing fields, such as ``alpha_method`` or ``return_top_k``.
 
         Raises:
             BadRequestError: HTTP 400.
             RetriesExhausted: this request failed ``retries`` times while others succeeded.
-            NoServerAvailable: see `check`.
+            NoServerAvailable: see `check`; or an answer lacks what was asked for.
         """
         body = request_body(teacher, student, sampling, fields)
         began = time.monotonic()
@@ -187,7 +192,8 @@ class Servers:
         try:
             with closed_at_once():
                 response = await self._http.post(f"{endpoint.url}/generate", json=body)
-            sample = _sample(response, endpoint.url, time.monotonic() - began)
+            wanted = wanted_by(body["session_params"][CARRIER])
+            sample = _sample(response, endpoint.url, time.monotonic() - began, wanted)
         except httpx.TransportError as error:
             self._back_off(endpoint)
             reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
@@ -272,7 +278,9 @@ def request_body(
     teacher: Context, student: Context, sampling: dict[str, Any], fields: dict[str, Any]
 ) -> dict[str, Any]:
     """The body of ``POST /generate``; the mixing fields travel where sglang-router lets them through."""
-    custom = {**fields, "return_mixing_info": True, "return_prompts": True}
+    custom = {"return_mixing_info": True, **fields, "return_prompts": True}
+    if "return_top_k" in fields:
+        custom["top_k_format"] = "base64"  # numbers in digits are slow to write and to read
     custom["student_text" if isinstance(student, str) else "student_messages"] = student
     body: dict[str, Any] = {"sampling_params": dict(sampling), "session_params": {CARRIER: custom}}
     if isinstance(teacher, str):
@@ -282,7 +290,7 @@ def request_body(
     return body
 
 
-def _sample(response: httpx.Response, endpoint: str, latency: float) -> Sample:
+def _sample(response: httpx.Response, endpoint: str, latency: float, wanted: Wanted) -> Sample:
     if response.status_code in (401, 403):
         raise NoServerAvailable(f"{endpoint}: wants an API key; set client.api_key_env.")
     if response.status_code in (408, 429) or response.status_code >= 500:
@@ -298,11 +306,15 @@ def _sample(response: httpx.Response, endpoint: str, latency: float) -> Sample:
     reason = (meta.get("finish_reason") or {}).get("type", "abort")
     if reason == "abort":  # the server let go of it: shutting down, flushing, pausing
         raise _Failed(f"{endpoint}: aborted the request")
-    series = {name: meta[name] for name in SERIES if meta.get(name) is not None}
+    series = {name: meta[name] for name in wanted.series if meta.get(name) is not None}
     tokens = answer["output_ids"]
-    short = [name for name in SERIES if len(series.get(name, ())) != len(tokens)]
+    top_k = _top_k(meta.get(TOP_K), wanted, len(tokens))
+    short = [name for name in wanted.series if len(series.get(name, ())) != len(tokens)]
+    short += [f"{TOP_K} of the {side}" for side in wanted.sides if side not in top_k]
     if short:
-        raise NoServerAvailable(f"{endpoint}: answers without {short[0]} for every token; is it a server that mixes?")
+        raise NoServerAvailable(
+            f"{endpoint}: answers without {short[0]} for every token; is it a server that mixes, of this version?"
+        )
     return Sample(
         text=answer["text"],
         token_ids=tokens,
@@ -315,7 +327,27 @@ def _sample(response: httpx.Response, endpoint: str, latency: float) -> Sample:
         teacher_prompt_ids=meta.get("teacher_prompt_ids", []),
         student_prompt_ids=meta.get("student_prompt_ids", []),
         student_prompt_text=meta.get("student_prompt_text"),
+        top_k=top_k,
     )
+
+
+def _top_k(sent: Any, wanted: Wanted, tokens: int) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of the sides that have all of them for every token."""
+    if not tokens:
+        return {side: {} for side in wanted.sides}
+    try:
+        sides = decode_top_k(sent or {})
+    except (ValueError, KeyError, TypeError, AttributeError):  # no arrays, whatever is there instead
+        return {}
+    whole = {}
+    for side in wanted.sides:
+        arrays = sides.get(side, {})
+        shape = arrays["ids"].shape if "ids" in arrays else ()
+        shapes = {name: shape[:1] if name.endswith("_tail") else shape for name in ARRAYS}
+        fits = len(shape) == 2 and shape[0] == tokens
+        if fits and all(name in arrays and arrays[name].shape == shapes[name] for name in ARRAYS):
+            whole[side] = {name: arrays[name] for name in ARRAYS}
+    return whole
 
 
 def _message(answer: Any) -> str:

@@ -18,6 +18,8 @@ from pydantic.fields import FieldInfo
 from sglang_optimal.config import ALPHA_KEYS, SETTINGS, MixingConfig
 from sglang_optimal.distill.filters import FILTERS, FilterConfig
 from sglang_optimal.distill.section import Section
+from sglang_optimal.names import ALL_SERIES, MAX_TOP_K, MORE_SERIES, SERIES, SIDES
+from sglang_optimal.wanted import check_amount, wanted_by
 
 Role = Literal["system", "user", "assistant"]
 
@@ -241,6 +243,10 @@ class Client(Section):
         return [url.rstrip("/") for url in value]
 
 
+_SeriesName = Annotated[str, Field(json_schema_extra={"enum": list(ALL_SERIES)})]
+_Side = Annotated[str, Field(json_schema_extra={"enum": list(SIDES)})]
+
+
 class Output(Section):
     """Where records go."""
 
@@ -250,8 +256,55 @@ class Output(Section):
     """Format of the finished shards; ``datasets.load_dataset`` reads both."""
     shard_records: Annotated[int, Field(gt=0)] = 1000
     """Records in one shard."""
-    series: bool = True
-    """Keep the per-token series beside alpha (log-probabilities, KLs, ESS ratio). Filters always see them."""
+    series: bool | Annotated[list[_SeriesName], Field(min_length=1)] = True
+    """Keep the per-token series beside alpha (log-probabilities, KLs, ESS ratio). Filters always see them. Names of
+    more: ask for those too, and keep them beside these."""
+    return_top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K, strict=True)] = 0
+    """Ask for so many of the most likely tokens at each position, with their log-probabilities under teacher, student
+    and mixture, and keep them as ``top_k_*`` columns. Not SGLang's ``sampling.top_k``, which cuts what is drawn."""
+    top_k_of: Annotated[list[_Side], Field(min_length=1)] | None = None
+    """Whose most likely tokens: ``teacher``, ``student``, ``mixture``, or several; by default both models'."""
+
+    @field_validator("series", mode="before")
+    @classmethod
+    def _series(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return value
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError(f"must be true, false or a list of series, got {value!r}.")
+        for name in value:
+            if name not in ALL_SERIES:
+                raise ValueError(f"unknown series {name!r}. {_nearest(str(name), list(ALL_SERIES))}")
+        # One form for one meaning: it decides whether a run may be resumed.
+        return [name for name in MORE_SERIES if name in value] or True
+
+    @field_validator("top_k_of", mode="before")
+    @classmethod
+    def _sides(cls, value: Any) -> Any:
+        given = [value] if isinstance(value, str) else value
+        if not isinstance(given, list | tuple):
+            return given
+        for side in given:
+            if side not in SIDES:
+                raise ValueError(f"unknown side {side!r}. {_nearest(str(side), list(SIDES))}")
+        return [side for side in SIDES if side in given]
+
+    @model_validator(mode="after")
+    def _read(self) -> Output:
+        if self.top_k_of is not None and not self.return_top_k:
+            raise ValueError("top_k_of: only read with return_top_k.")
+        return self
+
+    def request_fields(self) -> dict[str, Any]:
+        """The mixing fields of every request, where more than the seven series is to come back."""
+        fields: dict[str, Any] = {}
+        if isinstance(self.series, list):
+            fields["return_mixing_info"] = [*SERIES, *self.series]
+        if self.return_top_k:
+            fields["return_top_k"] = self.return_top_k
+            if self.top_k_of is not None:
+                fields["top_k_of"] = self.top_k_of
+        return fields
 
 
 class DistillConfig(Section):
@@ -274,6 +327,14 @@ class DistillConfig(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"filters: {name!r} occurs twice; give each a `name` of its own.")
+        return self
+
+    @model_validator(mode="after")
+    def _amount(self) -> DistillConfig:
+        try:
+            check_amount(wanted_by(self.output.request_fields()), self.sampling.max_new_tokens)
+        except ValueError as error:
+            raise ValueError(f"output.{error}") from None
         return self
 
 
@@ -336,7 +397,7 @@ def _messages(error: ValidationError) -> list[str]:
         kind, value = item["type"], item.get("input")
         if kind == "extra_forbidden":
             section, _, key = path.rpartition(".")
-            message = f"unknown key {key!r}. {_nearest(key, _known_keys(item['loc'][:-1]))}"
+            message = f"unknown key {key!r}. {_place(key) or _nearest(key, _known_keys(item['loc'][:-1]))}"
             path = section
         elif kind == "missing":
             message = "is required."
@@ -350,6 +411,14 @@ def _messages(error: ValidationError) -> list[str]:
             message = f"{item['msg']}; got {value!r}."
         lines.append(f"{path}: {message}" if path else message)
     return lines
+
+
+def _place(key: str) -> str | None:
+    """A hint at the section whose key it is: the nearest one here would be another, as ``top_k`` for `return_top_k`."""
+    for name, field in DistillConfig.model_fields.items():
+        if key in getattr(field.annotation, "model_fields", ()):
+            return f"It belongs to `{name}`."
+    return None
 
 
 def _nearest(key: str, known: list[str]) -> str:

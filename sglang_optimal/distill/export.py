@@ -12,8 +12,8 @@ from typing import Any
 
 from sglang_optimal.config import check_known
 from sglang_optimal.distill.export_check import KINDS, PROMPT, ExportCheck, load_tokenizer
-from sglang_optimal.distill.records import COLUMNS
-from sglang_optimal.distill.store import find_shards, read_rows
+from sglang_optimal.distill.records import COLUMNS, OPTIONAL_COLUMNS, schema
+from sglang_optimal.distill.store import batch_size, find_shards, optional_columns, read_rows
 
 IGNORED = -100
 """Label of a token that no loss is taken of, as PyTorch's cross entropy has it."""
@@ -24,7 +24,7 @@ FORMATS = {
     "trl-tokens": "{input_ids, labels}: the very tokens that were read and sampled; labels of the sample alone",
     "trl-gkd": "TRL's GKD: {messages} as in sft; its teacher reads what the student reads, and no more",
     "text": "{text}: prompt and sample as one text, for language modelling; chats need --tokenizer",
-    "records": "every column",
+    "records": "every column, the series and most likely tokens among them; the others have those that --columns names",
 }
 """Name: what it holds."""
 
@@ -89,11 +89,19 @@ def export(
     check_known([on_mismatch], ON_MISMATCH, "--on-mismatch")
     check_known([format], FORMATS, "--format")
     extra = list(columns or ())
-    check_known(extra, COLUMNS, "--columns")
+    check_known(extra, [*COLUMNS, *OPTIONAL_COLUMNS], "--columns")
     if output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output: {output} must end in .jsonl or .parquet.")
     shape = _shape(format, tokenizer)
-    rows = read_rows(find_shards(folder, "rejected" if rejected else "accepted"))
+    shards = find_shards(folder, "rejected" if rejected else "accepted")
+    optional = optional_columns(shards)
+    if shards and (absent := [name for name in extra if name in OPTIONAL_COLUMNS and name not in optional]):
+        raise ValueError(
+            f"--columns: the run has no {absent[0]}; it is stored where the run's file asks for it "
+            f"(output.{'return_top_k' if absent[0].startswith('top_k_') else 'series'})."
+        )
+    kept = optional if format == "records" else [name for name in optional if name in extra]
+    rows = read_rows(shards, [*COLUMNS, *kept])
     comparing = ExportCheck(tokenizer) if check and format in CHECKED and not rejected else None
     differing: Counter[str] = Counter()
     shaped = (
@@ -107,7 +115,7 @@ def export(
         if output.suffix == ".jsonl":
             count = _write_jsonl(part, shaped)
         else:
-            count = _write_parquet(part, shaped, records=format == "records")
+            count = _write_parquet(part, shaped, kept, records=format == "records")
         if count == 0 and differing:
             raise ValueError(
                 f"--on-mismatch: no record is left; {described(differing)}. Take --format trl-tokens, or keep them."
@@ -227,13 +235,11 @@ def _write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     return count
 
 
-def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], *, records: bool) -> int:
+def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], optional: list[str], *, records: bool) -> int:
     import pyarrow
     import pyarrow.parquet as parquet
 
-    from sglang_optimal.distill.records import schema
-
-    names = schema()
+    names, size = schema(optional), batch_size(optional)
     batch: list[dict[str, Any]] = []
     writer, count = None, 0
 
@@ -243,7 +249,7 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], *, records: bool)
         if records:
             table = pyarrow.Table.from_pylist(batch, names)
         else:  # columns of a run keep their types, where the first rows may have none but nulls
-            typed = [names.field(f.name) if f.name in COLUMNS else f for f in table.schema]
+            typed = [names.field(f.name) if f.name in names.names else f for f in table.schema]
             table = pyarrow.Table.from_pylist(batch, pyarrow.schema(typed))
         if writer is None:
             writer = parquet.ParquetWriter(path, table.schema, compression="zstd")
@@ -253,7 +259,7 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], *, records: bool)
 
     for row in rows:
         batch.append(row)
-        if len(batch) == 256:
+        if len(batch) == size:
             flush()
     if batch:
         flush()

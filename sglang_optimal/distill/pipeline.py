@@ -31,6 +31,8 @@ from sglang_optimal.distill.records import Context, Record, stored_fields
 from sglang_optimal.distill.server import OwnServer
 from sglang_optimal.distill.shown import MissingValue
 from sglang_optimal.distill.store import RecordStore, Tally
+from sglang_optimal.names import SERIES
+from sglang_optimal.wanted import wanted_by
 
 REFUSALS = 8
 """A run ends when so many problems are refused with one message before any is sampled: the settings are wrong then, not
@@ -123,7 +125,7 @@ class Plan:
         return params
 
     def mixing_fields(self) -> dict[str, Any]:
-        fields = self.config.mixing.request_fields()
+        fields = self.config.mixing.request_fields() | self.config.output.request_fields()
         if self.config.contexts.chat_template_kwargs:
             for side in ("teacher", "student"):
                 fields[f"{side}_chat_template_kwargs"] = self.config.contexts.chat_template_kwargs
@@ -142,6 +144,9 @@ def fingerprint(config: DistillConfig) -> str:
     values["sampling"].pop("n")
     for name in ("dir", "shard_records"):
         values["output"].pop(name)
+    if not values["output"]["return_top_k"]:  # as it was before there were such columns
+        for name in ("return_top_k", "top_k_of"):
+            values["output"].pop(name)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -168,7 +173,7 @@ def run(config: DistillConfig, *, shard: tuple[int, int] = (0, 1), console: Cons
     folder = Path(config.output.dir)
     store = RecordStore(
         folder, shard, format=config.output.format, shard_records=config.output.shard_records,
-        series=config.output.series,
+        series=bool(config.output.series),
     )  # fmt: skip
     try:
         return asyncio.run(_Run(plan, store, console or Console(stderr=True)).run())
@@ -381,7 +386,7 @@ def _record(
     sample: Sample,
     models: dict[str, str | None],
 ) -> Record:
-    series: dict[str, Any] = sample.series
+    series: dict[str, Any] = {name: sample.series[name] for name in SERIES if name in sample.series}
     return Record(
         id=task.id,
         problem_id=task.problem.id,
@@ -394,6 +399,8 @@ def _record(
         token_ids=sample.token_ids,
         finish_reason=sample.finish_reason,
         **series,
+        more_series={name: values for name, values in sample.series.items() if name not in series},
+        top_k=sample.top_k,
         sampling=asked,
         seed=asked["sampling_seed"],
         teacher_prompt_tokens=sample.prompt_tokens,
@@ -405,7 +412,9 @@ def _record(
 
 
 def _refusal(task: Task, teacher: Context, student: Context, asked: dict[str, Any], message: str) -> Record:
-    nothing = Sample("", [], "refused", {}, 0, 0.0, "", None)
+    wanted = wanted_by(asked)
+    empty: dict[str, list[float]] = {name: [] for name in wanted.series}
+    nothing = Sample("", [], "refused", empty, 0, 0.0, "", None, top_k={side: {} for side in wanted.sides})
     record = _record(task, teacher, student, asked, nothing, {"sglang_optimal_version": __version__})
     record.accepted, record.rejected_by, record.reject_reason = False, "server", message
     return record
@@ -433,7 +442,10 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
             continue
         if isinstance(values, dict) and isinstance(before, dict):
             ignored = {"data": ("limit",), "sampling": ("n",), "output": ("dir", "shard_records")}.get(section, ())
-            names += [f"{section}.{k}" for k in values if values[k] != before.get(k) and k not in ignored]
+            # Older versions had fewer keys.
+            keys: Any = DistillConfig.model_fields[section].annotation
+            defaults = {k: field.get_default(call_default_factory=True) for k, field in keys.model_fields.items()}
+            names += [f"{section}.{k}" for k in values if values[k] != before.get(k, defaults[k]) and k not in ignored]
         else:
             names.append(section)
     return ", ".join(names[:4]) or "another version"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang_optimal.distill.tables import written_json
-from sglang_optimal.names import SERIES
+from sglang_optimal.names import SERIES, SIDES, TOP_K
+from sglang_optimal.top_k import ARRAYS, decode_top_k, encoded, top_k_column, top_k_columns
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow
 
 Context = str | list[dict[str, str]]
@@ -31,6 +33,9 @@ class Record:
         teacher_context, student_context: what each side read, before chat templates.
         text, token_ids: the sample. finish_reason: ``stop`` or ``length``.
         alpha … ess_ratio: see `sglang_optimal.names.SERIES`; floats, log-probabilities and KLs in nats.
+        more_series: the series that the run asked for by name, of `sglang_optimal.names.MORE_SERIES`; likewise.
+        top_k: the most likely tokens of the sides that the run asked for, see `sglang_optimal.decode_top_k`. Without
+            arrays where the request was refused.
         sampling: what the request asked for, alpha settings among it.
         seed: the request's ``sampling_seed``.
         teacher_prompt_tokens: tokens of the teacher's prompt.
@@ -58,6 +63,8 @@ class Record:
     kl_to_student: list[float] = dataclasses.field(default_factory=list)
     kl_to_teacher: list[float] = dataclasses.field(default_factory=list)
     ess_ratio: list[float] = dataclasses.field(default_factory=list)
+    more_series: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    top_k: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
     teacher_prompt_tokens: int = 0
@@ -69,8 +76,14 @@ class Record:
     rejected_by: str | None = None
     reject_reason: str | None = None
 
-    def row(self, *, series: bool = True) -> dict[str, Any]:
-        """The record as it is stored, see `schema`; ``series``: with the per-token lists beside alpha."""
+    def row(self, *, series: bool = True, packed: bool = False) -> dict[str, Any]:
+        """The record as it is stored, see `schema`.
+
+        Args:
+            series: with the seven per-token lists, not alpha alone. Those that were asked for by name always come.
+            packed: the most likely tokens in one value, as a server sends them, for `unpacked`. Written in digits
+                they take more than ten times as long.
+        """
         row: dict[str, Any] = {
             "id": self.id,
             "problem_id": self.problem_id,
@@ -109,7 +122,22 @@ class Record:
             "rejected_by": self.rejected_by,
             "reject_reason": self.reject_reason,
         }
+        for name, values in self.more_series.items():
+            row[name] = [_stored_as(name, value) for value in values]
+        if packed and self.top_k:
+            row[TOP_K] = {
+                side: {name: encoded(name, array) for name, array in arrays.items()}
+                for side, arrays in self.top_k.items()
+            }
+        elif self.top_k:
+            row |= top_k_columns(self.top_k)
         return row
+
+
+def unpacked(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `Record.row` with ``packed`` as one without."""
+    top_k = row.pop(TOP_K, None)
+    return row if top_k is None else row | top_k_columns(decode_top_k(top_k))
 
 
 MODEL_COLUMNS = (
@@ -167,11 +195,35 @@ COLUMNS = {
     "rejected_by": "the filter that refused it",
     "reject_reason": "why",
 }
-"""Every stored column and its meaning, for the dataset card."""
+"""Every column that all runs store and its meaning, for the dataset card."""
 
 
-def schema() -> pyarrow.Schema:
-    """Arrow schema of the stored rows."""
+def _top_k_meanings(side: str) -> dict[str, str]:
+    return {
+        "ids": f"per token: the ids that are likeliest under the {side}, best first; fewer where the support ends",
+        **{f"{of}_logprobs": f"their log-probabilities under the {of}, nats" for of in SIDES},
+        **{f"{of}_tail": f"per token: the probability of all other ids under the {of}" for of in SIDES},
+    }
+
+
+OPTIONAL_COLUMNS = {
+    "teacher_entropy": "per token: entropy of the teacher, nats",
+    "student_entropy": "per token: entropy of the student, nats",
+    "mixture_entropy": "per token: entropy of the mixture, nats",
+    "kl_student_teacher": "per token: KL(student‖teacher), nats",
+    "kl_teacher_student": "per token: KL(teacher‖student), nats",
+    "ess_student": "per token: 1 / Σ p_student²/q, a share of the samples",
+    "ess_teacher": "per token: 1 / Σ p_teacher²/q, a share of the samples",
+    "teacher_rank": "per token: how many ids the teacher finds likelier, and 1",
+    "student_rank": "per token: how many ids the student finds likelier, and 1",
+    "behaviour_logprob": "per token: log-probability with which it was drawn (after top-p and the like), nats",
+    **{top_k_column(side, name): meaning for side in SIDES for name, meaning in _top_k_meanings(side).items()},
+}
+"""The columns that a run stores if it asks for them (``output.series``, ``output.return_top_k``), and their meaning."""
+
+
+def schema(optional: Collection[str] = ()) -> pyarrow.Schema:
+    """Arrow schema of the stored rows, with these of `OPTIONAL_COLUMNS`."""
     import pyarrow as pa
 
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -191,7 +243,21 @@ def schema() -> pyarrow.Schema:
     }
     floats = [name for name in COLUMNS if name.startswith(("mean_", "log_weight_"))]
     types |= {name: pa.float64() for name in floats}
-    return pa.schema([(name, types.get(name, pa.string())) for name in COLUMNS])
+    for name in OPTIONAL_COLUMNS:
+        values = pa.list_(pa.int32() if name in _INTEGERS else pa.float32())
+        types[name] = pa.list_(values) if name in _NESTED else values
+    names = [*COLUMNS, *(name for name in OPTIONAL_COLUMNS if name in optional)]
+    return pa.schema([(name, types.get(name, pa.string())) for name in names])
+
+
+RANKS = ("teacher_rank", "student_rank")
+_INTEGERS = {*RANKS, *(top_k_column(side, "ids") for side in SIDES)}
+_NESTED = {top_k_column(side, name) for side in SIDES for name in ARRAYS if not name.endswith("_tail")}
+
+
+def has_top_k(columns: Collection[str]) -> bool:
+    """Whether any of them has k values a token, so that a row of it may have millions."""
+    return not _NESTED.isdisjoint(columns)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -204,6 +270,11 @@ def stored_float(value: float | None) -> float | None:
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.7g}")
+
+
+def _stored_as(name: str, value: float | None) -> float | None:
+    stored = stored_float(value)
+    return int(stored) if name in RANKS and stored is not None else stored
 
 
 def context_text(context: Context) -> str:

@@ -20,12 +20,12 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sglang_optimal.distill.manifests import lock_name, manifest_name
-from sglang_optimal.distill.records import Record, schema
+from sglang_optimal.distill.records import OPTIONAL_COLUMNS, Record, has_top_k, schema, unpacked
 
 KINDS = {"accepted": "data", "rejected": "rejected"}
 """Kind of record: folder of its finished shards."""
@@ -41,7 +41,7 @@ class RecordStore:
         shard: (i, n).
         format: ``parquet`` or ``jsonl``, of finished shards.
         shard_records: records in a finished shard.
-        series: keep the per-token series beside alpha.
+        series: keep the per-token series beside alpha. What was asked for by name is kept always.
 
     Attributes:
         done: ids of all records.
@@ -89,7 +89,8 @@ class RecordStore:
             OSError: it could not be written, such as on a full disk; it is not kept then.
         """
         kind = "accepted" if record.accepted else "rejected"
-        row = record.row(series=self._series)
+        # A finished shard in JSON is a journal that was renamed.
+        row = record.row(series=self._series, packed=self._format != "jsonl")
         with self._written:
             journal = self._open[kind]
             journal.append(json.dumps(row, ensure_ascii=False, allow_nan=False))
@@ -251,8 +252,11 @@ class _Journal:
             self._file = -1
 
 
-LATER_COLUMNS = ("teacher_prompt_ids", "student_prompt_ids")
-"""Columns that the records of older versions have not got."""
+LATER_COLUMNS = ("teacher_prompt_ids", "student_prompt_ids", *OPTIONAL_COLUMNS)
+"""Columns that the records of older versions, or of runs that did not ask for them, have not got."""
+
+BATCH, LARGE_BATCH = 256, 8
+"""Rows in memory at a time; the latter where each has k values a token."""
 
 TALLIED = (
     "id", "problem_id", "strategy", "num_tokens", "mean_alpha", "accepted", "rejected_by", "reject_reason",
@@ -313,7 +317,8 @@ def read_rows(paths: list[Path], columns: list[str] | None = None) -> Iterator[d
         try:
             if path.suffix == ".parquet":
                 with parquet.ParquetFile(path) as file:
-                    for batch in file.iter_batches(batch_size=256, columns=columns):
+                    size = batch_size(file.schema_arrow.names if columns is None else columns)
+                    for batch in file.iter_batches(batch_size=size, columns=columns):
                         for row in batch.to_pylist():
                             yield row if columns is None else {name: _column(row, name) for name in columns}
             else:
@@ -322,6 +327,8 @@ def read_rows(paths: list[Path], columns: list[str] | None = None) -> Iterator[d
                         if not line.endswith(b"\n"):
                             break  # being written
                         row = json.loads(line)
+                        if columns is None or has_top_k(columns):
+                            row = unpacked(row)
                         yield row if columns is None else {name: _column(row, name) for name in columns}
         except (pyarrow.ArrowInvalid, json.JSONDecodeError, KeyError) as error:
             raise ValueError(f"{path}: is damaged or no shard of a run: {error}") from None
@@ -330,6 +337,38 @@ def read_rows(paths: list[Path], columns: list[str] | None = None) -> Iterator[d
 def _column(row: dict[str, Any], name: str) -> Any:
     """Raises KeyError: the row lacks a column that every version has had."""
     return row.get(name) if name in LATER_COLUMNS else row[name]
+
+
+def batch_size(columns: Collection[str]) -> int:
+    """How many rows of these columns to have in memory."""
+    return LARGE_BATCH if has_top_k(columns) else BATCH
+
+
+def stored_columns(path: Path) -> list[str]:
+    """Names of the columns of a shard or journal; none of one without rows in JSON.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    if path.suffix != ".parquet":
+        return list(next(read_rows([path]), ()))
+    try:
+        return parquet.read_schema(path).names
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: is damaged or no shard of a run: {error}") from None
+
+
+def optional_columns(paths: Iterable[Path]) -> list[str]:
+    """Those of `OPTIONAL_COLUMNS` that any of these shards and journals has.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    found = {name for path in paths for name in stored_columns(path)}
+    return [name for name in OPTIONAL_COLUMNS if name in found]
 
 
 def find_shards(folder: Path, kind: str) -> list[Path]:
@@ -351,14 +390,14 @@ EMPTY_SHARD = "accepted-none.parquet"
 """A shard of no records that has every column; its name is none that a run gives."""
 
 
-def write_empty_shard(folder: Path) -> None:
-    """Write `EMPTY_SHARD`."""
+def write_empty_shard(folder: Path, optional: Collection[str] = ()) -> None:
+    """Write `EMPTY_SHARD`, with these of `OPTIONAL_COLUMNS`."""
     import pyarrow.parquet as parquet
 
     target = folder / KINDS["accepted"] / EMPTY_SHARD
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(".part")
-    parquet.ParquetWriter(part, schema()).close()  # no row group: `datasets` cannot read one without rows
+    parquet.ParquetWriter(part, schema(optional)).close()  # no row group: `datasets` cannot read one without rows
     os.replace(part, target)
 
 
@@ -413,13 +452,16 @@ def _write_parquet(journal: Path, target: Path) -> None:
     import pyarrow.parquet as parquet
 
     part = target.with_suffix(".part")
-    columns = schema()
+    # What the rows have, not what this run's settings say: a run with other settings, which may find a journal here
+    # before it is refused, must not drop columns.
+    columns = schema(optional_columns([journal]))
+    size = batch_size(columns.names)
     with part.open("wb") as file:
         with parquet.ParquetWriter(file, columns, compression="zstd") as writer:
             rows: list[dict[str, Any]] = []
             for row in read_rows([journal]):
                 rows.append(row)
-                if len(rows) == 256:
+                if len(rows) == size:
                     writer.write_table(pyarrow.Table.from_pylist(rows, columns))
                     rows = []
             if rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -50,11 +51,13 @@ class RecordCollator:
             ``input_ids``, ``attention_mask``, ``position_ids``, ``labels`` [B, P + L] int64 (labels: −100 but for the
             completion); ``token_ids`` [B, L] int64 and ``mask`` [B, L] bool of the completion; and what the objective
             needs: ``temperature`` [B], series [B, L], ``top_k_ids`` [B, L, k] int64, ``top_k_logprobs`` [B, L, k],
-            ``top_k_tail`` [B, L], float32.
+            ``top_k_tail`` [B, L], float32. k is the most ids that a position of the batch has; positions with fewer,
+            where the support ends, are filled with ids outside it, at −inf.
 
         Raises:
-            ValueError: a missing or empty column, lists whose lengths differ from the completion's, ids that are not
-                different, a temperature or a behaviour that is not known. The message names row and column.
+            ValueError: a missing or empty column, lists whose lengths differ from the completion's, ids and
+                log-probabilities that do not match, ids that are not different, a temperature or a behaviour that is
+                not known. The message names row and column.
         """
         if not rows:
             raise ValueError("rows: a batch needs at least one record.")
@@ -125,26 +128,29 @@ class RecordCollator:
     def _top_k(self, rows: Sequence[Mapping[str, Any]], lengths: list[int], longest: int) -> dict[str, Tensor]:
         assert self.objective.top_k is not None
         ids_name, logprobs_name, tail_name = self.objective.top_k
+        listed = [_of_tokens(row, ids_name, i, lengths[i]) for i, row in enumerate(rows)]
+        k = max(len(inner) for each in listed for inner in each)
+        if k < 1:
+            raise ValueError(f"{ids_name}: {_name(rows[0], 0)} has no ids at any token.")
         ids: list[Tensor] = []
         logprobs: list[Tensor] = []
         tails: list[Tensor] = []
         for i, row in enumerate(rows):
-            found = _matrix(_of_tokens(row, ids_name, i, lengths[i]), ids_name, row, i).long()
-            values = _matrix(_of_tokens(row, logprobs_name, i, lengths[i]), logprobs_name, row, i).float()
-            if values.shape != found.shape or (ids and found.shape[1] != ids[0].shape[1]):
-                k = ids[0].shape[1] if ids else found.shape[1]
-                raise ValueError(
-                    f"{logprobs_name}: {_name(row, i)} has {list(values.shape)} values for {list(found.shape)} ids; "
-                    f"all must have one k, here {k}."
-                )
+            values = _of_tokens(row, logprobs_name, i, lengths[i])
+            for at, (inner, own) in enumerate(zip(listed[i], values, strict=True)):
+                if len(own) != len(inner):
+                    raise ValueError(
+                        f"{logprobs_name}: {_name(row, i)} has {len(own)} values for {len(inner)} ids at token {at}."
+                    )
+            found = torch.tensor([_filled(inner, k) for inner in listed[i]])
             ordered = found.sort(-1).values
             if bool((ordered[:, 1:] == ordered[:, :-1]).any()) or bool((found < 0).any()):
                 raise ValueError(f"{ids_name}: {_name(row, i)} has a negative id, or one twice at a position.")
             ids.append(found)
-            logprobs.append(values)
+            logprobs.append(torch.stack([_padded(_logprobs(own), k, -math.inf) for own in values]))
             tails.append(torch.tensor([float(value) for value in _of_tokens(row, tail_name, i, lengths[i])]))
         # Padding is all tail: a distribution like any other.
-        padding = torch.arange(ids[0].shape[1])
+        padding = torch.arange(k)
         return {
             "top_k_ids": torch.stack([_padded(found, longest, padding) for found in ids]),
             "top_k_logprobs": torch.stack([_padded(found, longest, -math.inf) for found in logprobs]),
@@ -191,10 +197,12 @@ def _logprobs(values: Sequence[float | None]) -> Tensor:
     return torch.tensor([-math.inf if value is None else float(value) for value in values])
 
 
-def _matrix(values: Sequence[Sequence[Any]], name: str, row: Mapping[str, Any], i: int) -> Tensor:
-    if len({len(inner) for inner in values}) != 1 or not len(values[0]):
-        raise ValueError(f"{name}: {_name(row, i)} must have the same number of values, k ≥ 1, at every token.")
-    return torch.tensor([[-math.inf if value is None else value for value in inner] for inner in values])
+def _filled(ids: Sequence[int], k: int) -> list[int]:
+    """k different ids: where the support ends before, others, whose log-probability is −inf as of all outside it."""
+    given = [int(token) for token in ids]
+    taken = set(given)
+    free = (token for token in itertools.count() if token not in taken)
+    return [*given, *itertools.islice(free, k - len(given))]
 
 
 def _padded(values: Tensor, length: int, fill: float | Tensor) -> Tensor:

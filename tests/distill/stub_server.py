@@ -12,7 +12,11 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from sglang_optimal.names import SERIES
+import numpy as np
+
+from sglang_optimal.names import CARRIER
+from sglang_optimal.top_k import TopK, public
+from sglang_optimal.wanted import Wanted, wanted_by
 
 Answer = tuple[int, Any] | None
 """(HTTP status, body); None: hang up."""
@@ -88,14 +92,32 @@ def stub_answer(body: dict) -> dict:
     """Deterministic in the request."""
     seed = body["sampling_params"]["sampling_seed"]
     tokens = [3 + (seed >> i) % 60 for i in range(4 + seed % 8)]
-    series = {name: [round(((seed >> i) % 100) / 100, 2) for i in range(len(tokens))] for name in SERIES}
-    for name in SERIES:
+    fields = body.get("session_params", {}).get(CARRIER, {})
+    wanted = wanted_by({"return_mixing_info": True, **fields})
+    series = {name: [round(((seed >> i) % 100) / 100, 2) for i in range(len(tokens))] for name in wanted.series}
+    for name in wanted.series:
         if name.endswith("logprob"):
             series[name] = [-0.01 - value for value in series[name]]
+        elif name.endswith("rank"):
+            series[name] = [1.0 + i for i in range(len(tokens))]
     finish = {"type": "stop" if seed % 5 else "length"}
     text = f"sample {zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x} so the answer is {seed % 3}."
     meta = {"finish_reason": finish, "prompt_tokens": 7, "weight_version": "default", **series}
+    if wanted.sides:
+        meta["top_k"] = public([stub_top_k(seed, i, wanted) for i in range(len(tokens))])
     return {"text": text, "output_ids": tokens, "meta_info": meta}
+
+
+def stub_top_k(seed: int, i: int, wanted: Wanted) -> TopK:
+    """Of the i-th token. At every third the support has two tokens and no more."""
+    values = np.full((len(wanted.sides), 4, wanted.top_k), -np.inf, np.float32)
+    count = min(wanted.top_k, 2) if i % 3 == 2 else wanted.top_k
+    for k, side in enumerate(wanted.sides):
+        base = 3 + (seed >> i) % 60 + len(side)
+        values[k, 0] = [base + j if j < count else -1 for j in range(wanted.top_k)]
+        for j in range(3):
+            values[k, 1 + j, :count] = np.log(np.arange(count, 0, -1) / (count * (count + 1) / 2 + j + len(side)))
+    return TopK(wanted.sides, wanted.top_k_format, values)
 
 
 def _handler(stub: StubServer):

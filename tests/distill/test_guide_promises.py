@@ -13,19 +13,22 @@ import types
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 import torch
 import yaml
 from stub_server import stub_answer, stub_server
 from test_filters import record, verdict
 
-from sglang_optimal import supervise
+from sglang_optimal import supervise, wanted
 from sglang_optimal.distill import leaks, server
 from sglang_optimal.distill.cli import main
-from sglang_optimal.distill.records import Record
+from sglang_optimal.distill.config import Output
+from sglang_optimal.distill.records import OPTIONAL_COLUMNS, Record, schema
 from sglang_optimal.distill.report import statistics, verdicts
 from sglang_optimal.distill.store import RecordStore, find_shards, read_rows
 from sglang_optimal.mixing import AlphaParams, mix
+from sglang_optimal.names import SERIES, SIDES
 from sglang_optimal.platforms import activate
 from sglang_optimal.runtime.mem_cache import student_kv
 from sglang_optimal.runtime.model_executor import student_failure as failure
@@ -52,6 +55,7 @@ def words(text: str) -> str:
     [
         ("distillation_guide", "texts of 16 characters or more", leaks.LONG, 16),
         ("distillation_guide", "five starts in all", server.STARTS, 5),
+        ("distillation_guide", "2,000,000 ids over its `max_new_tokens`", wanted.LARGEST_TOP_K, 2_000_000),
         ("distillation_guide", "amber above 10 %", verdicts.BOUND_SHARE, 0.1),
         ("distillation_guide", "a probability of 10⁻³", statistics.RARE, 1e-3),
         ("operations", "a run of ten minutes forgives", supervise.STEADY_SECONDS, 600),
@@ -138,6 +142,25 @@ def test_the_guide_s_own_filter():
     assert names["keep"](record("It is 7.")) is True
     assert names["keep"](record("I cannot say.")) == "says 'I cannot'"
     assert names["keep"](record("As an AI"), words=["As an AI"]) == "says 'As an AI'"
+
+
+def test_columns_that_have_to_be_asked_for():
+    section = page("docs/distillation_guide.md").split("### More of every token")[1].split("### Exports")[0]
+    numbers = {"int32": pa.int32(), "float32": pa.float32()}
+    said = {}
+    for line in section.splitlines():
+        if line.startswith("| `"):
+            names, _, kind = (cell.strip() for cell in line.strip("|").split(" | "))
+            of = pa.list_(numbers[kind.split()[-1]])
+            for name in re.findall(r"`(\w+)`", names):
+                for side in SIDES:
+                    said[name.replace("_X_", f"_{side}_")] = pa.list_(of) if "lists" in kind else of
+    assert said == {name: schema([name]).field(name).type for name in OPTIONAL_COLUMNS}
+    example = Output(**yaml.safe_load(section.split("```yaml")[1].split("```")[0])["output"])
+    assert example.request_fields() == {
+        "return_mixing_info": [*SERIES, "student_entropy", "behaviour_logprob"], "return_top_k": 32,
+        "top_k_of": ["teacher", "mixture"],
+    }  # fmt: skip
 
 
 def test_the_shorter_name(monkeypatch, capsys):

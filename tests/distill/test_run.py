@@ -287,9 +287,8 @@ def test_killed_again_and_again(folder, stub):
 def test_interrupted(folder, stub, number):
     stub.delay = 0.1
     process = folder.process(stub.url)
-    while not stub.seen:
+    while sum(stub.seen.values()) < 40 and process.poll() is None:  # some are accepted by then, on a busy machine too
         time.sleep(0.01)
-    time.sleep(0.3)
     process.send_signal(number)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 128 + number and "goes on from here" in error

@@ -65,6 +65,27 @@ def test_the_least():
             "contexts: chat_template_kwargs: has no effect",
         ),
         (changed(sampling={"temperature": -1}), "sampling.temperature: Input should be greater"),
+        (changed(sampling={"return_top_k": 4}), "sampling: unknown key 'return_top_k'. It belongs to `output`."),
+        (
+            changed(output={"series": ["alpha", "teacher_entrpy"]}),
+            "output.series: unknown series 'teacher_entrpy'. Did you mean 'teacher_entropy'?",
+        ),
+        (changed(output={"series": "alpha"}), "output.series: must be true, false or a list of series, got 'alpha'."),
+        (changed(output={"series": []}), "output.series: must be true, false or a list of series, got []."),
+        (changed(output={"series": [3]}), "output.series: unknown series 3. Known: alpha"),
+        (changed(output={"return_top_k": -1}), "output.return_top_k: Input should be greater than or equal to 0"),
+        (changed(output={"return_top_k": 1025}), "output.return_top_k: Input should be less than or equal to 1024"),
+        (changed(output={"return_top_k": True}), "output.return_top_k: Input should be a valid integer; got True."),
+        (
+            changed(output={"return_top_k": 1, "top_k_of": "techer"}),
+            "output.top_k_of: unknown side 'techer'. Did you mean 'teacher'?",
+        ),
+        (changed(output={"return_top_k": 1, "top_k_of": []}), "output.top_k_of: List should have at least 1 item"),
+        (changed(output={"top_k_of": ["teacher"]}), "output: top_k_of: only read with return_top_k."),
+        (
+            changed(output={"return_top_k": 1000, "top_k_of": "student"}, sampling={"max_new_tokens": 2001}),
+            "output.return_top_k: 1000 tokens of 1 sides for each of up to 2001 output tokens are 2001000",
+        ),
         (changed(filters=[{"type": "lenght"}]), "filters[0]: unknown filter 'lenght'. Did you mean 'length'?"),
         (changed(filters=[{"min": 1}]), "filters[0]: needs a `type`: length, finish"),
         (changed(filters=[{"type": "length", "min": 1}]), "filters[0]: unknown key 'min'."),
@@ -124,6 +145,10 @@ def test_schema_refuses_what_we_refuse():
     assert not validator.is_valid(changed(data={"pat": "x"}))
     assert not validator.is_valid(changed(filters=[{"type": "lenght"}]))
     assert not validator.is_valid(changed(contexts={"student": 3}))
+    asked = {"series": ["teacher_rank"], "return_top_k": 8, "top_k_of": ["mixture"]}
+    assert validator.is_valid(changed(output=asked))
+    for name, wrong in (("series", ["teacher_rnk"]), ("series", []), ("return_top_k", 1025), ("top_k_of", ["teach"])):
+        assert not validator.is_valid(changed(output={**asked, name: wrong})), name
 
 
 def keys_of(schema: dict, name: str) -> set[str]:

@@ -7,13 +7,17 @@ import json
 import datasets
 import numpy as np
 import pytest
+import torch
 import yaml
 from serving import server_info
 from tiny_models import small_chat_ids, small_ids
+from transformers import AutoModelForCausalLM
 
 from sglang_optimal.distill.cli import main
+from sglang_optimal.distill.records import OPTIONAL_COLUMNS
 from sglang_optimal.distill.report import write_report
-from sglang_optimal.names import SERIES
+from sglang_optimal.names import MORE_SERIES, SERIES, SIDES
+from sglang_optimal.train import Objective, RecordCollator
 
 PROBLEMS = [
     {"key": f"p{i}", "question": f"what is {i} + {i}?", "answer": f"it is {2 * i}, of course."} for i in range(6)
@@ -133,3 +137,41 @@ def test_a_setting_that_the_server_refuses(client, tmp_path, capsys):
     settings = {"sampling": {"max_new_tokens": 50, "min_new_tokens": 60}}
     run(tmp_path, client, status=2, **settings)
     assert "the server refuses every request: min_new_tokens" in capsys.readouterr().err
+
+
+def test_more_series_and_most_likely_tokens(client, tiny_pair, tmp_path):
+    """With as many tokens as there are, the record holds whole distributions: they sum to one, their KL is the series,
+    and a student that is trained on them begins where it sampled."""
+    out = run(
+        tmp_path, client,
+        sampling={"temperature": 0.8, "max_new_tokens": 12},
+        output={"series": list(MORE_SERIES), "return_top_k": 1000, "top_k_of": list(SIDES)},
+    )  # fmt: skip
+    rows = list(rows_of(out).values())
+    assert len(rows) == 12
+    for row in rows:
+        assert all(len(row[name]) == row["num_tokens"] for name in OPTIONAL_COLUMNS)
+        np.testing.assert_allclose(row["behaviour_logprob"], row["mixture_logprob"], atol=1e-5)  # nothing was cut
+        for side in SIDES:
+            ids = row[f"top_k_{side}_ids"]
+            for i, token in enumerate(row["token_ids"]):
+                assert 1 < len(ids[i]) == len(set(ids[i])) < 1000
+                logprobs = {of: np.array(row[f"top_k_{side}_{of}_logprobs"][i]) for of in SIDES}
+                for of in SIDES:
+                    assert np.exp(logprobs[of]).sum() == pytest.approx(1, abs=1e-4)
+                    assert row[f"top_k_{side}_{of}_tail"][i] == pytest.approx(0, abs=1e-4)
+                    assert logprobs[of][ids[i].index(token)] == pytest.approx(row[f"{of}_logprob"][i], abs=1e-4)
+                kl = (np.exp(logprobs["teacher"]) * (logprobs["teacher"] - logprobs["student"])).sum()
+                assert row["kl_teacher_student"][i] == pytest.approx(kl, abs=1e-4)
+                if side != "mixture":
+                    assert 1 <= row[f"{side}_rank"][i] <= ids[i].index(token) + 1
+                assert list(logprobs[side]) == sorted(logprobs[side], reverse=True)
+    objective = Objective("mixture_kl")
+    batch = RecordCollator(objective)(rows)
+    student = AutoModelForCausalLM.from_pretrained(tiny_pair[1], dtype=torch.float32).eval()
+    with torch.no_grad():
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        logits = student(**inputs).logits[:, -batch["mask"].shape[1] - 1 : -1]
+    losses, _ = objective(logits[..., : 1 + int(batch["top_k_ids"].max())], batch)
+    for row, loss in zip(rows, losses, strict=True):
+        np.testing.assert_allclose(loss[: row["num_tokens"]], row["kl_to_student"], atol=2e-3)

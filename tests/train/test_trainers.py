@@ -204,6 +204,29 @@ def test_which_arrays_a_divergence_reads():
     assert Objective("sft").top_k is None
 
 
+def test_a_support_that_ends_before_k():
+    """The loss is that of the tokens that there are."""
+    short = {
+        **ROW, "top_k_teacher_ids": [[0, 2], [3]], "top_k_teacher_teacher_logprobs": [[math.log(0.75), None], [0.0]],
+        "top_k_teacher_teacher_tail": [0.25, 0.0],
+    }  # fmt: skip
+    long = {
+        **ROW, "token_ids": [6], "top_k_teacher_ids": [[4, 3, 1]],
+        "top_k_teacher_teacher_logprobs": [[math.log(0.5), math.log(0.25), math.log(0.125)]],
+        "top_k_teacher_teacher_tail": [0.125],
+    }  # fmt: skip
+    batch = RecordCollator(Objective("forward_kl"))([short, long])
+    assert batch["top_k_ids"].tolist() == [[[0, 2, 1], [3, 0, 1]], [[4, 3, 1], [0, 1, 2]]]
+    assert batch["top_k_logprobs"][0].isneginf().tolist() == [[False, True, True], [False, True, True]]
+    logits = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(1))
+    losses, _ = Objective("forward_kl")(logits, batch)
+    alone, _ = Objective("forward_kl")(logits[:1], RecordCollator(Objective("forward_kl"))([short]))
+    # At the second token the teacher has no other: −log p_s of it, over the support that the ids leave.
+    student = logits[0, 1].log_softmax(-1).exp()
+    assert losses[0, 1].item() == pytest.approx(-math.log(student[3] / (1 - student[0] - student[1])), rel=1e-5)
+    assert alone[0, 1].item() == pytest.approx(-math.log(student[3] / (1 - student[0])), rel=1e-5)
+
+
 ROW = {
     "id": "p7", "student_prompt_ids": [5], "token_ids": [6, 7], "teacher_logprob": [-1.0, -1.0],
     "mixture_logprob": [-1.0, -1.0], "sampling": '{"temperature": 1.0}',
@@ -226,8 +249,8 @@ ROW = {
         ("policy_gradient", {"sampling": '{"temperature": 1, "min_p": 0.1}'}, "^behaviour: .* with min_p 0.1"),
         ("forward_kl", {"top_k_teacher_ids": None}, "^top_k_teacher_ids: record p7 has none, and the loss needs"),
         ("forward_kl", {"top_k_teacher_teacher_tail": [0.4]}, "^top_k_teacher_teacher_tail: .* 1 values for 2 tokens"),
-        ("forward_kl", {"top_k_teacher_ids": [[1, 2], [3]]}, "^top_k_teacher_ids: .* the same number of values"),
-        ("forward_kl", {"top_k_teacher_ids": [[1], [3]]}, r"_teacher_logprobs: .* \[2, 2\] values for \[2, 1\]"),
+        ("forward_kl", {"top_k_teacher_ids": [[1, 2], [3]]}, "_teacher_logprobs: .* 2 values for 1 ids at token 1"),
+        ("forward_kl", {"top_k_teacher_ids": [[], []], "top_k_teacher_teacher_logprobs": [[], []]}, "has no ids at"),
         ("forward_kl", {"top_k_teacher_ids": [[1, 1], [3, 4]]}, "^top_k_teacher_ids: .* or one twice"),
         ("mixture_kl", {}, "^top_k_mixture_ids: record p7 has none, and the loss needs it; see docs/training.md"),
     ],

@@ -243,7 +243,7 @@ def _read_batches(paths: list[Path]) -> Iterator[pyarrow.RecordBatch]:
                         # Older versions had fewer columns.
                         yield batch if whole else pyarrow.RecordBatch.from_pylist(batch.to_pylist(), columns)
             else:
-                rows = read_rows([path])
+                rows = read_rows([path], columns.names)
                 while some := list(itertools.islice(rows, _BATCH)):
                     yield pyarrow.RecordBatch.from_pylist(some, columns)
         except FileNotFoundError:
