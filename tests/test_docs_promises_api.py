@@ -385,7 +385,7 @@ def test_what_does_not_go_into_a_mixed_request(field):
 
     manager = SimpleNamespace(
         mixing_config=MixingConfig(student_model_path="s"),
-        student_reader=StudentReader(str.encode, list, vocab_size=64, context_length=100, max_chars=1000),
+        student_reader=StudentReader(str.encode, list, str.encode, vocab_size=64, context_length=100, max_chars=1000),
     )  # fmt: skip
     manager._check_plain = lambda obj: MixedTokenizerManager._check_plain(manager, obj)
 

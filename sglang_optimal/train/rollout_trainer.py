@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 
 from sglang_optimal.names import SERIES
+from sglang_optimal.top_k import top_k_columns
 from sglang_optimal.train.config import TrainConfig
 from sglang_optimal.train.record_trainer import RecordTrainer
 
@@ -78,7 +79,7 @@ class RolloutTrainer(RecordTrainer):
             if any(row.get(name) is None for row in rows):
                 raise ValueError(f"{name}: every row of train_dataset needs one; the teacher reads `prompt`.")
         custom = {**(self.sampling.get("custom_params") or {}), "return_prompts": True}
-        asked = {**self.sampling, "custom_params": custom, "return_mixing_info": True}
+        asked = {**self.sampling, "custom_params": custom, "return_mixing_info": [*SERIES, "behaviour_logprob"]}
         students = [row["student_prompt"] for row in rows]
         results = self.sampler.generate([row["prompt"] for row in rows], students, **asked)
         flat = [each for result in results for each in (result if isinstance(result, list) else [result])]
@@ -96,6 +97,7 @@ class RolloutTrainer(RecordTrainer):
                 raise ValueError("student_prompt: the sampler does not return prompts; give token ids.")
             ids = student_prompt
         extra = {name: said[name] for name in said if name in _SERIES or name.startswith("top_k_")}
+        extra |= top_k_columns(getattr(result, "top_k", None) or {})
         return {
             **extra, "student_prompt_ids": ids, "token_ids": result.token_ids, "sampling": json.dumps(self._settings())
         }  # fmt: skip

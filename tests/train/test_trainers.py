@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import build_tiny_tokenizer_model, small_ids
 from transformers import AutoModelForCausalLM
 
+from sglang_optimal.top_k import ARRAYS
 from sglang_optimal.train import (
     LOSSES,
     Objective,
@@ -400,7 +401,6 @@ def test_rollouts_for_evaluation(pair, tmp_path):
     assert 0 < trainer.evaluate()["eval_loss"] < 5
 
 
-@pytest.mark.slow
 def test_an_engine(tiny_pair, tmp_path):
     """The same with a real OptimalSampler: its log-probabilities are the trainer's, its student becomes the model."""
     from harness import start
@@ -422,9 +422,15 @@ def test_an_engine(tiny_pair, tmp_path):
             config(tmp_path, **settings),
             sampler,
             PROMPTS,
-            sampling={"n": 8, "max_new_tokens": 6, "ignore_eos": True, "temperature": TEMPERATURE},
-        )
+            sampling={
+                "n": 8, "max_new_tokens": 6, "ignore_eos": True, "temperature": TEMPERATURE, "top_p": 0.9,
+                "return_top_k": 3,
+            },
+        )  # fmt: skip
         rows = trainer.rollouts(list(PROMPTS))
+        for row in rows:
+            assert all(len(row[f"top_k_{side}_{name}"]) == 6 for side in ("teacher", "student") for name in ARRAYS)
+            assert all(b >= q - 1e-4 for b, q in zip(row["behaviour_logprob"], row["mixture_logprob"], strict=True))
         batch = trainer.records(rows)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
         with torch.no_grad():
