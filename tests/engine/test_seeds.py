@@ -85,6 +85,7 @@ def sample(sampler, teacher, student, seeds, positions, alpha=None):
     from sglang_optimal.mixing import AlphaParams
     from sglang_optimal.runtime.core import MixedRows
     from sglang_optimal.runtime.sampling.sampler import MixingStep
+    from sglang_optimal.wanted import Wanted
 
     n, vocab_size = teacher.shape
     info = SamplingBatchInfo(
@@ -104,7 +105,7 @@ def sample(sampler, teacher, student, seeds, positions, alpha=None):
     if alpha is not None:
         settings = AlphaParams.from_lists(["fixed"] * n, [0.0] * n, [1.0] * n, [alpha] * n, "cpu")
         lengths = torch.zeros(n, dtype=torch.int64)
-        rows = MixedRows([], list(range(n)), torch.arange(n), None, lengths, lengths, settings, False)
+        rows = MixedRows([], list(range(n)), torch.arange(n), None, lengths, lengths, settings, Wanted())
         info.mixing = MixingStep(rows, student.clone(), vocab_size)
     return sampler(LogitsProcessorOutput(next_token_logits=teacher.clone()), info, False, [], [], positions)
 

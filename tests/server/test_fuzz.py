@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import generate, wait_until_free
 
-from sglang_optimal.config import ALPHA_METHODS
+from sglang_optimal.config import ALPHA_KEYS, ALPHA_METHODS
+from sglang_optimal.names import ALL_SERIES, SIDES
 from sglang_optimal.runtime.entrypoints.protocol import MIXING_FIELDS
 
 # -- what a client may send ------------------------------------------------------------------------------------------
@@ -47,7 +48,12 @@ plausible = {
     "fixed_alpha": st.one_of(st.floats(-2, 3), any_number),
     "kl_budget": st.one_of(st.floats(0, 3), any_number),
     "kl_budget_teacher": st.one_of(st.floats(0, 3), any_number),
-    "return_mixing_info": st.booleans(),
+    "return_mixing_info": st.one_of(st.booleans(), st.lists(st.sampled_from([*ALL_SERIES, "kl"]), max_size=4)),
+    "return_top_k": st.one_of(st.integers(-1, 70), st.integers()),
+    "top_k_of": st.one_of(st.sampled_from([*SIDES, "judge"]), st.lists(st.sampled_from(SIDES), max_size=3)),
+    "top_k_format": st.sampled_from(["lists", "base64", "npz"]),
+    "completion_text": any_text,
+    "completion_input_ids": st.lists(st.integers(-2, 70), max_size=6),
     "return_prompts": st.booleans(),
 }
 
@@ -66,9 +72,7 @@ def fields(names) -> st.SearchStrategy[dict]:
 custom_params = st.one_of(
     fields(MIXING_FIELDS),
     # Fewer fields, so that some requests are good.
-    st.fixed_dictionaries(
-        {"student_text": st.just("hello")}, optional={name: plausible[name] for name in MIXING_FIELDS[-4:]}
-    ),
+    st.fixed_dictionaries({"student_text": st.just("hello")}, optional={name: plausible[name] for name in ALPHA_KEYS}),
     st.dictionaries(st.sampled_from(["student", "alpha", "student_txt", "alpha_maxx"]), anything, max_size=2),
     anything,
 )

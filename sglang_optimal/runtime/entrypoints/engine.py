@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import weakref
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from sglang_optimal.runtime.managers.scheduler import scheduler_process
 from sglang_optimal.runtime.managers.tokenizer_manager import tokenizer_manager_init
 
 _running: weakref.WeakSet[MixedEngine] = weakref.WeakSet()
+_failed: list[MixedEngine] = []
 
 
 class MixedEngine(Engine):
@@ -49,8 +51,14 @@ class MixedEngine(Engine):
         self.init_tokenizer_manager_func = self._keeping_its_manager
         self.run_scheduler_process_func = InChild(self.scheduler_process(config))
         self.run_detokenizer_process_func = InChild(run_detokenizer_process)
-        with launch.self_check_heeded(), fork_server.used(server_args):
-            super().__init__(server_args=server_args)
+        try:
+            with launch.self_check_heeded(), fork_server.used(server_args):
+                super().__init__(server_args=server_args)
+        except BaseException:
+            # At the program's end it would kill every child of the process; its own end with the program anyway.
+            atexit.unregister(self.shutdown)
+            _failed.append(self)  # see `_keeping_its_manager`
+            raise
         self.loop = LoopThread()  # from any thread, and inside a notebook's running loop
         _running.add(self)
 
