@@ -139,7 +139,7 @@ class Contenders:
         process = context.Process(target=_serve_rollouts, args=(there, teacher, student, arguments))
         process.start()
         self._stack.callback(process.join, 60)
-        self._stack.callback(here.send, None)
+        self._stack.callback(_ask_to_end, here)
         self.pids[name] = here.recv()
         for more, top_k in (("", None), ("+top-k", TOP_K)):
 
@@ -223,6 +223,11 @@ def _serve_rollouts(pipe, teacher: str, student: str, arguments: dict[str, Any])
         while (asked := pipe.recv()) is not None:
             top_k, call = asked
             pipe.send(_one_pass(sampler, top_k)(*call))
+
+
+def _ask_to_end(pipe) -> None:
+    with contextlib.suppress(OSError):  # SGLang's own engine ends all children of the process
+        pipe.send(None)
 
 
 def _kill(pid: int) -> None:

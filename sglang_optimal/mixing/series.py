@@ -136,26 +136,25 @@ def top_k(side: str, k: int, sides: Sides) -> Tensor:
         >>> ids.tolist(), [round(p, 2) for p in p_teacher.exp().tolist()]
         ([2.0, 1.0], [0.1, 0.2])
     """
-    done = []
-    for block in sides.blocks():
-        if side == "mixture":
-            ranked = block.mixture_logits()
-        else:
-            own, other = block.teacher_logits, block.student_logits
-            if side == "student":
-                own, other = other, own
-            ranked = own.masked_fill(other.isneginf(), -torch.inf)
-        ids = ranked.topk(min(k, ranked.shape[-1]), dim=-1).indices
-        logprobs = block.logprobs(ids)
-        dead = logprobs[:, :1].isneginf()
-        rows = torch.cat([ids.unsqueeze(1).float().masked_fill_(dead, -1.0), logprobs], dim=1)
-        missing = k - ids.shape[-1]
-        if missing > 0:
-            rest = rows.new_full((len(rows), 4, missing), -torch.inf)
-            rest[:, 0] = -1.0
-            rows = torch.cat([rows, rest], dim=-1)
-        done.append(rows)
-    return torch.cat(done)
+    ids = _top_ids(side, k, sides)
+    logprobs = sides.logprobs(ids.clamp(min=0))
+    none = (ids < 0).unsqueeze(1)
+    return torch.cat([ids.unsqueeze(1).float(), logprobs.masked_fill_(none, -torch.inf)], dim=1)
+
+
+def _top_ids(side: str, k: int, sides: Sides) -> Tensor:
+    """[B, k] int64 ids of the most likely tokens; −1 beyond the support."""
+    if side == "mixture":
+        ranked = sides.mixture_logits()
+    else:
+        own, other = sides.teacher_logits, sides.student_logits
+        if side == "student":
+            own, other = other, own
+        ranked = own.masked_fill(other.isneginf(), -torch.inf)
+    best = ranked.topk(min(k, ranked.shape[-1]), dim=-1)
+    ids = best.indices.masked_fill(best.values.isneginf(), -1)
+    missing = k - ids.shape[-1]
+    return torch.nn.functional.pad(ids, (0, missing), value=-1) if missing > 0 else ids
 
 
 def _mixed(teacher: Tensor, student: Tensor, alpha: Tensor) -> Tensor:
