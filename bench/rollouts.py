@@ -86,6 +86,7 @@ class Contenders:
         self.args = args
         self.roll: dict[str, Callable[[Prompts, Prompts, int], list[list[float]]]] = {}
         self.pids: dict[str, list[int]] = {}
+        self._stock: Any = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Contenders:
@@ -112,6 +113,8 @@ class Contenders:
             },
         )
         teacher, student = args.model_path, args.student_model_path
+        # The last to end: SGLang's own engine ends every child of the process.
+        self._stack.callback(lambda: None if self._stock is None else self._stock.shutdown())
         own = {"student_weights": "separate", **arguments}
         if "one-pass" in args.kinds:
             self._ours("one-pass", teacher, student, own)
@@ -139,7 +142,7 @@ class Contenders:
         process = context.Process(target=_serve_rollouts, args=(there, teacher, student, arguments))
         process.start()
         self._stack.callback(process.join, 60)
-        self._stack.callback(_ask_to_end, here)
+        self._stack.callback(here.send, None)
         self.pids[name] = here.recv()
         for more, top_k in (("", None), ("+top-k", TOP_K)):
 
@@ -168,8 +171,7 @@ class Contenders:
             if not server.is_alive():
                 raise RuntimeError("the second server ended while starting")
             time.sleep(0.3)
-        engine = sglang.Engine(model_path=student, **arguments)
-        self._stack.callback(engine.shutdown)
+        engine = self._stock = sglang.Engine(model_path=student, **arguments)
         self.pids["two-servers"] = [server.pid, *engine._scheduler_init_result.all_child_pids]
 
         def roll(teacher_ids: Prompts, student_ids: Prompts, new_tokens: int, top_k: int | None) -> list[list[float]]:
@@ -225,11 +227,6 @@ def _serve_rollouts(pipe, teacher: str, student: str, arguments: dict[str, Any])
             pipe.send(_one_pass(sampler, top_k)(*call))
 
 
-def _ask_to_end(pipe) -> None:
-    with contextlib.suppress(OSError):  # SGLang's own engine ends all children of the process
-        pipe.send(None)
-
-
 def _kill(pid: int) -> None:
     from sglang.srt.utils import kill_process_tree
 
@@ -251,13 +248,16 @@ def run(args: argparse.Namespace, contenders: Contenders, batch: int) -> dict[st
     names, rounds = list(contenders.roll), []
     for number in range(args.repeats + 1):
         new_tokens = args.output_len if number else min(args.output_len, 8)
-        teacher_ids = random_prompts(rng, batch, args.input_len, vocab)
-        student_ids = random_prompts(rng, batch, args.student_input_len, vocab)
+        # A set of prompts for each of an engine's two calls: the second would find the first one's in its caches.
+        prompts = {
+            more: [random_prompts(rng, batch, length, vocab) for length in (args.input_len, args.student_input_len)]
+            for more in (False, True)
+        }
         rng.shuffle(names)
         rates = {}
         for name in names:
             start = time.perf_counter()
-            logprobs = contenders.roll[name](teacher_ids, student_ids, new_tokens)
+            logprobs = contenders.roll[name](*prompts["+" in name], new_tokens)
             rates[name] = batch * new_tokens / (time.perf_counter() - start)
             if [len(each) for each in logprobs] != [new_tokens] * batch:
                 raise RuntimeError(f"{name}: a log-probability is missing.")
