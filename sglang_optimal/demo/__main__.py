@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print(
         f"{args.problems} word problems by the teacher, who sees the solution, by the student, who does not, and by "
         f"their mixture.\nTeacher: {args.model_path}. Student: {args.student_model_path or 'the same model'}. "
-        "A minute or two on a CPU, the first problem after half a minute.",
+        "A minute on a CPU, the first problem after 20 seconds.",
         markup=False,
         highlight=False,
     )
