@@ -14,8 +14,10 @@ from torch import Tensor
 
 from sglang_optimal.mixing.mixture import Mixture
 
-# Rows are worked on in blocks of at most this many elements, which keeps the working set in a CPU's cache.
+# Rows are worked on in blocks of at most this many elements, which keeps the working set in a CPU's cache, and the
+# temporaries on a GPU small.
 _BLOCK_ELEMENTS = 1 << 19
+_BLOCK_ELEMENTS_DEVICE = 1 << 24
 
 
 @dataclasses.dataclass
@@ -58,9 +60,10 @@ class Sides:
         return logprobs.masked_fill_(mixed.isneginf().unsqueeze(1), -torch.inf)
 
     def blocks(self) -> Iterator[Sides]:
-        """The same, a few rows at a time; all at once on a GPU."""
+        """The same, some rows at a time."""
         size, width = self.teacher_logits.shape
-        rows = size if self.teacher_logits.is_cuda else max(1, _BLOCK_ELEMENTS // max(width, 1))
+        elements = _BLOCK_ELEMENTS_DEVICE if self.teacher_logits.is_cuda else _BLOCK_ELEMENTS
+        rows = max(1, elements // max(width, 1))
         for i in range(0, size, max(rows, 1)):
             r = slice(i, i + rows)
             m = self.mixture

@@ -15,7 +15,7 @@ import random
 import pytest
 import torch
 from gpu_like.engines import gpu_state, start_gpu_like
-from harness import Case, check_all, check_greedy, check_pools, mixing_state, random_cases, random_ids, run, start
+from harness import TIE, Case, check_all, check_greedy, check_pools, mixing_state, random_cases, random_ids, run, start
 from oracle import filter_probs, mix
 from series_oracle import check_series, check_top_k, entry_of
 
@@ -238,7 +238,9 @@ def test_scores_of_given_completions(sampler, oracle, settings):
             )
             behaviour = filter_probs(step.mixture.exp(), **{k: v for k, v in settings.items() if k != "temperature"})
             if settings["temperature"] == 0.0:
-                behaviour = torch.ones_like(behaviour)
+                best = step.mixture.topk(2)
+                assert best.values[0] - best.values[1] > TIE
+                behaviour = torch.zeros_like(behaviour).index_fill(0, best.indices[:1], 1.0)
             values = {name: meta[name][i] for name in ALL_SERIES}
             if behaviour[token] == 0.0:  # which could not have been drawn
                 assert values.pop("behaviour_logprob") == -torch.inf

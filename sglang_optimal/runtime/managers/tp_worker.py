@@ -109,8 +109,12 @@ class MixedTpModelWorker(TpModelWorker):
         """What ``forward`` gives of the batch; completions whose prompts are complete with it are scored."""
         if not batch.forward_mode.is_extend() or all(score_of(req) is None for req in batch.reqs):
             return forward(batch, *args, **kwargs)
+        mode = batch.return_hidden_states_mode
         want_hidden_states(batch, batch.reqs)
-        result = forward(batch, *args, **kwargs)
+        try:
+            result = forward(batch, *args, **kwargs)
+        finally:  # the batch goes on to decode
+            batch.return_hidden_states_mode = mode
         output = result.logits_output
         take_teacher_states(batch, output.hidden_states)
         output.hidden_states = None  # which no request asked for

@@ -160,10 +160,8 @@ def token_values(
 
 
 def behaviour_logprobs(mixture_logits: torch.Tensor, filters: SamplingFilters, ids: torch.Tensor) -> torch.Tensor:
-    """The log-probabilities [n] that tokens were drawn with: of the mixture, after temperature and the filters."""
-    probs = filters.probs(mixture_logits)
-    drawn = probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1).log()
-    return drawn.masked_fill_(filters.top_k <= 1, 0.0)
+    """The log-probabilities [n] that tokens have to be drawn: of the mixture, after temperature and the filters."""
+    return filters.probs(mixture_logits).gather(-1, ids.unsqueeze(-1)).squeeze(-1).log()
 
 
 def make_samplable(mixed: torch.Tensor, mixture: Mixture) -> None:

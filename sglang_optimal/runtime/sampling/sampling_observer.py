@@ -26,7 +26,7 @@ from sglang.srt.managers.auxiliary_output import (
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-from sglang_optimal.mixing import Sides
+from sglang_optimal.mixing import SamplingFilters, Sides
 from sglang_optimal.names import SERIES, TOP_K
 from sglang_optimal.runtime.managers.dead_ends import NOTHING_LEFT, end_request
 from sglang_optimal.runtime.sampling.sampler import MixingStep, behaviour_logprobs, token_values
@@ -67,12 +67,17 @@ class MixingObserver:
         sides, filters = Sides(mixed.mixture, mixed.teacher, mixed.student, mixed.temperature), mixed.filters
         behaviour = None
         if filters is not None:
-            behaviour = functools.partial(behaviour_logprobs, sides.mixture_logits(), filters, token_ids)
+            behaviour = functools.partial(_drawn, sides, filters, token_ids)
         values = token_values(sides, token_ids, state.rows.wanted, behaviour).unsqueeze(1)
         if self.on_sides is not None:
             self.on_sides(state.rows.reqs, mixed.teacher, mixed.student)
         output = MixingDeviceOutput(state.rows.row_ids, values, state.rows.wanted, self, state.failure, state)
         return append_auxiliary_output(output, state.dead_rows)
+
+
+def _drawn(sides: Sides, filters: SamplingFilters, ids: torch.Tensor) -> torch.Tensor:
+    """The log-probabilities [n] that tokens were drawn with; of a greedy one 0, whichever of equals it was."""
+    return behaviour_logprobs(sides.mixture_logits(), filters, ids).masked_fill_(filters.top_k <= 1, 0.0)
 
 
 class EqualSides:
