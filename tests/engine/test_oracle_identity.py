@@ -141,14 +141,24 @@ def test_prefix_hits(sampler, oracle):
     check_all(oracle, cases, again)
 
 
-SETTINGS = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.02}]
+SETTINGS = {
+    "greedy": {"temperature": 0.0},
+    "plain": {"temperature": 1.0},
+    "filtered": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.02},
+}
+# One of them for every engine; all of them take minutes on the imitated GPU.
+every_setting = pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(own, id=name, marks=() if name == "filtered" else pytest.mark.slow)
+        for name, own in SETTINGS.items()
+    ],
+)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "plain", "filtered"])
+@every_setting
 def test_every_series_and_the_most_likely_tokens(sampler, oracle, settings):
     """Of requests that ask for different things, with logit bias and a grammar, and with penalties beside them."""
-    if sampler.name in GPU_LIKE and settings is not SETTINGS[-1]:
-        pytest.skip("the imitated GPU is slow, and nothing of it depends on these settings")
     rng = random.Random(71)
     cases = [Case(random_ids(rng, 20), random_ids(rng, 12), 9, alpha) for alpha in ({}, {"fixed_alpha": 1.3}, {})]
     cases[1].bias = {9: -50.0, 12: 3.0, 30: 1.5}
@@ -191,12 +201,10 @@ def test_every_series_and_the_most_likely_tokens(sampler, oracle, settings):
     assert [name for name in (*ALL_SERIES, "top_k") if name in meta] == ["alpha"]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "plain", "filtered"])
+@every_setting
 def test_scores_of_given_completions(sampler, oracle, settings):
     """Of a sample's own tokens they are its series; of others what the oracle says. In chunks of 16, with prefixes that
     the caches have and contexts that begin alike, beside requests that generate; twice, when all is cached."""
-    if sampler.name in GPU_LIKE and settings is not SETTINGS[-1]:
-        pytest.skip("the imitated GPU is slow, and nothing of it depends on these settings")
     rng = random.Random(72)
     alphas = ({}, {"fixed_alpha": 1.3}, {"alpha_method": "entropy", "alpha_min": 0.2})
     sizes = ((20, 12, 14), (3, 45, 30), (33, 33, 1))
