@@ -34,12 +34,12 @@ from bench.common import (
     append_record,
     positive_int,
     random_prompts,
-    server_arguments,
     spread,
     with_spread,
 )
-from bench.peers.nested import _serve, free_port
-from bench.peers_throughput import Prompts
+from bench.peers.nested import serve, wait_until_ready
+from bench.peers_throughput import Prompts, engine_arguments
+from sglang_optimal.server_process import free_port
 
 KINDS = ("two-servers", "one-pass", "drafts", "shared", "roll-and-score")
 TOP_K = 64
@@ -100,18 +100,7 @@ class Contenders:
 
     def _start(self) -> None:
         args = self.args
-        largest = max(args.batch_size)
-        tokens = 2 * largest * (args.input_len + args.student_input_len + 2 * args.output_len + 2 * DRAFTS) + 1024
-        arguments = server_arguments(
-            args.server_args,
-            {
-                "dtype": args.dtype,
-                "max_total_tokens": tokens,
-                "max_running_requests": largest,
-                "sleep_on_idle": True,
-                "log_level": "error",
-            },
-        )
+        arguments = engine_arguments(args)
         teacher, student = args.model_path, args.student_model_path
         # The last to end: SGLang's own engine ends every child of the process.
         self._stack.callback(lambda: None if self._stock is None else self._stock.shutdown())
@@ -158,19 +147,13 @@ class Contenders:
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         about = {"model_path": teacher, "host": "127.0.0.1", "port": port, "skip_tokenizer_init": True}
-        server = multiprocessing.get_context("spawn").Process(target=_serve, args=({**arguments, **about},))
+        server = multiprocessing.get_context("spawn").Process(target=serve, args=({**arguments, **about},))
         server.start()
         self._stack.callback(server.join, 60)
         self._stack.callback(lambda: _kill(server.pid))
+        wait_until_ready(server, url)
         session = requests.Session()
         session.trust_env = False
-        while True:
-            with contextlib.suppress(requests.RequestException):
-                if session.get(f"{url}/health_generate", timeout=20).status_code == 200:
-                    break
-            if not server.is_alive():
-                raise RuntimeError("the second server ended while starting")
-            time.sleep(0.3)
         engine = self._stock = sglang.Engine(model_path=student, **arguments)
         self.pids["two-servers"] = [server.pid, *engine._scheduler_init_result.all_child_pids]
 

@@ -441,13 +441,13 @@ def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any
     from sglang_optimal.platforms import cpu_processes
     from sglang_optimal.runtime import launch
 
-    launch.check_sglang_version()  # before anything of SGLang is imported
     with cpu_processes.fork_server.begun():
         with cpu_processes.without_gc():
+            parsed, config = launch.checked_server_args(
+                teacher, config, {"log_level": "error", **server_args}, "OptimalSampler"
+            )
+            # After the check of SGLang's version, which comes before anything of SGLang is imported.
             from sglang_optimal.runtime.entrypoints.engine import MixedEngine
-        parsed, config = launch.checked_server_args(
-            teacher, config, {"log_level": "error", **server_args}, "OptimalSampler"
-        )
         return MixedEngine(parsed, config)
 
 

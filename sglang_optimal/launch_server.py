@@ -235,24 +235,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     from sglang_optimal.platforms import cpu_processes
-    from sglang_optimal.runtime import launch
 
-    try:
-        launch.check_sglang_version()  # before anything of SGLang is imported
-    except ValueError as error:
-        print(f"sglang_optimal.launch_server: error: {error}", file=sys.stderr)
-        return 2
     with cpu_processes.fork_server.begun():
-        with cpu_processes.without_gc():
-            import sglang.srt.entrypoints.http_server  # noqa: F401
         return _check_and_serve(argv)
 
 
 def _check_and_serve(argv: list[str]) -> int:
+    from sglang_optimal.platforms import cpu_processes
     from sglang_optimal.runtime import launch
 
     try:
-        server_args, config = parse(argv)
+        launch.check_sglang_version()
+        with cpu_processes.without_gc():
+            server_args, config = parse(argv)
+            import sglang.srt.entrypoints.http_server  # noqa: F401
         launch.check_models(server_args, config)
         launch.resolve(server_args, config)
     except ValueError as error:

@@ -32,11 +32,7 @@ class ScoredTokens:
     def meta_info(self) -> dict[str, Any]:
         """The series that were asked for, as of tokens that were drawn."""
         wanted, columns = self.wanted, self.wanted.columns
-        series: dict[str, Any] = {
-            name: self.values[:, i].tolist()
-            for i, name in enumerate(columns)
-            if name == "alpha" or name in wanted.series
-        }
+        series: dict[str, Any] = {name: self.values[:, columns.index(name)].tolist() for name in wanted.names}
         if wanted.top_k:
             rows = self.values[:, len(columns) :].reshape(len(self.values), len(wanted.sides), 4, wanted.top_k)
             series[TOP_K] = public([TopK(wanted.sides, wanted.top_k_format, row) for row in rows])

@@ -169,8 +169,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def die_with_parent() -> None:
-    """In a child, before it runs its program: end with the parent, also when that is killed."""
+def die_with_parent(with_signal: int = signal.SIGKILL) -> None:
+    """In a child: end with the parent, also when that is killed.
+
+    Args:
+        with_signal: what ends it; 0: not any more.
+    """
     if sys.platform == "linux":
         set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, with_signal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,12 +42,17 @@ class Wanted:
             tuple(side for side in SIDES if side in sides),
         )
 
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The series that come back: alpha does unasked."""
+        return tuple(name for name in self.columns if name == "alpha" or name in self.series)
+
     @property
     def more_series(self) -> tuple[str, ...]:
         """Those that `mix` does not give."""
         return tuple(name for name in self.series if name in MORE_SERIES)
 
-    @property
+    @functools.cached_property
     def columns(self) -> tuple[str, ...]:
         """The series of a token as they leave the device: what `mix` gives always comes."""
         return SERIES + self.more_series

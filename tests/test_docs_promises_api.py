@@ -19,6 +19,7 @@ from sglang_optimal.config import ALPHA_METHODS, LARGEST_FIXED_ALPHA, MAX_DRAFT_
 from sglang_optimal.names import ALL_SERIES, PROMPTS
 from sglang_optimal.runtime import launch
 from sglang_optimal.runtime.entrypoints.protocol import MIXING_FIELDS
+from sglang_optimal.wanted import LARGEST_TOP_K
 
 REPOSITORY = Path(__file__).parents[1]
 README, API, COMPATIBILITY, BENCHMARKS = (
@@ -133,6 +134,10 @@ def test_fields_and_series():
     assert tuple(names(section(API, "## What comes back").partition("### ")[0])) == ALL_SERIES
     for name in (*ALPHA_METHODS, *PROMPTS):
         assert f"`{name}`" in section(API, "## The fields"), name
+
+
+def test_the_largest_answer():
+    assert f"may be {LARGEST_TOP_K:,} at most".replace(",", " ") in section(API, "## What comes back")
 
 
 def test_flags_and_routes_of_a_server(monkeypatch):

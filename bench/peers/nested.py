@@ -109,10 +109,10 @@ class NestedSampler:
             "skip_tokenizer_init": True,
         }
         # Not a `ServerProcess`: the arguments are Python values, as `sglang.Engine` takes them.
-        self.server = multiprocessing.get_context("spawn").Process(target=_serve, args=(arguments,))
+        self.server = multiprocessing.get_context("spawn").Process(target=serve, args=(arguments,))
         self.server.start()
         try:
-            self._wait_for_student()
+            wait_until_ready(self.server, self.url)
             self.engine = sglang.Engine(
                 model_path=teacher,
                 enable_custom_logit_processor=True,
@@ -174,21 +174,28 @@ class NestedSampler:
         if self.engine is not None:
             self.engine.shutdown()
 
-    def _wait_for_student(self) -> None:
-        deadline = time.monotonic() + _START_TIMEOUT
-        while time.monotonic() < deadline:
-            if not self.server.is_alive():
-                raise RuntimeError(f"the student's server ended with status {self.server.exitcode}.")
-            try:
-                if requests.get(f"{self.url}/health", timeout=30).ok:
-                    return
-            except requests.RequestException:
-                pass
-            time.sleep(0.5)
-        raise TimeoutError(f"the student's server was not ready after {_START_TIMEOUT} s.")
+
+def wait_until_ready(server: Any, url: str) -> None:
+    """Wait until the server in the process ``server`` answers.
+
+    Raises:
+        RuntimeError: it ended.
+        TimeoutError: it does not answer in time.
+    """
+    deadline = time.monotonic() + _START_TIMEOUT
+    while time.monotonic() < deadline:
+        if not server.is_alive():
+            raise RuntimeError(f"the second server ended with status {server.exitcode}.")
+        try:
+            if requests.get(f"{url}/health", timeout=30).ok:
+                return
+        except requests.RequestException:
+            pass
+        time.sleep(0.5)
+    raise TimeoutError(f"the second server was not ready after {_START_TIMEOUT} s.")
 
 
-def _serve(arguments: dict[str, Any]) -> None:
+def serve(arguments: dict[str, Any]) -> None:
     """Stock SGLang's HTTP server, in a process of its own."""
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.plugins import load_plugins

@@ -64,12 +64,11 @@ class Sides:
         size, width = self.teacher_logits.shape
         elements = _BLOCK_ELEMENTS_DEVICE if self.teacher_logits.is_cuda else _BLOCK_ELEMENTS
         rows = max(1, elements // max(width, 1))
-        for i in range(0, size, max(rows, 1)):
+        m = self.mixture
+        for i in range(0, size, rows):
             r = slice(i, i + rows)
-            m = self.mixture
             part = dataclasses.replace(
                 m,
-                logits=m.logits,
                 alpha=m.alpha[r],
                 teacher_log_z=m.teacher_log_z[r],
                 student_log_z=m.student_log_z[r],

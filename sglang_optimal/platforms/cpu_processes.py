@@ -164,6 +164,11 @@ def _preload() -> None:
     import logging
     import warnings
 
+    from sglang_optimal.server_process import die_with_parent
+
+    # Until it listens to its parent it would not notice that one's end, after a wrong argument for example. Later the
+    # kernel would take the end of the thread that started it for that of the program.
+    die_with_parent()
     # SGLang's processes tell their parent with this signal that they failed.
     signal.signal(signal.SIGQUIT, lambda *_: os.kill(os.getppid(), signal.SIGQUIT))
     # What is said here is said again by the process that asks, which imports the same.
@@ -173,6 +178,7 @@ def _preload() -> None:
         for module in _MODULES:
             importlib.import_module(module)
     logging.disable(logging.NOTSET)
+    die_with_parent(0)
     gc.freeze()  # the collector would write to every page that is shared with the children
 
 

@@ -40,17 +40,7 @@ SETTINGS = {
     "client": {"concurrency": 8, "timeout": 20, "retries": 3, "max_downtime": 20},
 }
 
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.1)
-
-
-@pytest.fixture
-def stub():
-    with stub_server() as server:
-        yield server
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 def _hear_interrupts() -> None:

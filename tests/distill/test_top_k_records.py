@@ -18,7 +18,6 @@ from test_run import Folder
 from test_store import record
 
 from sglang_optimal import decode_top_k
-from sglang_optimal.distill import client
 from sglang_optimal.distill.cli import main
 from sglang_optimal.distill.config import load_config
 from sglang_optimal.distill.export import FORMATS, export
@@ -36,17 +35,7 @@ TOP_K = [name for name in OPTIONAL_COLUMNS if name.startswith(("top_k_teacher", 
 ASKED = ["student_rank", "behaviour_logprob", *TOP_K]
 """The columns that runs with `OUTPUT` have beside the others."""
 
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.1)
-
-
-@pytest.fixture
-def stub():
-    with stub_server() as server:
-        yield server
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 @pytest.fixture

@@ -137,6 +137,10 @@ def test_scores_over_http(client):
     ] * 2
     carried = {"text": TEACHER_TEXT, "session_params": {"mixing": given}, "sampling_params": {"temperature": 1.0}}
     answer = client.post("/score_mixture", json=carried).json()
+    bare = client.post(
+        "/score_mixture", json={name: value for name, value in carried.items() if name != "sampling_params"}
+    )
+    assert bare.json()["output_ids"] == answer["output_ids"]
     assert answer["meta_info"]["completion_tokens"] == 8 and answer["text"] == drawn["text"]
     streamed = list(
         events(client, "/score_mixture", {"text": TEACHER_TEXT, "sampling_params": scoring, "stream": True})

@@ -35,6 +35,8 @@ async def update_student_weights_from_disk(
 async def score_mixture(obj: Annotated[GenerateReqInput, Body()], request: Request):
     """Both models' and the mixture's view of completions that are given; the body is that of ``/generate``, with
     ``completion_text`` or ``completion_input_ids`` beside the student's context."""
+    if obj.sampling_params is None:
+        obj.sampling_params = {}
     params = obj.sampling_params if isinstance(obj.sampling_params, list) else [obj.sampling_params]
     sessions = obj.session_params if isinstance(obj.session_params, list) else [obj.session_params] * len(params)
     for own, session in zip(params, sessions, strict=False):

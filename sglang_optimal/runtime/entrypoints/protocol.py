@@ -222,10 +222,7 @@ def to_wire(
     name = given[0]
     value = fields[name]
     if name == "student_text":
-        if not isinstance(value, str) or not value:
-            raise ValueError("student_text: must be a non-empty string.")
-        check_size(len(value), reader.max_chars, name)
-        ids = list(reader.encode_text(value))
+        ids = _encoded(value, reader.encode_text, reader.max_chars, name)
     elif name == "student_messages":
         ids = list(reader.encode_messages(*messages_of(fields, "student", reader.max_chars)))
     elif isinstance(value, RenderedPrompt):
@@ -281,10 +278,7 @@ def completion_of(fields: dict[str, Any], reader: StudentReader, max_new_tokens:
         raise ValueError(f"{name}: is scored, and nothing generated; give max_new_tokens 0, got {max_new_tokens}.")
     value = fields[name]
     if name == "completion_text":
-        if not isinstance(value, str) or not value:
-            raise ValueError("completion_text: must be a non-empty string.")
-        check_size(len(value), reader.max_chars, name)
-        ids = list(reader.encode_completion(value))
+        ids = _encoded(value, reader.encode_completion, reader.max_chars, name)
     else:
         ids = _checked_ids(value, reader.vocab_size, reader.context_length, name)
     if not ids:
@@ -311,6 +305,13 @@ def from_wire(custom_params: Any, teacher_ids: array) -> MixedRequest | None:
         wanted=wanted_by(custom_params),
         score=Score(custom_params["completion_length"]) if custom_params.get("completion_length") else None,
     )
+
+
+def _encoded(value: Any, encode: Callable[[str], Sequence[int]], max_chars: int, field: str) -> list[int]:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{field}: must be a non-empty string.")
+    check_size(len(value), max_chars, field)
+    return list(encode(value))
 
 
 def _checked_ids(value: Any, vocab_size: int, context_length: int, field: str = "student_input_ids") -> list[int]:

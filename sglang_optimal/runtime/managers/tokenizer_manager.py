@@ -23,6 +23,7 @@ from sglang_optimal.runtime.configs.model_config import student_model_config
 from sglang_optimal.runtime.entrypoints.openai.chat_side import ChatSide
 from sglang_optimal.runtime.entrypoints.openai.stream_series import (
     SERIES_RECORDER,
+    changed,
     with_public_top_k,
     with_scores,
 )
@@ -174,9 +175,11 @@ class MixedTokenizerManager(TokenizerManager):
             _unpack_carried(obj)
             self._render_teacher_messages(obj)
             check_batch(obj)
-        outputs = with_scores(super().generate_request(obj, request), self._completion_text)
+        outputs = super().generate_request(obj, request)
         recorder = SERIES_RECORDER.get()
-        return with_public_top_k(outputs) if recorder is None else recorder.wrap(outputs)
+        if recorder is None:
+            return changed(outputs, lambda output: with_public_top_k(self._with_scores(output)))
+        return recorder.wrap(changed(outputs, self._with_scores))
 
     async def update_student_weights_from_disk(
         self, obj: UpdateWeightFromDiskReqInput, request=None
@@ -343,6 +346,9 @@ class MixedTokenizerManager(TokenizerManager):
             )
         params["max_new_tokens"] = 1  # what is sampled beyond the completion is dropped
         return input_ids + completion
+
+    def _with_scores(self, output: dict[str, Any]) -> dict[str, Any]:
+        return with_scores(output, self._completion_text)
 
     def _completion_text(self, token_ids: list[int]) -> str:
         return "" if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -163,6 +163,8 @@ class MixingHostOutput:
 
     def _take(self, req: Any, start: int, tokens: list[list[float]]) -> list[list[float]]:
         """Add the values of a request's tokens from position ``start`` on; returns those it keeps."""
+        names = req.mixing.wanted.names
+        places = [self.wanted.columns.index(name) for name in names]
         for position, values in enumerate(tokens):
             problem = self._problem(values)
             if problem is not None:
@@ -173,10 +175,8 @@ class MixingHostOutput:
             if req.mixing.score is not None:  # the token beyond a completion, which nobody asked for
                 return []
             self.observer.equal_sides.add(req, values)
-            wanted = req.mixing.wanted.series
-            for name, value in zip(self.wanted.columns, values, strict=True):
-                if name == "alpha" or name in wanted:
-                    req.customized_info.setdefault(name, []).append(value)
+            for name, place in zip(names, places, strict=True):
+                req.customized_info.setdefault(name, []).append(values[place])
         return tokens
 
     def _take_top_k(self, req: Any, tokens: np.ndarray) -> None:

@@ -34,21 +34,21 @@ def for_client(series: dict[str, Any]) -> dict[str, Any]:
     return {**series, TOP_K: public(tokens)} if isinstance(tokens, list) else series
 
 
-async def with_scores(
-    outputs: AsyncGenerator[Any, None], text_of: Callable[[list[int]], str]
+async def changed(
+    outputs: AsyncGenerator[Any, None], change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> AsyncGenerator[Any, None]:
-    """Yield what ``outputs`` yields; an answer about a given completion is the completion, with what was made of it.
+    """Yield what ``outputs`` yields, an output or a list of them, each as ``change`` makes it."""
+    async with contextlib.aclosing(outputs):
+        async for output in outputs:
+            yield [change(part) for part in output] if isinstance(output, list) else change(output)
+
+
+def with_scores(output: dict[str, Any], text_of: Callable[[list[int]], str]) -> dict[str, Any]:
+    """The output; an answer about a given completion is the completion, with what was made of it.
 
     Args:
         text_of: gives the text of token ids.
     """
-    async with contextlib.aclosing(outputs):
-        async for output in outputs:
-            parts = [_scored(part, text_of) for part in (output if isinstance(output, list) else [output])]
-            yield parts if isinstance(output, list) else parts[0]
-
-
-def _scored(output: dict[str, Any], text_of: Callable[[list[int]], str]) -> dict[str, Any]:
     meta_info = output.get("meta_info")
     if not isinstance(meta_info, dict) or not meta_info.get(SCORED):
         return output
@@ -63,14 +63,8 @@ def _scored(output: dict[str, Any], text_of: Callable[[list[int]], str]) -> dict
     return {**output, "text": text_of(ids), "output_ids": ids, "meta_info": {**rest, **scored.meta_info(), **own}}
 
 
-async def with_public_top_k(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    """Yield what ``outputs`` yields, an output or a list of them, with `for_client` of its ``meta_info``."""
-    async with contextlib.aclosing(outputs):
-        async for output in outputs:
-            yield [_public(part) for part in output] if isinstance(output, list) else _public(output)
-
-
-def _public(output: dict[str, Any]) -> dict[str, Any]:
+def with_public_top_k(output: dict[str, Any]) -> dict[str, Any]:
+    """The output with `for_client` of its ``meta_info``."""
     meta_info = output.get("meta_info")
     if isinstance(meta_info, dict) and isinstance(meta_info.get(TOP_K), list):
         return {**output, "meta_info": for_client(meta_info)}
