@@ -370,6 +370,25 @@ def test_a_side_with_nothing_in_it(client, text, custom):
 
 
 @pytest.mark.parametrize("custom", [{}, {"custom_params": {"student_text": "b"}}], ids=["plain", "mixed"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("masks", "blamed"),
+    [
+        ({"min_new_tokens": 3, "stop_token_ids": list(range(64))}, "min_new_tokens"),
+        ({"logit_bias": {str(token): -1e39 for token in range(64)}}, "logit_bias"),
+    ],
+    ids=["stops", "bias"],
+)
+def test_a_request_that_forbids_every_token(client, custom, temperature, masks, blamed):
+    """Without a grammar: sampling such a row would end the server, and a greedy one would take any."""
+    params = {"max_new_tokens": 5, "temperature": temperature, "top_p": 0.9, **masks, **custom}
+    response = client.post("/generate", json={"text": "a", "sampling_params": params})
+    assert response.status_code == 400, response.text
+    assert message_of(response).startswith(f"{blamed}: ")
+    assert client.post("/generate", json={"text": "a", "sampling_params": {"max_new_tokens": 2}}).status_code == 200
+
+
+@pytest.mark.parametrize("custom", [{}, {"custom_params": {"student_text": "b"}}], ids=["plain", "mixed"])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("max_new_tokens", "ends_by"),

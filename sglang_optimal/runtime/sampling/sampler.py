@@ -59,7 +59,7 @@ class MixingStep:
         vocab_size: number of ids both models have; the mixture's support is [0, vocab_size).
         mixed: once they are mixed, and until the token is sampled.
         failure: why there are no student logits (they are NaN then, and the rows end with this message); else None.
-        dead_rows: of the whole batch, where a request has a grammar.
+        dead_rows: of the whole batch, where a request changes logits.
         scoring: the scores of given completions; set once the forward has been launched.
     """
 
@@ -73,14 +73,7 @@ class MixingStep:
 
     def apply_logit_transforms(self, width: int, info: SamplingBatchInfo) -> None:
         """Penalties, grammar mask and logit bias, applied to the student's logits as SGLang does to the teacher's."""
-        penalized = info.penalizer_orchestrator is not None and info.penalizer_orchestrator.is_required
-        if not (
-            penalized
-            or info.acc_additive_penalties is not None
-            or info.acc_scaling_penalties is not None
-            or info.grammar_mask is not None
-            or info.logit_bias is not None
-        ):
+        if not _are_transformed(info):
             return
         logits = self._student_logits().float()
         # SGLang's transforms take the whole batch at the teacher's width.
@@ -175,6 +168,18 @@ def make_samplable(mixed: torch.Tensor, mixture: Mixture) -> None:
         mixed.masked_fill_(bad.unsqueeze(-1), 0.0)
 
 
+def _are_transformed(info: SamplingBatchInfo) -> bool:
+    """Whether a request of the batch changes logits: by penalties, ``min_new_tokens`` among them, a grammar or bias."""
+    penalized = info.penalizer_orchestrator is not None and info.penalizer_orchestrator.is_required
+    return (
+        penalized
+        or info.acc_additive_penalties is not None
+        or info.acc_scaling_penalties is not None
+        or bool(info.grammars)
+        or info.logit_bias is not None
+    )
+
+
 class MixtureSampler(Sampler):
     """Replaces the mixed rows' logits by ``T·log q*`` (up to a constant), then samples as SGLang does.
 
@@ -187,7 +192,7 @@ class MixtureSampler(Sampler):
         step = getattr(sampling_info, "mixing", None)
         if step is not None:
             logits_output.next_token_logits = step.mix_into(logits_output.next_token_logits, sampling_info)
-        if sampling_info.grammars:
+        if _are_transformed(sampling_info):
             dead_rows = unmask_dead_rows(logits_output.next_token_logits)
             if step is None:
                 logits_output.auxiliary_device_output = dead_rows
