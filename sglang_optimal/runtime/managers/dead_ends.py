@@ -1,5 +1,5 @@
 """Requests that leave themselves no token to sample: a grammar that no token of the vocabulary goes on with, or that is
-at its end while ``min_new_tokens`` asks for more, or stops that are the whole vocabulary while it does. SGLang calls that
+at its end while ``min_new_tokens`` asks for more, or stops that are the whole vocabulary while it does. SGLang calls it
 an internal error, or ends with it; the fields are the client's."""
 
 from __future__ import annotations
