@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 from pydantic.fields import FieldInfo
 
 from sglang_optimal.config import SETTINGS, MixingConfig, check_known, load_yaml, override
+from sglang_optimal.server_process import PortTaken, hold_port
 
 
 def mixing_parser() -> argparse.ArgumentParser:
@@ -163,7 +164,12 @@ def _as_text(value: Any) -> str:
 
 
 def serve(server_args, config: MixingConfig) -> None:
-    """Run the server until it is stopped."""
+    """Run the server until it is stopped.
+
+    Raises:
+        PortTaken: before any model is loaded; SGLang would find it out afterwards, ask the other server whether it is
+            ready, and wait for it.
+    """
     from sglang.srt.entrypoints.http_server import app, launch_server
     from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
     from sglang.srt.managers.scheduler import run_scheduler_process
@@ -188,7 +194,7 @@ def serve(server_args, config: MixingConfig) -> None:
         routes.install()
         scheduler_process = MixedEngine.scheduler_process(config)
     body_guard.install(app, config)
-    with cpu_processes.fork_server.used(server_args):
+    with cpu_processes.fork_server.used(server_args), hold_port(server_args.host, server_args.port):
         launch_server(
             server_args,
             init_tokenizer_manager_func=tokenizer_manager_init(config),
@@ -215,6 +221,8 @@ def start_server_process(context, teacher: str, config: MixingConfig, arguments:
     from sglang_optimal.runtime import launch
 
     server_args, config = launch.checked_server_args(teacher, config, arguments, "Runtime")
+    with hold_port(server_args.host, server_args.port):
+        pass  # said here, it is an exception of the caller's
     process = context.Process(target=serve, args=(server_args, config))
     process.start()
     return server_args, process
@@ -257,9 +265,9 @@ def _check_and_serve(argv: list[str]) -> int:
     from sglang.srt.utils import kill_process_tree
 
     try:
-        with launch.self_check_heeded():
+        with launch.starting():
             serve(server_args, config)
-    except launch.SelfCheckFailed as error:
+    except (launch.SelfCheckFailed, PortTaken) as error:
         print(f"sglang_optimal.launch_server: error: {error}", file=sys.stderr)
         return 2
     finally:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,6 +24,10 @@ TAIL = 6000
 """Characters of its output that go with an error of `running`."""
 
 logger = logging.getLogger(__name__)
+
+
+class PortTaken(ValueError):
+    """A server cannot listen where it was told to."""
 
 
 class ServerFailed(RuntimeError):
@@ -163,10 +168,35 @@ def running(
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of this machine that nothing listens on, and that no connection takes before a server begins to listen."""
+    for port in random.Random(os.urandom(8)).sample(range(10_000, _first_port_of_connections()), 1000):
+        with contextlib.suppress(PortTaken), hold_port("127.0.0.1", port):
+            return port
+    raise PortTaken("port: of a thousand below those that connections take, none is free.")
+
+
+def _first_port_of_connections() -> int:
+    path = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    return max(int(path.read_text().split()[0]), 12_000) if path.exists() else 32_768
+
+
+@contextlib.contextmanager
+def hold_port(host: str, port: int) -> Iterator[None]:
+    """Within, a server of this process or its children can take this port, and no connection.
+
+    Raises:
+        PortTaken: another server has it, or the host is not this machine's.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            holder = held.enter_context(socket.socket(family, kind, protocol))
+            # With this two sockets may be bound to it; the one that listens gets the connections.
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(address)
+        except OSError as error:
+            raise PortTaken(f"--port: cannot listen on {host}:{port}: {error.strerror}; choose another.") from None
+        yield
 
 
 def die_with_parent(with_signal: int = signal.SIGKILL) -> None:

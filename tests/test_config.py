@@ -680,26 +680,27 @@ def test_self_check_is_on_where_there_is_an_accelerator():
 
 def test_only_a_scheduler_that_left_with_status_2_is_a_failed_self_check():
     died = "Rank 0 scheduler died during initialization (exit code: {})."
-    with pytest.raises(launch.SelfCheckFailed), launch.self_check_heeded():
+    with pytest.raises(launch.SelfCheckFailed), launch.starting():
         raise RuntimeError(died.format(2))
     for error in (RuntimeError(died.format(-9)), ValueError("exit code: 2")):
-        with pytest.raises(type(error), match="exit code") as caught, launch.self_check_heeded():
+        with pytest.raises(type(error), match="exit code") as caught, launch.starting():
             raise error
         assert caught.value is error
 
 
-def test_a_failed_self_check_ends_the_engine_s_processes_and_no_other():
+@pytest.mark.parametrize("status,raised", [(2, launch.SelfCheckFailed), (-9, RuntimeError)])
+def test_a_start_that_fails_ends_the_engine_s_processes_and_no_other(status, raised):
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
     context = multiprocessing.get_context("spawn")
     earlier = context.Process(target=time.sleep, args=(60,))
     earlier.start()
     another = None
     try:
-        with pytest.raises(launch.SelfCheckFailed), launch.self_check_heeded():
+        with pytest.raises(raised), launch.starting():
             another = subprocess.Popen(sleep)
             detokenizer = context.Process(target=time.sleep, args=(60,))
             detokenizer.start()
-            raise RuntimeError("Rank 0 scheduler died during initialization (exit code: 2).")
+            raise RuntimeError(f"Rank 0 scheduler died during initialization (exit code: {status}).")
         detokenizer.join(10)
         assert detokenizer.exitcode == -signal.SIGKILL
         assert another.poll() is None and earlier.is_alive()

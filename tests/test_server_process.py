@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
 
-from sglang_optimal.server_process import TAIL, ServerFailed, ServerProcess, running
+from sglang_optimal.server_process import TAIL, PortTaken, ServerFailed, ServerProcess, free_port, hold_port, running
 
 
 @pytest.fixture
@@ -55,3 +59,50 @@ def test_one_that_has_to_be_killed_is_told_of(module, tmp_path, caplog, program,
         assert server.stop(0.5) is went
     assert ("did not end within" in caplog.text) is not went
     assert server.process.poll() is not None
+
+
+@contextlib.contextmanager
+def listening(port: int):
+    """As a server does."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", port))
+        server.listen()
+        yield server
+
+
+def test_a_port_that_is_held():
+    port = free_port()
+    with hold_port("127.0.0.1", port):
+        with socket.socket() as connection, pytest.raises(OSError, match="in use"):
+            connection.bind(("127.0.0.1", port))  # as of a connection, which does not ask to share it
+        with listening(port) as server, socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"hello")
+            assert server.accept()[0].recv(5) == b"hello"
+            taken = pytest.raises(PortTaken, match=f"--port: cannot listen on 127.0.0.1:{port}: Address already in use")
+            with taken, hold_port("127.0.0.1", port):
+                pass
+    with listening(port):
+        pass
+    with pytest.raises(PortTaken, match="--port: cannot listen on 192.0.2.1:"), hold_port("192.0.2.1", port):
+        pass
+
+
+def test_a_free_port_is_none_that_connections_take():
+    with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+        first = int(file.read().split()[0])
+    ports = {free_port() for _ in range(50)}
+    assert len(ports) > 40 and max(ports) < first and min(ports) >= 10_000
+
+
+def test_a_server_is_refused_a_port_that_is_taken(tiny_pair):
+    """Before it loads a model."""
+    port = free_port()
+    command = [sys.executable, "-m", "sglang_optimal.launch_server", "--port", str(port)]
+    command += ["--model-path", str(tiny_pair[0]), "--student-model-path", str(tiny_pair[1])]
+    with listening(port):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    said = f"error: --port: cannot listen on 127.0.0.1:{port}: Address already in use; choose another.\n"
+    assert said in done.stderr
+    assert "Load weight" not in done.stderr

@@ -194,24 +194,24 @@ class SelfCheckFailed(ValueError):
 
 
 @contextlib.contextmanager
-def self_check_heeded() -> Iterator[None]:
-    """Start an engine within. Where its self-check finds a fault, the scheduler prints it and leaves with status 2;
-    then the engine's other processes end too: those that multiprocessing started meanwhile.
+def starting() -> Iterator[None]:
+    """Start an engine within. Where that fails its other processes end too, those that multiprocessing started
+    meanwhile: at its end the program would wait for them for ever.
 
     Raises:
-        SelfCheckFailed: so it was.
+        SelfCheckFailed: the self-check found a fault, which the scheduler prints before it leaves with status 2.
     """
     from sglang.srt.utils import kill_process_tree
 
     before = set(multiprocessing.active_children())
     try:
         yield
-    except RuntimeError as error:
-        if "(exit code: 2)" not in str(error):
-            raise
+    except BaseException as error:
         for child in set(multiprocessing.active_children()) - before:
             kill_process_tree(child.pid, wait_timeout=None)  # multiprocessing waits for it
-        raise SelfCheckFailed("the engine did not start: its self-check found a fault, printed above.") from error
+        if isinstance(error, RuntimeError) and "(exit code: 2)" in str(error):
+            raise SelfCheckFailed("the engine did not start: its self-check found a fault, printed above.") from error
+        raise
 
 
 def server_defaults(config: MixingConfig) -> dict[str, Any]:

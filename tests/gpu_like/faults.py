@@ -162,6 +162,9 @@ def _stale_table(self, *args, **kwargs) -> None:
 
     TpModelWorker.alloc_memory_pool(self, *args, **kwargs)
     runner = self.model_runner
+    # What lies behind the stale table is read; here it is zeros, and not whatever memory holds.
+    table = runner.req_to_token_pool.req_to_token
+    table.set_(table.new_zeros((2 * len(table), table.shape[1])).untyped_storage(), 0, table.shape, table.stride())
     self._rows = StudentReqToTokenPool(runner.req_to_token_pool)
     self._pools_are_there(SharedStudentKV(self._rows, runner.token_to_kv_pool_allocator, self._lora_id))
 

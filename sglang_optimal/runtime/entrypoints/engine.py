@@ -31,7 +31,7 @@ class MixedEngine(Engine):
 
     Raises:
         ValueError: SGLang's configuration of the process cannot serve this engine beside one that runs.
-        SelfCheckFailed: see `launch.self_check_heeded`.
+        SelfCheckFailed: see `launch.starting`.
     """
 
     scheduler_process: Callable[[MixingConfig], Callable[..., None]] = staticmethod(scheduler_process)
@@ -52,10 +52,10 @@ class MixedEngine(Engine):
         self.run_scheduler_process_func = InChild(self.scheduler_process(config))
         self.run_detokenizer_process_func = InChild(run_detokenizer_process)
         try:
-            with launch.self_check_heeded(), fork_server.used(server_args):
+            with launch.starting(), fork_server.used(server_args):
                 super().__init__(server_args=server_args)
         except BaseException:
-            # At the program's end it would kill every child of the process; its own end with the program anyway.
+            # At the program's end it would kill every child of the process; its own have ended.
             atexit.unregister(self.shutdown)
             _failed.append(self)  # see `_keeping_its_manager`
             raise
