@@ -225,6 +225,16 @@ class MixingConfig(Settings):
     plain_requests: Literal["allow", "refuse"] = "allow"
     """``refuse`` requests without a student context: something on the way may have dropped it (sglang-router drops
     ``custom_params``), and the teacher alone is not what was asked for."""
+    policy: Literal["student", "teacher", "both"] | None = None
+    """Which side a trainer's updates of weights are for: what SGLang's routes and calls that load, read or check
+    weights act on. By default the student where it has weights of its own, else the one model (``both``); a student
+    that is an adapter takes no updates of whole weights."""
+    pickled_weights: Literal["allow", "refuse"] = "refuse"
+    """``allow`` updates of weights over HTTP in SGLang's own format, which is unpickled (by its unpickler that knows
+    tensors alone); they can always be sent as safetensors. A program's own calls are not concerned."""
+    weight_rollback: Switch = "on"
+    """Whether the old weights are kept on the host during an update, and put back where it fails. ``off``: nothing is
+    kept; after an update that fails half way nothing is answered until a whole one has come."""
     mixing_mode: Literal["lockstep", "speculative", "auto"] = "lockstep"
     """``lockstep``: one token a step; ``speculative``: the student drafts ``draft_tokens`` tokens which the teacher
     verifies in one forward, without any change to what is sampled; ``auto``: as many drafts as pay, up to
@@ -287,6 +297,22 @@ class MixingConfig(Settings):
             raise RuntimeError("the configuration has no student, or has not been resolved")
         return self.student_model_path
 
+    def _check_policy(self) -> None:
+        if self.shared_weights and self.policy in ("student", "teacher"):
+            adapter = self.student_lora_path is not None
+            if not (adapter and self.policy == "student"):
+                raise ValueError(
+                    f"policy: {self.policy!r} has no weights of its own where both sides share them; leave it out, or "
+                    "give student_weights 'separate'."
+                )
+
+    @property
+    def updated(self) -> Literal["student", "teacher", "both"]:
+        """Whose weights updates are for, of a resolved configuration."""
+        if self.policy is not None:
+            return self.policy
+        return "both" if self.shared_weights and self.student_lora_path is None else "student"
+
     @property
     def has_student(self) -> bool:
         """Whether there is to be a student."""
@@ -301,6 +327,7 @@ class MixingConfig(Settings):
         if not self.has_student:
             return self
         config = self._with_student(teacher_path, teacher_revision)
+        config._check_policy()
         if config.shared_weights and config.longest_draft > 0:
             if config.mixing_mode == "speculative":
                 raise ValueError(

@@ -9,15 +9,14 @@ from collections.abc import Callable
 from http import HTTPStatus
 
 import torch
-from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput, UpdateWeightFromDiskReqOutput
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import PrefillAdder
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
+from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from sglang.srt.runtime_context import get_device
-from sglang.utils import TypeBasedDispatcher
+from sglang.srt.runtime_context import get_device, get_serving
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.core import student_of
@@ -25,10 +24,10 @@ from sglang_optimal.runtime.entrypoints.protocol import from_wire
 from sglang_optimal.runtime.managers.schedule_batch import Planner
 from sglang_optimal.runtime.managers.schedule_policy import MixedPrefillAdder
 from sglang_optimal.runtime.managers.scheduler_components.invariant_checker import MixedSchedulerInvariantChecker
+from sglang_optimal.runtime.managers.scheduler_components.weight_updater import MixedWeightUpdaterManager
 from sglang_optimal.runtime.managers.self_check import SelfCheck, SelfCheckError
 from sglang_optimal.runtime.managers.shared_tp_worker import SharedTpModelWorker
 from sglang_optimal.runtime.managers.tp_worker import MixedTpModelWorker, SeparateTpModelWorker
-from sglang_optimal.runtime.model_executor.weight_updater import HELD, is_for_student
 from sglang_optimal.runtime.sampling.scoring import score_of
 
 logger = logging.getLogger(__name__)
@@ -43,8 +42,8 @@ class MixedScheduler(Scheduler):
 
     tp_worker: MixedTpModelWorker
     # SGLang's, which sets them in a method.
-    _request_dispatcher: TypeBasedDispatcher
     invariant_checker: SchedulerInvariantChecker
+    weight_updater: SchedulerWeightUpdaterManager
 
     def __init__(self, *args, mixing_config: MixingConfig, **kwargs):
         self.mixing_config = mixing_config
@@ -92,12 +91,10 @@ class MixedScheduler(Scheduler):
             )
             observer.on_tokens = self.mixing_metrics.observe
 
-    def init_request_dispatcher(self) -> None:
-        """SGLang's, with updates of weights passing here first."""
-        super().init_request_dispatcher()
-        ours = TypeBasedDispatcher([(UpdateWeightFromDiskReqInput, self.update_weights_from_disk)])
-        ours += self._request_dispatcher
-        self._request_dispatcher = ours
+    def init_weight_updater(self) -> None:
+        """SGLang's, for the policy."""
+        super().init_weight_updater()
+        self.weight_updater = MixedWeightUpdaterManager.like(self.weight_updater, self.mixing_config)
 
     def init_invariant_checker(self) -> None:
         """SGLang's, which counts the student's slots as well."""
@@ -112,6 +109,9 @@ class MixedScheduler(Scheduler):
         """SGLang's request, with the student's side."""
         req = super()._create_generation_req(recv_req, *args, **kwargs)
         req.mixing = from_wire(req.sampling_params.custom_params, req.origin_input_ids)
+        for model in self.tp_worker.updated_models:
+            if not model.whole:
+                req.set_finish_with_abort(model.words_of_the_old())
         if req.mixing is not None and self.mixing_metrics is not None:
             self.mixing_metrics.requests.inc()
         return req
@@ -162,22 +162,6 @@ class MixedScheduler(Scheduler):
             self.mixing_metrics.refresh()
         return super().run_batch(batch, *args, **kwargs)
 
-    def update_weights_from_disk(self, recv_req: UpdateWeightFromDiskReqInput) -> UpdateWeightFromDiskReqOutput:
-        """SGLang's update of the teacher, or, so marked, of the student alone."""
-        if not is_for_student(recv_req):
-            return self.weight_updater.update_weights_from_disk(recv_req)
-        kv = self.tp_worker.student_kv
-        if recv_req.flush_cache and kv.num_active_reqs:
-            message = (
-                f"{kv.num_active_reqs} {HELD}. Let them finish, abort or retract them, "
-                "or update with flush_cache=false."
-            )
-            return UpdateWeightFromDiskReqOutput(success=False, message=message)
-        success, message = self.tp_worker.student.update_weights_from_disk(recv_req)
-        if success and recv_req.flush_cache:
-            kv.reset()
-        return UpdateWeightFromDiskReqOutput(success=success, message=message)
-
     def on_idle(self) -> None:
         """SGLang's; metrics are published and the student's slots counted."""
         super().on_idle()
@@ -185,6 +169,12 @@ class MixedScheduler(Scheduler):
             self.mixing_metrics.refresh()
         if self.is_fully_idle():
             self.invariant_checker.check_idle()
+
+    @property
+    def student_weight_version(self) -> str | None:
+        """SGLang's version of the weights is the policy's."""
+        policy = self.mixing_config.updated
+        return self.tp_worker.student.weight_version if policy == "teacher" else get_serving().weight_version
 
     def get_internal_state(self, recv_req):
         """SGLang's, with a section ``mixing``."""
@@ -194,7 +184,8 @@ class MixedScheduler(Scheduler):
             "teacher_model_path": self.tp_worker.model_config.model_path,
             "student_model_path": self.tp_worker.student.weights_path,
             "student_revision": self.mixing_config.student_revision,
-            "student_weight_version": self.tp_worker.student.weight_version,
+            "student_weight_version": self.student_weight_version,
+            "policy": self.mixing_config.updated,
             "alpha": self.mixing_config.alpha.model_dump(),
             "teacher_pool": {
                 "size": teacher.size,

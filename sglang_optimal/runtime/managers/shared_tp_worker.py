@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_model, get_parallel
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.names import STUDENT_ADAPTER
@@ -28,6 +29,7 @@ from sglang_optimal.runtime.managers.schedule_batch import (
 from sglang_optimal.runtime.managers.student_tp_worker import SharedStudent, kept
 from sglang_optimal.runtime.managers.tp_worker import MixedTpModelWorker
 from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentReqToTokenPool
+from sglang_optimal.runtime.model_executor.weight_updater import UpdatedModel
 from sglang_optimal.runtime.sampling.sampler import MixingStep
 from sglang_optimal.runtime.sampling.scoring import take_student_states
 
@@ -63,6 +65,17 @@ class SharedTpModelWorker(MixedTpModelWorker):
     @property
     def student_runner(self) -> ModelRunner:
         return self.model_runner
+
+    @functools.cached_property
+    def updated_models(self) -> list[UpdatedModel]:
+        """The one model, unless the policy is the adapter alone."""
+        if self.mixing_config.updated == "student":
+            return []
+        return [self._updated("model", self.model_runner, get_model().model_path, get_model().revision)]
+
+    def runners_by_side(self) -> list[tuple[str, ModelRunner]]:
+        """The one model's."""
+        return self.weight_update_runners()
 
     # -- memory ----------------------------------------------------------------------------------------------------
 

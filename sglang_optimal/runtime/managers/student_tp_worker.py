@@ -7,25 +7,21 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-from sglang.srt.distributed import get_tp_group
 from sglang.srt.eplb.expert_distribution import (
     get_global_expert_distribution_recorder,
     set_global_expert_distribution_recorder,
 )
 from sglang.srt.eplb.expert_location import get_global_expert_location_metadata, set_global_expert_location_metadata
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunnerOutput
-from sglang.srt.runtime_context import get_parallel
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.configs.model_config import student_model_config
 from sglang_optimal.runtime.core import DecodePlan, PrefillPlan
 from sglang_optimal.runtime.managers.schedule_batch import decode_part, prefill_micro_batches
-from sglang_optimal.runtime.model_executor.weight_updater import checkpoint_layout, student_version, update_from_disk
 
 
 class StudentTpModelWorker(TpModelWorker):
@@ -37,35 +33,11 @@ class StudentTpModelWorker(TpModelWorker):
         self.weight_version: str | None = None
         with _own_expert_layout():
             super().__init__(**worker_kwargs)
-        # Now a model of the hub is in its cache.
-        self._layout = checkpoint_layout(self.weights_path, config.student_revision)
 
     def _init_model_config(self) -> None:
         """The student's, where SGLang's is the scheduler's model."""
         mixing = self._mixing
         self.model_config = student_model_config(self.server_args, mixing.student_path, mixing.student_revision)
-
-    def update_weights_from_disk(self, request: UpdateWeightFromDiskReqInput) -> tuple[bool, str]:
-        """New weights of the same shapes, in place. Returns (success, message); on failure the old weights stay."""
-        success, message = update_from_disk(
-            self.model_runner,
-            request.model_path,
-            self._layout,
-            request.load_format,
-            request.recapture_cuda_graph,
-            self._all_ranks_ok,
-        )
-        if success:
-            self.weights_path, self.weight_version = request.model_path, student_version(request)
-        return success, message
-
-    def _all_ranks_ok(self, success: bool) -> bool:
-        """Combine ``success`` of all ranks: true where it is true on each."""
-        if get_parallel().tp_size == 1:
-            return success
-        every = torch.tensor(int(success))
-        torch.distributed.all_reduce(every, torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group)
-        return bool(every)
 
     def forward_decode(
         self, batch: ScheduleBatch, plan: DecodePlan, input_ids: torch.Tensor | None = None, *, view: bool = False
@@ -106,11 +78,10 @@ class SharedStudent:
     def weights_path(self) -> str:
         return self._worker.model_config.model_path
 
-    def update_weights_from_disk(self, request: UpdateWeightFromDiskReqInput) -> tuple[bool, str]:
-        """Refused: it would change the teacher."""
-        return False, (
-            "the student shares the teacher's weights; start the server with --student-weights separate to update it."
-        )
+    no_updates = (
+        "the student shares the teacher's weights; start the server with --student-weights separate to update it."
+    )
+    """Why it is not updated alone."""
 
 
 def kept(output: ModelRunnerOutput) -> LogitsProcessorOutput:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
@@ -44,7 +45,14 @@ from sglang_optimal.runtime.managers.request_checks import (
     check_sampling,
     client_errors,
 )
-from sglang_optimal.runtime.model_executor.weight_updater import HELD, LEAVING_SECONDS, is_for_student, mark_for_student
+from sglang_optimal.runtime.model_executor.weight_updater import (
+    CLOSED,
+    HELD,
+    LEAVING_SECONDS,
+    SAFETENSORS,
+    is_for_student,
+    mark_for_student,
+)
 from sglang_optimal.scores import SCORED
 from sglang_optimal.wanted import wanted_by
 
@@ -106,6 +114,9 @@ class MixedTokenizerManager(TokenizerManager):
 
     def __init__(self, *args, mixing_config: MixingConfig, **kwargs):
         self.mixing_config = mixing_config
+        self._no_session = asyncio.Event()
+        self._no_session.set()
+        self._student_version: str | None = None
         super().__init__(*args, **kwargs)
 
     def init_tokenizer_and_processor(self) -> None:
@@ -175,11 +186,78 @@ class MixedTokenizerManager(TokenizerManager):
             _unpack_carried(obj)
             self._render_teacher_messages(obj)
             check_batch(obj)
-        outputs = super().generate_request(obj, request)
+        outputs = self._between_updates(obj, super().generate_request(obj, request))
         recorder = SERIES_RECORDER.get()
         if recorder is None:
             return changed(outputs, lambda output: with_public_top_k(self._with_scores(output)))
         return recorder.wrap(changed(outputs, self._with_scores))
+
+    async def _between_updates(self, obj, outputs: AsyncGenerator[dict[str, Any], None]):
+        """The answers of a request, which waits while a session of weight updates is open."""
+        if not _is_health_check(obj):
+            await self._no_session.wait()
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                yield self._with_student_version(obj, output)
+
+    def _with_student_version(self, obj, output):
+        """SGLang's versions of the weights are the policy's; those of the student of a mixed request are said."""
+        if not isinstance(obj, GenerateReqInput) or not isinstance(output, dict) or not self._is_mixed(obj):
+            return output
+        meta = output["meta_info"]
+        if self.mixing_config.updated == "teacher":
+            meta["student_weight_version"] = self._student_version
+        else:
+            meta["student_weight_version"] = meta["weight_version"]
+            if "weight_versions" in meta:
+                meta["student_weight_versions"] = meta["weight_versions"]
+        return output
+
+    def _is_mixed(self, obj: GenerateReqInput) -> bool:
+        params = obj.sampling_params
+        customs = [p.get("custom_params") for p in (params if isinstance(params, list) else [params]) if p]
+        return any(isinstance(custom, dict) and custom.keys() & {*STUDENT_FIELDS} for custom in customs)
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    async def begin_weight_update(self, obj, request=None) -> tuple[bool, str]:
+        """SGLang's; requests that come wait until the session ends."""
+        result = await super().begin_weight_update(obj, request)
+        if result[0]:
+            self._no_session.clear()
+        return result
+
+    async def end_weight_update(self, obj, request=None) -> tuple[bool, str]:
+        """SGLang's; the requests that wait go on."""
+        result = await super().end_weight_update(obj, request)
+        if result[0]:
+            self._no_session.set()
+        return result
+
+    async def update_weights_from_tensor(self, obj, request=None) -> tuple[bool, str]:
+        """SGLang's; what came over HTTP is not unpickled unless the server was told to."""
+        pickled = obj.load_format != SAFETENSORS
+        if pickled and request is not None and self.mixing_config.pickled_weights == "refuse" and self._mixes:
+            return False, (
+                "load_format: send 'safetensors', with safetensors' bytes in serialized_named_tensors; other formats "
+                "are unpickled, which --pickled-weights allow lets them be."
+            )
+        return self._heeded(await super().update_weights_from_tensor(obj, request))
+
+    async def update_weights_from_distributed(self, obj, request=None) -> tuple[bool, str]:
+        """SGLang's; where it fails, the session is over."""
+        return self._heeded(await super().update_weights_from_distributed(obj, request))
+
+    def _heeded(self, result: tuple[bool, str]) -> tuple[bool, str]:
+        if not result[0] and CLOSED in result[1]:
+            self._no_session.set()
+        return result
+
+    async def update_weights_from_disk(self, obj: UpdateWeightFromDiskReqInput, request=None) -> tuple[bool, str, int]:
+        """SGLang's, for the policy."""
+        if self._mixes and not is_for_student(obj) and self.mixing_config.updated == "student":
+            return await self.update_student_weights_from_disk(obj, request)
+        return await super().update_weights_from_disk(obj, request)
 
     async def update_student_weights_from_disk(
         self, obj: UpdateWeightFromDiskReqInput, request=None
@@ -189,20 +267,26 @@ class MixedTokenizerManager(TokenizerManager):
         Returns:
             (success, message, number of paused requests)
         """
-        if self.mixing_config.student_model_path is None:
+        if not self._mixes:
             return False, "this server has no student model; start it without --student-weights none.", 0
         if not isinstance(obj.model_path, str) or not obj.model_path:
             return False, "model_path: must be a folder or a Hugging Face id.", 0
-        if obj.load_format not in (None, "auto", "safetensors"):
+        if obj.load_format not in (None, "auto", SAFETENSORS):
             return False, "load_format: only safetensors are read; leave it out.", 0
-        obj.load_format = "safetensors"
+        obj.load_format = SAFETENSORS
+        version = obj.weight_version
         mark_for_student(obj)
         deadline = time.monotonic() + LEAVING_SECONDS
         while True:
-            success, message, paused = await self.update_weights_from_disk(obj, request)
+            success, message, paused = await super().update_weights_from_disk(obj, request)
             if success or HELD not in message or time.monotonic() > deadline:
-                return success, message, paused
+                break
             await asyncio.sleep(0.05)
+        if success and version is not None:
+            if self.mixing_config.updated == "student":
+                self._update_weight_version_if_provided(version)
+            self._student_version = version
+        return success, message, paused
 
     async def _wait_for_model_update_from_disk(self, obj: UpdateWeightFromDiskReqInput):
         """SGLang's; what is served by name stays the teacher when the student is updated."""
@@ -212,6 +296,32 @@ class MixedTokenizerManager(TokenizerManager):
         if is_for_student(obj):
             self.model_path, self.served_model_name = teacher
         return result
+
+    async def init_weights_send_group_for_remote_instance(self, obj, request=None) -> tuple[bool, str]:
+        """SGLang's; refused beside a student with weights of its own, which the other instance would not get."""
+        return self._no_sending() or await super().init_weights_send_group_for_remote_instance(obj, request)
+
+    async def send_weights_to_remote_instance(self, obj, request=None) -> tuple[bool, str]:
+        """SGLang's; refused as its group is."""
+        return self._no_sending() or await super().send_weights_to_remote_instance(obj, request)
+
+    def _no_sending(self) -> tuple[bool, str] | None:
+        if self._mixes and not self.mixing_config.shared_weights:
+            return False, "sending weights to another instance is not supported beside a student with its own."
+        return None
+
+    async def set_internal_state(self, obj):
+        """SGLang's; refused beside a student, where nothing reads what it sets."""
+        if self._mixes:
+            raise ValueError(
+                "set_internal_state: what it sets is for pipelines and for SGLang's own drafting, which this server "
+                "has not."
+            )
+        return await super().set_internal_state(obj)
+
+    @property
+    def _mixes(self) -> bool:
+        return self.mixing_config.student_model_path is not None
 
     def _render_teacher_messages(self, obj: GenerateReqInput) -> None:
         """``teacher_messages`` become the request's token ids, before SGLang looks at its text."""
@@ -363,7 +473,7 @@ class MixedTokenizerManager(TokenizerManager):
     def _check_plain(self, obj: GenerateReqInput) -> None:
         if self.mixing_config.plain_requests == "allow" or self.server_status == ServerStatus.Starting:
             return  # SGLang warms the server up with a plain request
-        if isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX):
+        if _is_health_check(obj):
             return
         raise ValueError(
             f"a mixed request needs one of {', '.join(STUDENT_FIELDS)} in custom_params (behind sglang-router, in "
@@ -414,6 +524,10 @@ class MixedTokenizerManager(TokenizerManager):
         # A request that leaves itself nothing to sample is a bad one, and no fault of the server's.
         blame_request(out["meta_info"]["finish_reason"], state.obj.sampling_params)
         return await super()._handle_abort_finish_reason(out, state, *args, **kwargs)
+
+
+def _is_health_check(obj) -> bool:
+    return isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX)
 
 
 def _unpack_carried(obj: GenerateReqInput) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 
@@ -17,6 +18,7 @@ from sglang.srt.runtime_context import (
     get_exec,
     get_flags,
     get_memory,
+    get_model,
     get_parallel,
     get_schedule,
     get_spec,
@@ -28,6 +30,7 @@ from sglang_optimal.runtime.managers.student_tp_worker import SharedStudent, Stu
 from sglang_optimal.runtime.mem_cache.student_kv import SeparateStudentKV, StudentKV
 from sglang_optimal.runtime.model_executor.graph_runners import fence_plans, prepare_graphs, resized_buffers
 from sglang_optimal.runtime.model_executor.student_failure import no_logits, student_failure
+from sglang_optimal.runtime.model_executor.weight_updater import UpdatedModel
 from sglang_optimal.runtime.sampling import sampler
 from sglang_optimal.runtime.sampling.sampler import MixingStep
 from sglang_optimal.runtime.sampling.sampling_observer import MixingObserver
@@ -88,6 +91,27 @@ class MixedTpModelWorker(TpModelWorker):
             raise RuntimeError("the student's KV is used before the memory pools are allocated")
         return self._student_kv
 
+    def runners_by_side(self) -> list[tuple[str, ModelRunner]]:
+        """(role, runner) of all models as SGLang's tools for weights name them: the policy is the target."""
+        raise NotImplementedError
+
+    def weight_update_runners(self) -> list[tuple[str, ModelRunner]]:
+        """SGLang's: what trainers' updates of weights are for, which is the policy."""
+        return [("target", self.model_runner)]
+
+    @property
+    def student_model(self) -> UpdatedModel | None:
+        """The student, where its weights can be updated alone."""
+        return None
+
+    @functools.cached_property
+    def updated_models(self) -> list[UpdatedModel]:
+        """The policy; empty where it is an adapter."""
+        raise NotImplementedError
+
+    def _updated(self, side: str, runner: ModelRunner, path: str, revision: str | None) -> UpdatedModel:
+        return UpdatedModel(side, runner, path, revision, keeps=self.mixing_config.weight_rollback == "on")
+
     def _pools_are_there(self, student_kv: StudentKV) -> None:
         self._student_kv = student_kv
         self.model_runner.sampling_observer = MixingObserver()
@@ -146,12 +170,42 @@ class SeparateTpModelWorker(MixedTpModelWorker):
     def init_student(self, **worker_kwargs) -> None:
         with _settings_of_the_teacher():
             self.student = StudentTpModelWorker(self.mixing_config, random_seed=self.random_seed, **worker_kwargs)
+        self._student_model = self._updated(
+            "student", self.student.model_runner, self.mixing_config.student_path, self.mixing_config.student_revision
+        )
         self.vocab_size = min(self.model_config.vocab_size, self.student.model_config.vocab_size)
         self.rows_per_request = 1 + self.mixing_config.longest_draft
 
     @property
     def student_runner(self) -> ModelRunner:
         return self.student.model_runner
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    @property
+    def student_model(self) -> UpdatedModel:
+        """The student's weights, which are its own."""
+        return self._student_model
+
+    @functools.cached_property
+    def updated_models(self) -> list[UpdatedModel]:
+        """The policy."""
+        updated = self.mixing_config.updated
+        teacher = self._updated("teacher", self.model_runner, get_model().model_path, get_model().revision)
+        return {"student": [self.student_model], "teacher": [teacher], "both": [teacher, self.student_model]}[updated]
+
+    def weight_update_runners(self) -> list[tuple[str, ModelRunner]]:
+        """The policy's."""
+        sides = [("target", self.model_runner), ("student", self.student_runner)]
+        updated = self.mixing_config.updated
+        return {"student": [("target", self.student_runner)], "teacher": sides[:1], "both": sides}[updated]
+
+    def runners_by_side(self) -> list[tuple[str, ModelRunner]]:
+        """The policy's, and the other model's under its name."""
+        own = self.weight_update_runners()
+        if self.mixing_config.updated == "student":
+            return [*own, ("teacher", self.model_runner)]
+        return [*own[:1], ("student", self.student_runner)]
 
     # -- memory ----------------------------------------------------------------------------------------------------
 

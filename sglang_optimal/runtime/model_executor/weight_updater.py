@@ -1,13 +1,15 @@
-"""New weights for a running student, read from disk; the teacher and its caches are not touched.
+"""New weights for a running model: what is checked before any is touched, and how they are undone.
 
-Travels as SGLang's own ``UpdateWeightFromDiskReqInput``, marked in its ``manifest``: the scheduler process decodes no
-message types but SGLang's.
+An update of the student from disk travels as SGLang's own ``UpdateWeightFromDiskReqInput``, marked in its
+``manifest``: the scheduler process decodes no message types but SGLang's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import logging
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,22 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_optimal.platforms import packed_linear
 
 logger = logging.getLogger(__name__)
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _TARGET = "sglang_optimal"
 
-HELD = "running requests hold student KV of the old weights"
+SAFETENSORS = "safetensors"
+"""The ``load_format`` of weights that nothing unpickles."""
+HELD = "running requests hold KV of the old weights"
 """In the message of an update that came too early."""
+CLOSED = "The session is closed; begin again."
+"""In the message of a part that failed."""
 LEAVING_SECONDS = 1.0
 """How long requests may take to end whose clients have left: the server has forgotten them, the scheduler not yet."""
 
@@ -72,15 +81,16 @@ def _folder(path: str, revision: str | None) -> Path:
         return folder
 
 
-def check_checkpoint(path: str, expected: dict[str, list[int]] | None) -> None:
-    """Refuse a checkpoint that would leave the student half updated, before any weight is touched.
+def check_checkpoint(path: str, expected: dict[str, list[int]] | None, side: str = "student") -> None:
+    """Refuse a checkpoint that would leave a model half updated, before any weight is touched.
 
     Args:
         path: folder or Hugging Face id of the new weights.
-        expected: layout of the checkpoint that the student was loaded from, if known.
+        expected: layout of the checkpoint that the model was loaded from, if known.
+        side: whose it is, for messages.
 
     Raises:
-        ValueError: no such folder, not safetensors, truncated, or other tensors than the student has.
+        ValueError: no such folder, not safetensors, truncated, or other tensors than the model has.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -96,63 +106,149 @@ def check_checkpoint(path: str, expected: dict[str, list[int]] | None) -> None:
         old, new = expected.get(name), layout.get(name)
         # Models with tied embeddings may or may not store the second copy.
         if old != new and not (name == "lm_head.weight" and (old is None or new is None)):
-            raise ValueError(f"model_path: tensor {name!r} has shape {new} in {path}, but {old} in the student.")
+            raise ValueError(f"model_path: tensor {name!r} has shape {new} in {path}, but {old} in the {side}.")
 
 
-def update_from_disk(
-    runner: Any,
-    path: str,
-    layout: dict[str, list[int]] | None,
-    load_format: str | None,
-    recapture_cuda_graph: bool,
-    everywhere: Callable[[bool], bool],
-) -> tuple[bool, str]:
-    """Load new weights into a model runner; on failure the old ones are put back.
-
-    SGLang's own rollback reads the checkpoint that has just failed once more, so the old weights are kept here.
+def check_tensors(named: Sequence[tuple[str, torch.Tensor]], expected: dict[str, list[int]] | None, side: str) -> None:
+    """Refuse tensors that are no part of a model, or that no request could be answered with.
 
     Args:
-        runner: the student's model runner.
-        path: folder or Hugging Face id of the new weights.
-        layout: of the checkpoint that the student was loaded from, see `check_checkpoint`.
-        load_format, recapture_cuda_graph: as in SGLang's request.
-        everywhere: given whether it went well here, says whether it did on every rank.
+        named: as in the model's checkpoint; any part of it.
+        expected: layout of the checkpoint that the model was loaded from, if known.
+        side: whose it is, for messages.
 
-    Returns:
-        (success, message)
+    Raises:
+        ValueError: names the tensor.
     """
-    model, config = runner.model, runner.model_config
-    old_path = config.model_path
-    backup: dict[str, torch.Tensor] = {}
-    try:
-        check_checkpoint(path, layout)
+    for name, tensor in named:
+        if expected is None or (name == "lm_head.weight" and name not in expected):  # tied embeddings, sent twice
+            continue
+        if name not in expected:
+            near = difflib.get_close_matches(name, expected, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name}: the {side} has no tensor of this name.{hint}")
+        if list(tensor.shape) != expected[name]:
+            raise ValueError(f"{name}: has shape {list(tensor.shape)}, but {expected[name]} in the {side}.")
+    finite = [tensor.isfinite().all() for _, tensor in named if tensor.dtype in _FLOATS]
+    if finite and not bool(torch.stack(finite).all()):  # one wait for all of them
+        names = (name for name, tensor in named if tensor.dtype in _FLOATS and not bool(tensor.isfinite().all()))
+        raise ValueError(f"{next(names)}: has NaN or infinity.")
+
+
+def everywhere(success: bool) -> bool:
+    """Combine ``success`` of all ranks: true where it is true on each."""
+    if get_parallel().tp_size == 1:
+        return success
+    every = torch.tensor(int(success))
+    torch.distributed.all_reduce(every, torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group)
+    return bool(every)
+
+
+class UpdatedModel:
+    """A running model whose weights are updated, and undone where that fails.
+
+    Args:
+        side: ``teacher``, ``student`` or ``model`` (of both sides), for messages.
+        runner: its model runner.
+        path, revision: what it was loaded from.
+        keeps: whether the old weights are kept during an update.
+
+    Attributes:
+        whole: whether all of its weights are of one version; false during an update, and after one that failed half
+            way where nothing was kept.
+    """
+
+    def __init__(self, side: str, runner: Any, path: str, revision: str | None, *, keeps: bool):
+        self.side = side
+        self.runner = runner
+        self.keeps = keeps
+        self.whole = True
+        self._layout = checkpoint_layout(path, revision)
+        self._path = path
+        self._old: dict[str, torch.Tensor] = {}
+
+    def keep(self) -> None:
+        """Copy the weights to the host, into memory that is taken once, where they are whole."""
+        if not self.keeps or not self.whole:
+            return
+        self._path = self.runner.model_config.model_path
+        pin = torch.accelerator.is_available()
         with torch.no_grad():
-            backup = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-        success, message = runner.weight_updater.update_weights_from_disk(
-            path, load_format, recapture_cuda_graph=recapture_cuda_graph
+            for name, tensor in self.runner.model.state_dict().items():
+                old = self._old.get(name)
+                if old is None or (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
+                    old = self._old[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pin)
+                old.copy_(tensor, non_blocking=True)
+        if pin:
+            torch.accelerator.synchronize()
+
+    def put_back(self) -> None:
+        """The weights as they were when they were kept."""
+        if not self.keeps or not self._old:
+            return
+        with torch.no_grad():
+            for name, tensor in self.runner.model.state_dict().items():
+                if name in self._old:
+                    tensor.copy_(self._old[name])
+        packed_linear.forget()
+        self.runner.model_config.model_path = self._path
+        self.whole = True
+
+    def words_of_the_old(self) -> str:
+        """What became of the weights after a failure."""
+        if self.whole:
+            return f"The {self.side}'s old weights are in place."
+        return (
+            f"The {self.side}'s weights are partly new (--weight-rollback off): no request is answered until the next "
+            "update has ended."
         )
-        if success:
-            _check_finite(model, path)
-    except ValueError as error:
-        success, message = False, str(error)
-    except Exception as error:  # whatever the loader raises; the server goes on with the old weights
-        logger.exception("student weights")
-        success, message = False, f"Failed to update the student's weights: {error}"
-    if everywhere(success):
-        return True, "Succeeded to update the student's weights."
-    if success:
-        message = "Another rank could not load the weights; see its log."
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name in backup:
-                tensor.copy_(backup[name])
-    packed_linear.forget()
-    config.model_path = old_path
-    return False, f"{message} The student's old weights are in place."
+
+    @contextlib.contextmanager
+    def checked(self) -> Iterator[None]:
+        """Within, the model refuses tensors that it has not, before it takes any of them."""
+        model = self.runner.model
+        load = model.load_weights
+
+        def load_checked(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
+            named = list(weights)
+            check_tensors(named, self._layout, self.side)
+            return load(named, *args, **kwargs)
+
+        model.load_weights = load_checked
+        try:
+            yield
+        finally:
+            del model.load_weights
+
+    def from_disk(self, request: Any) -> tuple[bool, str]:
+        """New weights of the same shapes from a folder or the hub, in place.
+
+        Args:
+            request: SGLang's ``UpdateWeightFromDiskReqInput``.
+
+        Returns:
+            (success, message)
+        """
+        path = request.model_path
+        try:
+            if request.load_format in (None, "auto", SAFETENSORS):
+                check_checkpoint(path, self._layout, self.side)
+            self.whole = False
+            success, message = self.runner.weight_updater.update_weights_from_disk(
+                path, request.load_format, recapture_cuda_graph=request.recapture_cuda_graph
+            )
+            if success:
+                _check_finite(self.runner.model, path)
+        except ValueError as error:
+            success, message = False, str(error)
+        except Exception as error:  # whatever the loader raises; the server goes on with the old weights
+            logger.exception("weights")
+            success, message = False, f"Failed to update the {self.side}'s weights: {error}"
+        return success, message
 
 
 def _check_finite(model: torch.nn.Module, path: str) -> None:
     """Raises ValueError for weights with NaN or infinity, which no request could be answered with."""
     for name, tensor in model.state_dict().items():
-        if tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) and not bool(tensor.isfinite().all()):
+        if tensor.dtype in _FLOATS and not bool(tensor.isfinite().all()):
             raise ValueError(f"model_path: {name!r} has NaN or infinity in {path}.")
