@@ -73,12 +73,9 @@ def parse(argv: list[str]):
     mixing, server = load_yaml(config_path) if config_path is not None else ({}, {})
     config = _mixing_config(mixing, flags, config_path)
 
-    from sglang.srt.plugins import load_plugins
-
     from sglang_optimal.runtime import launch, plugin
 
-    load_plugins()
-    plugin.register()
+    plugin.prepare()
     from sglang.srt.server_args import prepare_server_args
 
     # argparse keeps the last value of a flag: the command line wins over the file, and the file over our defaults.
@@ -185,15 +182,13 @@ def serve(server_args, config: MixingConfig) -> None:
             from sglang.launch_server import run_server
 
             return run_server(server_args)
+        body_guard.install(app, config)
     else:
         from sglang_optimal.runtime.entrypoints import http_server as routes
         from sglang_optimal.runtime.entrypoints.engine import MixedEngine
-        from sglang_optimal.runtime.entrypoints.openai import serving_chat as openai_api
 
-        openai_api.install()
-        routes.install()
+        routes.install(config)
         scheduler_process = MixedEngine.scheduler_process(config)
-    body_guard.install(app, config)
     with cpu_processes.fork_server.used(server_args), hold_port(server_args.host, server_args.port):
         launch_server(
             server_args,

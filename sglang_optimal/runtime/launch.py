@@ -249,7 +249,6 @@ def checked_server_args(teacher: str, config: MixingConfig, arguments: dict[str,
         ValueError: names the argument and the fix.
     """
     check_sglang_version()
-    from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs
 
     from sglang_optimal.runtime import plugin
@@ -260,8 +259,7 @@ def checked_server_args(teacher: str, config: MixingConfig, arguments: dict[str,
         raise ValueError("model_path: is the teacher; give it as the first argument.")
     if arguments.get("incremental_streaming_output"):
         raise ValueError(f"incremental_streaming_output: a stream of {where} yields all there is so far; leave it out.")
-    load_plugins()
-    plugin.register()
+    plugin.prepare()
     parsed = ServerArgs(model_path=teacher, **{**server_defaults(config), **arguments})
     check_server_args(parsed, config)
     check_models(parsed, config)
@@ -327,10 +325,10 @@ def resolve(server_args, config: MixingConfig) -> None:
     Raises:
         ValueError: as `check_server_args`, or SGLang's own message.
     """
-    from sglang.srt.arg_groups.overrides import resolving_view
-
     from sglang_optimal.runtime.configs.model_config import check_architectures
+    from sglang_optimal.runtime.entrypoints.any_engine import leave_alone
 
+    leave_alone(server_args)
     try:
         # Until it is resolved, SGLang's model configurations refuse 'unquant'.
         if config.student_model_path is not None and server_args.quantization != "unquant":
@@ -345,6 +343,19 @@ def resolve(server_args, config: MixingConfig) -> None:
         if not str(error):
             raise
         raise ValueError(str(error)) from error
+    check_resolved(server_args, config)
+
+
+def check_resolved(server_args, config: MixingConfig) -> None:
+    """Refuse what SGLang's resolution of the arguments brought and a student cannot ride along with.
+
+    Raises:
+        ValueError: as `check_server_args`.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    from sglang_optimal.runtime.configs.model_config import check_architectures
+
     cpu_ranks.share_cores(server_args.tp_size * server_args.dp_size, server_args.nnodes)
     if config.student_model_path is None:
         return

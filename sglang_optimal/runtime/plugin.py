@@ -1,6 +1,11 @@
-"""Entry point of the group ``sglang.srt.plugins``: registers the names that server arguments refer to."""
+"""Entry point of the group ``sglang.srt.plugins``: registers the names that server arguments refer to.
+
+Nothing of SGLang is patched, unless ``SGLANG_OPTIMAL_CONFIG`` asks for it (entrypoints/any_engine.py).
+"""
 
 from __future__ import annotations
+
+from sglang_optimal.runtime.entrypoints import any_engine
 
 _registered: set[str] = set()
 
@@ -19,22 +24,30 @@ def register() -> None:
         "sampler": lambda: register_sampler_backend("optimal", _sampler),
         "radix cache": lambda: register_radix_cache_backend("optimal", _radix_cache),
         "speculation": speculation.register,
-        "processes": _hook_start_method,
     }
+    if any_engine.is_wanted():
+        steps["launches"] = any_engine.install
     for name, step in steps.items():
         if name not in _registered:
             step()
             _registered.add(name)
 
 
-def _hook_start_method() -> None:
+def prepare() -> None:
+    """What one of our own launches needs of SGLang's plugins: all of them, our names, and the hook of its processes."""
+    from sglang.srt.plugins import load_plugins
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_optimal.platforms.cpu_processes import fork_server
 
-    HookRegistry.register(
-        "sglang.srt.entrypoints.engine._set_envs_and_config", fork_server.choose_start_method, HookType.AFTER
-    )
+    load_plugins()
+    register()
+    if "processes" not in _registered:
+        HookRegistry.register(
+            "sglang.srt.entrypoints.engine._set_envs_and_config", fork_server.choose_start_method, HookType.AFTER
+        )
+        _registered.add("processes")
+    HookRegistry.apply_hooks()
 
 
 def _sampler():

@@ -62,9 +62,7 @@ def cases(seed: int) -> list[Case]:
 
 def check(sampler, oracle, seed: int = 1) -> list[dict]:
     """Greedy answers are the oracle's; the same prompts every time, so that a stale cache shows."""
-    outputs = [
-        sampler.engine.generate(input_ids=case.teacher, sampling_params=case.params()) for case in cases(seed)
-    ]
+    outputs = [sampler.engine.generate(input_ids=case.teacher, sampling_params=case.params()) for case in cases(seed)]
     for case, output in zip(cases(seed), outputs, strict=True):
         assert check_greedy(oracle, case, output) == 12
     return outputs

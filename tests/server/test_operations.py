@@ -124,11 +124,15 @@ def metrics(client) -> dict[tuple, float]:
 
 def test_metrics(client):
     def settled(tokens: float) -> dict[tuple, float]:
+        """Once all tokens are counted; gauges follow within a second."""
         deadline = time.monotonic() + 20
-        while (now := metrics(client)).get(("sglang_optimal:mixed_tokens_total", None, None), 0) < tokens:
+        while True:
+            now = metrics(client)
+            counted = now.get(("sglang_optimal:mixed_tokens_total", None, None), 0) >= tokens
+            if counted and now["sglang_optimal:student_cache_hit_rate", None, None] > 0:
+                return now
             assert time.monotonic() < deadline, now
             time.sleep(0.3)
-        return now
 
     rng = random.Random(2)
     teacher, student = random_ids(rng, 30), random_ids(rng, 50)

@@ -12,7 +12,10 @@ from sglang.srt.managers.io_struct import GenerateReqInput, UpdateWeightFromDisk
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from sglang_optimal import token_view
+from sglang_optimal.config import MixingConfig
 from sglang_optimal.names import CARRIER
+from sglang_optimal.runtime.entrypoints import body_guard
+from sglang_optimal.runtime.entrypoints.openai import serving_chat as openai_api
 from sglang_optimal.runtime.entrypoints.protocol import COMPLETION_FIELDS
 
 
@@ -49,9 +52,14 @@ async def score_mixture(obj: Annotated[GenerateReqInput, Body()], request: Reque
     return await http_server.serve_generate_request(obj, request)
 
 
-def install() -> None:
-    """Add the routes; before the server starts, because it looks at their access levels then."""
+def install(config: MixingConfig) -> None:
+    """Add the routes, the series in SGLang's own, and the guard of their bodies.
+
+    Before the server starts, because it looks at the routes' access levels then.
+    """
     app = http_server.app
+    openai_api.install()
     app.add_api_route("/mixing", mixing_page, methods=["GET"], include_in_schema=False)
     app.add_api_route("/score_mixture", score_mixture, methods=["POST"])
     app.add_api_route("/update_student_weights_from_disk", update_student_weights_from_disk, methods=["POST"])
+    body_guard.install(app, config)
