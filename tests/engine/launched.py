@@ -5,6 +5,7 @@
 
 import asyncio
 import json
+import os
 import sys
 
 
@@ -34,10 +35,9 @@ def subprocesses(arguments: dict, requests: list[dict]) -> list[dict]:
     async def all_of_them() -> list[dict]:
         return [await anext(manager.generate_request(GenerateReqInput(**request), None)) for request in requests]
 
-    answers = asyncio.new_event_loop().run_until_complete(all_of_them())
-    print(json.dumps(answers), flush=True)
-    kill_process_tree(0 or __import__("os").getpid(), include_parent=False)
-    sys.exit(0)
+    answers = asyncio.get_event_loop_policy().get_event_loop().run_until_complete(all_of_them())
+    kill_process_tree(os.getpid(), include_parent=False)
+    return answers
 
 
 if __name__ == "__main__":
