@@ -256,36 +256,46 @@ class OptimalSampler:
 
     # -- student weights -------------------------------------------------------------------------------------------
 
-    def update_student_weights(self, weights: str | Path | Mapping[str, torch.Tensor]) -> None:
+    def update_student_weights(
+        self, weights: str | Path | Mapping[str, torch.Tensor], version: str | None = None
+    ) -> None:
         """Give the student new weights; the teacher keeps its own, and the student's radix cache is cleared.
 
+        Waits for the requests that run; those that come meanwhile wait for it.
+
         Args:
-            weights: a folder of safetensors, a Hugging Face id, or {name in the checkpoint: tensor}. The tensors must
-                be all that the student's checkpoint has, with the same shapes.
+            weights: a folder of safetensors, a Hugging Face id, or {name in the checkpoint: tensor}, on the CPU or on
+                the engine's device. Tensors that a mapping has not stay as they are.
+            version: what ``student_weight_version`` says of samples from now on.
 
         Raises:
             ValueError: they do not fit the student or cannot be read; the old weights stay.
         """
         if isinstance(weights, str | Path):
-            return self._update_student_weights(str(weights))
+            return self._update_student_from_disk(str(weights), version)
+        engine = self._running()
+        if engine.mixing_config.updated == "student" and engine.server_args.dp_size == 1:
+            return self._update_student_in_memory(weights, version)
         from safetensors.torch import save_file
 
         with tempfile.TemporaryDirectory(prefix="sglang-optimal-weights-") as folder:
-            # Copies: safetensors takes no two names for one memory, as tied embeddings have.
-            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-            save_file(tensors, Path(folder) / "model.safetensors")
-            self._update_student_weights(folder)
+            save_file(_separate(weights), Path(folder) / "model.safetensors")
+            self._update_student_from_disk(folder, version)
 
-    def _update_student_weights(self, path: str) -> None:
+    def _update_student_from_disk(self, path: str, version: str | None) -> None:
         from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 
         engine = self._running()
-        request = UpdateWeightFromDiskReqInput(model_path=path)
+        request = UpdateWeightFromDiskReqInput(model_path=path, weight_version=version)
         success, message, _ = engine.loop.run_until_complete(
             engine.tokenizer_manager.update_student_weights_from_disk(request)
         )
         if not success:
             raise ValueError(message)
+
+    def _update_student_in_memory(self, weights: Mapping[str, torch.Tensor], version: str | None) -> None:
+        engine = self._running()
+        engine.loop.run_until_complete(engine.tokenizer_manager.update_student_weights_in_memory(weights, version))
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -473,6 +483,11 @@ def _as_batch(prompts: Any, name: str) -> tuple[bool, list]:
         if any(type(item) not in kinds for item in prompt):
             raise ValueError(f"{where}: must be text, or all token ids, or all messages.")
     return single, batch
+
+
+def _separate(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the host: safetensors takes no two names for one memory, as tied embeddings have."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
 
 
 def _check_sampling(params: dict[str, Any]) -> None:

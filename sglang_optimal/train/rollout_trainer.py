@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from transformers import TrainerCallback
 
 from sglang_optimal.names import SERIES
@@ -22,7 +21,7 @@ class Sampler(Protocol):
 
     def generate(self, prompts: Any, student_prompts: Any, **sampling: Any) -> Any: ...
 
-    def update_student_weights(self, weights: str) -> None: ...
+    def update_student_weights(self, weights: Mapping[str, torch.Tensor]) -> None: ...
 
 
 class RolloutTrainer(RecordTrainer):
@@ -59,7 +58,7 @@ class RolloutTrainer(RecordTrainer):
         self.sampler = sampler
         self.sampling = {"temperature": 1.0, **(sampling or {})}
         super().__init__(model, args, train_dataset, **{"data_collator": list, **more})
-        self.add_callback(_Updates(self))
+        self.add_callback(_Updates(self, args.update_every))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Samples for the rows of the batch, then Trainer's own step."""
@@ -109,33 +108,41 @@ class RolloutTrainer(RecordTrainer):
 
     def update_sampler(self) -> None:
         """Give the sampler the student's present weights, an adapter merged."""
-        with tempfile.TemporaryDirectory(prefix="sglang-optimal-student-") as folder:
-            save_student(self.accelerator.unwrap_model(self.model), Path(folder))
-            self.sampler.update_student_weights(folder)
+        give_weights(self.sampler, self.accelerator.unwrap_model(self.model))
 
 
 class _Updates(TrainerCallback):
     """Updates the sampler before the first step and after every ``update_every``."""
 
-    def __init__(self, trainer: RolloutTrainer):
-        self.trainer = trainer
+    def __init__(self, trainer: Any, update_every: int):
+        self.trainer, self.update_every = trainer, update_every
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.update_sampler()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % args.update_every == 0:
+        if state.global_step % self.update_every == 0:
             self.trainer.update_sampler()
 
 
-def save_student(model: Any, folder: Path) -> None:
-    """Write the model's checkpoint, in safetensors and with the names that transformers reads.
+def give_weights(sampler: Sampler, model: Any) -> None:
+    """Give the sampler a model's weights, by the names that its checkpoints have.
 
     A peft model is merged in a copy: merging and unmerging in place would round 16-bit weights anew at every step.
     """
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
-    model.save_pretrained(folder)
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    sampler.update_student_weights(_as_saved(model, tensors))
+
+
+def _as_saved(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What ``save_pretrained`` would write: some models hold in one tensor what their checkpoints have in many."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4, where they do not
+        return tensors
+    return revert_weight_conversion(model, tensors)
 
 
 _SERIES = (*SERIES, "behaviour_logprob")

@@ -7,12 +7,19 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any
 
+import torch
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.entrypoints.engine import init_tokenizer_manager
-from sglang.srt.managers.io_struct import GenerateReqInput, LoRAUpdateOutput, UpdateWeightFromDiskReqInput
+from sglang.srt.managers.io_struct import (
+    BeginWeightUpdateReqInput,
+    EndWeightUpdateReqInput,
+    GenerateReqInput,
+    LoRAUpdateOutput,
+    UpdateWeightFromDiskReqInput,
+)
 from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
 from sglang.srt.model_executor.forward_batch_info import get_server_return_hidden_states_mode
 from sglang.srt.runtime_context import get_device, get_model, get_serving
@@ -52,6 +59,8 @@ from sglang_optimal.runtime.model_executor.weight_updater import (
     SAFETENSORS,
     is_for_student,
     mark_for_student,
+    parts_of,
+    tensors_request,
 )
 from sglang_optimal.scores import SCORED
 from sglang_optimal.wanted import wanted_by
@@ -287,6 +296,31 @@ class MixedTokenizerManager(TokenizerManager):
                 self._update_weight_version_if_provided(version)
             self._student_version = version
         return success, message, paused
+
+    async def update_student_weights_in_memory(self, weights: Mapping[str, torch.Tensor], version: str | None) -> None:
+        """A session of its own with some of the policy's tensors, a part of them at a time.
+
+        Raises:
+            ValueError: they do not fit; the old weights stay.
+        """
+        await self._step_of_session(self.begin_weight_update(BeginWeightUpdateReqInput()))
+        try:
+            for number, part in enumerate(parts_of(weights)):
+                # The first empties the caches, or is refused; meanwhile nothing fills them.
+                request = tensors_request(part, flush_cache=number == 0, weight_version=version)
+                await self._step_of_session(self.update_weights_from_tensor(request))
+            await self._step_of_session(self.end_weight_update(EndWeightUpdateReqInput()))
+        except BaseException:
+            if not self._no_session.is_set():  # the next session begins with the weights from before this one
+                await self.begin_weight_update(BeginWeightUpdateReqInput())
+                await self.end_weight_update(EndWeightUpdateReqInput())
+            raise
+
+    @staticmethod
+    async def _step_of_session(step: Coroutine[Any, Any, tuple[bool, str]]) -> None:
+        success, message = await step
+        if not success:
+            raise ValueError(message)
 
     async def _wait_for_model_update_from_disk(self, obj: UpdateWeightFromDiskReqInput):
         """SGLang's; what is served by name stays the teacher when the student is updated."""

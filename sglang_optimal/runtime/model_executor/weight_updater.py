@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from sglang.srt.distributed import get_tp_group
+from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils import MultiprocessingSerializer
 
 from sglang_optimal.platforms import packed_linear
 
@@ -31,6 +34,8 @@ SAFETENSORS = "safetensors"
 """The ``load_format`` of weights that nothing unpickles."""
 HELD = "running requests hold KV of the old weights"
 """In the message of an update that came too early."""
+PART_BYTES = 1 << 28
+"""Of tensors that are sent at once."""
 CLOSED = "The session is closed; begin again."
 """In the message of a part that failed."""
 LEAVING_SECONDS = 1.0
@@ -133,6 +138,38 @@ def check_tensors(named: Sequence[tuple[str, torch.Tensor]], expected: dict[str,
     if finite and not bool(torch.stack(finite).all()):  # one wait for all of them
         names = (name for name, tensor in named if tensor.dtype in _FLOATS and not bool(tensor.isfinite().all()))
         raise ValueError(f"{next(names)}: has NaN or infinity.")
+
+
+def parts_of(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors, some at a time: of one device, and of `PART_BYTES` or a single one."""
+    part: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in weights.items():
+        tensor = tensor.detach()
+        if part and (size + tensor.nbytes > PART_BYTES or tensor.device != next(iter(part.values())).device):
+            yield part
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.nbytes
+    if part:
+        yield part
+
+
+def tensors_request(part: dict[str, torch.Tensor], **fields: Any) -> UpdateWeightsFromTensorReqInput:
+    """SGLang's request for one of `parts_of`: as safetensors, or handles of memory on an accelerator."""
+    if all(tensor.device.type == "cpu" for tensor in part.values()):
+        # Copies of what has two names: safetensors takes no two for one memory, as tied embeddings have.
+        seen: set[int] = set()
+        separate = {}
+        for name, tensor in part.items():
+            again = tensor.data_ptr() in seen
+            seen.add(tensor.data_ptr())
+            separate[name] = tensor.contiguous().clone() if again else tensor.contiguous()
+        payloads, load_format = [safetensors.torch.save(separate)], SAFETENSORS
+    else:
+        payload = MultiprocessingSerializer.serialize(list(part.items()))
+        payloads, load_format = [payload] * get_parallel().tp_size, None
+    return UpdateWeightsFromTensorReqInput(serialized_named_tensors=payloads, load_format=load_format, **fields)
 
 
 def everywhere(success: bool) -> bool:
