@@ -1,6 +1,6 @@
-"""What a trainer makes of mixed samples: losses on series and top-k arrays, and two small trainers.
+"""What a trainer makes of mixed samples: losses on series and top-k arrays, and three small trainers.
 
-Needs PyTorch alone; the trainers need transformers. Nothing of SGLang is imported. docs/training.md says which series
+Needs PyTorch alone; the trainers need transformers, and GRPO TRL. Nothing of SGLang is imported. docs/training.md says which series
 is which mathematical object.
 """
 
@@ -21,10 +21,16 @@ from sglang_optimal.train.top_k import TopK
 
 if TYPE_CHECKING:
     from sglang_optimal.train.config import TrainConfig
+    from sglang_optimal.train.grpo import MixtureGRPOTrainer
     from sglang_optimal.train.record_trainer import RecordTrainer
     from sglang_optimal.train.rollout_trainer import RolloutTrainer
 
-_MODULES = {"TrainConfig": "config", "RecordTrainer": "record_trainer", "RolloutTrainer": "rollout_trainer"}
+_MODULES = {
+    "MixtureGRPOTrainer": "grpo",
+    "RecordTrainer": "record_trainer",
+    "RolloutTrainer": "rollout_trainer",
+    "TrainConfig": "config",
+}
 
 __all__ = [
     "DIVERGENCES",
@@ -33,6 +39,7 @@ __all__ = [
     "TAIL_RESOLUTION",
     "Bounds",
     "ImportanceWeights",
+    "MixtureGRPOTrainer",
     "Objective",
     "RecordCollator",
     "RecordTrainer",

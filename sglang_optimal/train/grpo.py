@@ -42,7 +42,7 @@ class MixtureGRPOTrainer(GRPOTrainer):
     ):
         if more.get("rollout_func") is not None:
             raise ValueError("rollout_func: the sampler draws the rollouts; leave it out.")
-        super().__init__(*args, rollout_func=_rollouts, **more)
+        super().__init__(*args, **{**more, "rollout_func": _rollouts})
         if self.args.use_vllm:
             raise ValueError("use_vllm: the sampler draws the rollouts; leave it out.")
         if update_every < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,9 @@ class FakeSampler:
     def __exit__(self, *info) -> None:
         pass
 
-    def update_student_weights(self, folder: str) -> None:
-        missing, unexpected = self.student.load_state_dict(load_file(Path(folder) / "model.safetensors"), strict=False)
+    def update_student_weights(self, weights: str | Mapping[str, torch.Tensor]) -> None:
+        tensors = load_file(Path(weights) / "model.safetensors") if isinstance(weights, str) else weights
+        missing, unexpected = self.student.load_state_dict(tensors, strict=False)
         assert not missing and not unexpected
         self.updates += 1
 
@@ -75,7 +76,8 @@ class FakeSampler:
                 logits = {"teacher": t, "student": s, "mixture": made.logits}
                 logprobs = {name: (values / temperature).log_softmax(-1) for name, values in logits.items()}
                 tokens.append(torch.multinomial(logprobs["mixture"].exp(), 1, generator=generator))
-                for name, values in step(logprobs, tokens[-1], self.top_k).items():
+                found = step(logprobs, tokens[-1], self.top_k)
+                for name, values in {**found, "behaviour_logprob": found["mixture_logprob"]}.items():
                     series.setdefault(name, []).append(values)
                 series.setdefault("alpha", []).append(made.alpha)
                 series.setdefault("kl_to_student", []).append(made.kl_to_student)

@@ -117,6 +117,11 @@ def test_rollouts(pair, tmp_path):
     run("rollouts", pair, tmp_path, fake)
 
 
+def test_grpo(pair, tmp_path):
+    fake = "import sglang_optimal, fake_sampler; sglang_optimal.OptimalSampler = fake_sampler.FakeSampler\n"
+    run("grpo", pair, tmp_path, fake)
+
+
 def test_in_a_trainer_of_one_s_own(pair):
     """What the block's class computes is the loss of the records at their completions."""
     from transformers import AutoModelForCausalLM
