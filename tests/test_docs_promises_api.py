@@ -385,18 +385,22 @@ def test_what_does_not_go_into_a_mixed_request(field):
     """A plain one on the same server may have it; an empty one is absent."""
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    from sglang_optimal.runtime.entrypoints.protocol import StudentReader
+    from sglang_optimal.runtime.entrypoints.protocol import SideReader
     from sglang_optimal.runtime.managers.tokenizer_manager import _UNSUPPORTED, MixedTokenizerManager
 
     manager = SimpleNamespace(
         mixing_config=MixingConfig(student_model_path="s"),
-        student_reader=StudentReader(str.encode, list, str.encode, vocab_size=64, context_length=100, max_chars=1000),
-    )  # fmt: skip
+        side_readers=dict.fromkeys(
+            ("teacher", "student"),
+            SideReader(str.encode, list, str.encode, vocab_size=64, context_length=100, max_chars=1000),
+        ),
+        _own_ids=lambda fields, text, ids: ids,
+    )
     manager._check_plain = lambda obj: MixedTokenizerManager._check_plain(manager, obj)
 
     def prepare(value, custom):
         request = GenerateReqInput(text="a", sampling_params={"custom_params": custom}, **{field: value})
-        MixedTokenizerManager._prepare_mixing(manager, request, [9])
+        MixedTokenizerManager._prepare_mixing(manager, request, "a", [9])
 
     mixed = {"student_input_ids": [9]}
     with pytest.raises(ValueError, match=f"^{field}: not supported in a mixed request; remove it or the student"):

@@ -1,7 +1,7 @@
 """What a trainer makes of mixed samples: losses on series and top-k arrays, and three small trainers.
 
-Needs PyTorch alone; the trainers need transformers, and GRPO TRL. Nothing of SGLang is imported. docs/training.md says which series
-is which mathematical object.
+Needs PyTorch alone; the trainers need transformers, and GRPO TRL. Nothing of SGLang is imported. docs/training.md says
+which series is which mathematical object.
 """
 
 from __future__ import annotations

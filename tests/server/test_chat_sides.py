@@ -88,7 +88,7 @@ def build(tokenizer, source: str, *, chat_template=None, two_models: bool) -> Mi
     manager = Manager(
         tokenizer=with_template(), model_config=model, server_args=None, served_model_name="m", model_path="/m/model",
         processor=None, mixing_config=MixingConfig(student_model_path="/m/model"),
-        student_reader=SimpleNamespace(max_chars=10**6),
+        side_readers={"student": SimpleNamespace(max_chars=10**6)},
     )  # fmt: skip
     templates = template_manager.TemplateManager()
     templates.load_chat_template(manager, chat_template, "/m/model")

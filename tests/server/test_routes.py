@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-from serving import server_info
 
 PAGE = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
 SECTION = PAGE.partition("## SGLang's routes beside a student")[2].partition("\n## ")[0]

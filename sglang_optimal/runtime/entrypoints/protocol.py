@@ -20,13 +20,18 @@ from sglang_optimal.runtime.entrypoints.messages import (
 from sglang_optimal.wanted import TOP_K_FIELDS, check_amount, wanted_by
 
 STUDENT_FIELDS = ("student_text", "student_input_ids", "student_messages")
-TEACHER_FIELDS = ("teacher_messages", "teacher_only_messages", "teacher_system_prompt", "teacher_chat_template_kwargs")
-"""Fields about the teacher's messages; none of them is left when the request reaches the scheduler."""
+"""What the student reads, where the request's own prompt is the teacher's."""
+TEACHER_FIELDS = ("teacher_text", "teacher_input_ids", "teacher_messages")
+"""What the teacher reads, where the request's own prompt is the student's. Beside one of the student's fields
+``teacher_messages`` are the request's own prompt."""
+CONTEXT_FIELDS = {"student": STUDENT_FIELDS, "teacher": TEACHER_FIELDS}
+_OF_MESSAGES = ("teacher_only_messages", "teacher_system_prompt", "teacher_chat_template_kwargs")
 COMPLETION_FIELDS = ("completion_text", "completion_input_ids")
 """A completion to score in place of generating one."""
 MIXING_FIELDS = (
     STUDENT_FIELDS
     + TEACHER_FIELDS
+    + _OF_MESSAGES
     + ("student_system_prompt", "student_chat_template_kwargs", "return_mixing_info", "return_prompts")
     + TOP_K_FIELDS
     + COMPLETION_FIELDS
@@ -49,23 +54,25 @@ _TYPO, _SURE_TYPO = 0.8, 0.93
 """From which likeness (`difflib`) on a key is one of ours misspelt: where nobody else reads custom_params, and where a
 custom logit processor of the client's own does."""
 
-_TEACHER_ONLY_WITH = {
-    "teacher_messages": "only /generate reads it, in place of text and input_ids.",
+_ONLY_WITH = {
     "teacher_only_messages": "only /v1/chat/completions reads it, beside messages.",
     "teacher_system_prompt": "needs messages for the teacher: teacher_messages, or /v1/chat/completions.",
     "teacher_chat_template_kwargs": "only read with teacher_messages; a chat request has chat_template_kwargs.",
+    "student_system_prompt": "only read with student_messages, or in a chat.",
+    "student_chat_template_kwargs": "only read with student_messages, or in a chat.",
 }
 
 
 class RenderedPrompt(list):
-    """Token ids of the student's prompt that came of something else than ``student_input_ids``.
+    """Token ids of one side's prompt that came of something else than ``…_input_ids``.
 
     source: the field they came from, for the messages of errors.
+    is_own: whether they are what the client calls its prompt, and not the other side's.
     """
 
-    def __init__(self, ids: Sequence[int], source: str):
+    def __init__(self, ids: Sequence[int], source: str, *, is_own: bool = False):
         super().__init__(ids)
-        self.source = source
+        self.source, self.is_own = source, is_own
 
 
 def mixing_fields(custom_params: Any, *, others_read: bool = False) -> dict[str, Any]:
@@ -147,17 +154,19 @@ def check_size_of(messages: Sequence[Any], max_chars: int, name: str) -> None:
 def take_teacher_messages(
     custom_params: dict[str, Any], config: MixingConfig, max_chars: int
 ) -> tuple[list[dict], dict[str, Any], dict[str, Any]] | None:
-    """Split off the messages that the teacher reads on ``/generate``.
+    """Split off the messages that the teacher reads on ``/generate``, where the student's context is a field.
 
     Returns:
         (messages, extra variables for the chat template, custom_params without the teacher's fields); None where the
-        request has no ``teacher_messages``.
+        request has no ``teacher_messages``, or they are beside a prompt of the student's.
 
     Raises:
         ValueError: names the field and the fix.
     """
     if not isinstance(custom_params, dict) or custom_params.get("teacher_messages") is None:
         return None
+    if all(custom_params.get(name) is None for name in STUDENT_FIELDS):
+        return None  # the request's own prompt is the student's
     fields = mixing_fields(custom_params)
     check_has_student(fields, config)
     messages, kwargs = messages_of(fields, "teacher", max_chars)
@@ -175,8 +184,8 @@ def messages_of(fields: dict[str, Any], side: str, max_chars: int) -> tuple[list
 
 
 @dataclasses.dataclass(frozen=True)
-class StudentReader:
-    """How a server's student reads.
+class SideReader:
+    """How one of a server's models reads.
 
     Attributes:
         encode_text, encode_messages: its tokenizer; and its chat template, with extra variables for it.
@@ -193,66 +202,91 @@ class StudentReader:
     max_chars: int
 
 
-def to_wire(
+@dataclasses.dataclass(frozen=True)
+class Contexts:
+    """What both sides read.
+
+    Attributes:
+        teacher, student: token ids, a completion to score among them.
+        own: the side whose prompt is the request's own, and how long it is without a completion.
+        wire: the request's new custom_params, with every setting filled in.
+    """
+
+    teacher: list[int]
+    student: list[int]
+    own: str
+    own_length: int
+    completion_length: int
+    wire: dict[str, Any]
+
+    @property
+    def is_own_the_teacher_s(self) -> bool:
+        return self.own == "teacher"
+
+
+def other_side(fields: dict[str, Any]) -> tuple[str, str]:
+    """(the side that is not the request's own, the field with its context).
+
+    Raises:
+        ValueError: none was given, or several.
+    """
+    given = [(side, name) for side, names in CONTEXT_FIELDS.items() for name in names if fields.get(name) is not None]
+    if len(given) == 1:
+        return given[0]
+    names = [name for _, name in given]
+    what = "none was given" if not given else f"got {' and '.join(names)}"
+    raise ValueError(
+        f"a mixed request needs exactly one of {', '.join(STUDENT_FIELDS)}, or, where its own prompt is the student's, "
+        f"of {', '.join(TEACHER_FIELDS)}; {what}."
+    )
+
+
+def contexts_of(
     custom_params: dict[str, Any],
     fields: dict[str, Any],
+    own_ids: Sequence[int],
     config: MixingConfig,
-    reader: StudentReader,
+    readers: dict[str, SideReader],
     max_new_tokens: int | None,
-) -> dict[str, Any]:
-    """Check a request's mixing fields and tokenize its student context (in the tokenizer manager).
+) -> Contexts:
+    """Check a request's mixing fields and tokenize its other context (in the tokenizer manager).
 
     Args:
         custom_params: as the client sent them. fields: those of them that are `mixing_fields`; not empty.
+        own_ids: token ids of the request's own prompt.
+        readers: {side: how it reads}.
         max_new_tokens: the request's limit, or None.
-
-    Returns:
-        New custom_params, with ``student_input_ids`` and every setting filled in.
 
     Raises:
         ValueError: names the field and the fix.
     """
-    for name in TEACHER_FIELDS:
-        if fields.get(name) is not None:
-            raise ValueError(f"{name}: {_TEACHER_ONLY_WITH[name]}")
-    given = [name for name in STUDENT_FIELDS if fields.get(name) is not None]
-    if len(given) != 1:
-        what = "none was given" if not given else f"got {' and '.join(given)}"
-        raise ValueError(f"a mixed request needs exactly one of {', '.join(STUDENT_FIELDS)}; {what}.")
-    name = given[0]
-    value = fields[name]
-    if name == "student_text":
-        ids = _encoded(value, reader.encode_text, reader.max_chars, name)
-    elif name == "student_messages":
-        ids = list(reader.encode_messages(*messages_of(fields, "student", reader.max_chars)))
-    elif isinstance(value, RenderedPrompt):
-        name, ids = value.source, list(value)
-    else:
-        ids = _checked_ids(value, reader.vocab_size, reader.context_length)
-    if given[0] != "student_messages":
-        for extra in ("student_system_prompt", "student_chat_template_kwargs"):
-            if fields.get(extra) is not None:
-                raise ValueError(f"{extra}: only read with student_messages, not with {name}.")
+    side, given = other_side(fields)
+    for name, why in _ONLY_WITH.items():
+        if fields.get(name) is not None and not (name.startswith(side) and given.endswith("_messages")):
+            raise ValueError(f"{name}: {why}")
+    reader, value = readers[side], fields[given]
+    name = value.source if isinstance(value, RenderedPrompt) else given
+    ids = ids_of_side(fields, given, reader)
     if not ids:
-        raise ValueError(f"{name}: the student context has no tokens.")
+        raise ValueError(f"{name}: the {side} context has no tokens.")
     completion = completion_of(fields, reader, max_new_tokens)
-    if completion is not None:
-        ids, max_new_tokens = ids + completion, 1
-    wanted = len(ids) + max(max_new_tokens or 1, 1)
-    if wanted > reader.context_length:
-        raise ValueError(
-            f"{name}: the student context is too long: {len(ids)} tokens and {max_new_tokens or 1} new ones exceed the "
-            f"student's context length of {reader.context_length}. Shorten it or lower max_new_tokens."
-        )
+    new = 1 if completion is not None else max_new_tokens or 1
+    own = {"teacher": "student", "student": "teacher"}[side]
+    tail = completion or []
+    both = {side: ids + tail, own: [*own_ids, *tail]}
+    for of, what in ((side, name), (own, "the prompt")):
+        if len(both[of]) + max(new, 1) > readers[of].context_length:
+            raise ValueError(
+                f"{what}: the {of} context is too long: {len(both[of])} tokens and {new} new ones exceed the "
+                f"{of}'s context length of {readers[of].context_length}. Shorten it or lower max_new_tokens."
+            )
     if not isinstance(fields.get("return_prompts"), bool | None):
         raise ValueError(f"return_prompts: must be true or false, got {fields['return_prompts']!r}.")
     of_tokens = wanted_by(fields)
     check_amount(of_tokens, len(completion) if completion is not None else max_new_tokens or reader.context_length)
     alpha = config.alpha.updated({k: fields[k] for k in ALPHA_KEYS if k in fields})
-    others = {k: v for k, v in custom_params.items() if k not in fields}
-    return {
-        **others,
-        "student_input_ids": ids,
+    wire = {
+        **{k: v for k, v in custom_params.items() if k not in fields},
         "completion_length": None if completion is None else len(completion),
         "return_mixing_info": list(of_tokens.series),
         "return_top_k": of_tokens.top_k,
@@ -260,9 +294,34 @@ def to_wire(
         "top_k_format": of_tokens.top_k_format,
         **alpha.model_dump(),
     }
+    rendered_own = isinstance(value, RenderedPrompt) and value.is_own
+    return Contexts(
+        both["teacher"],
+        both["student"],
+        own=side if rendered_own else own,
+        own_length=len(ids if rendered_own else own_ids),
+        completion_length=len(tail),
+        wire=wire,
+    )
 
 
-def completion_of(fields: dict[str, Any], reader: StudentReader, max_new_tokens: int | None) -> list[int] | None:
+def ids_of_side(fields: dict[str, Any], name: str, reader: SideReader) -> list[int]:
+    """Token ids of a side's context, given in the field ``name``.
+
+    Raises:
+        ValueError: names the field and the fix.
+    """
+    value = fields[name]
+    if name.endswith("_text"):
+        return _encoded(value, reader.encode_text, reader.max_chars, name)
+    if name.endswith("_messages"):
+        return list(reader.encode_messages(*messages_of(fields, name.partition("_")[0], reader.max_chars)))
+    if isinstance(value, RenderedPrompt):
+        return list(value)
+    return _checked_ids(value, reader.vocab_size, reader.context_length, name)
+
+
+def completion_of(fields: dict[str, Any], reader: SideReader, max_new_tokens: int | None) -> list[int] | None:
     """Token ids of the completion to score; None where one is to be generated.
 
     Raises:
@@ -284,14 +343,12 @@ def completion_of(fields: dict[str, Any], reader: StudentReader, max_new_tokens:
     if not ids:
         raise ValueError(f"{name}: has no tokens.")
     if len(ids) + 2 > reader.context_length:
-        raise ValueError(
-            f"{name}: {len(ids)} tokens are too long for the student's context length of {reader.context_length}."
-        )
+        raise ValueError(f"{name}: {len(ids)} tokens are too long for a context length of {reader.context_length}.")
     return ids
 
 
 def from_wire(custom_params: Any, teacher_ids: array) -> MixedRequest | None:
-    """What ``to_wire`` has checked; None for a plain request.
+    """What `contexts_of` has checked; None for a plain request.
 
     Args:
         teacher_ids: token ids of the request's own prompt.

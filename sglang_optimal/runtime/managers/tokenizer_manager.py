@@ -26,7 +26,7 @@ from sglang.srt.runtime_context import get_device, get_model, get_serving
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_optimal.config import MixingConfig
-from sglang_optimal.names import ALL_SERIES, TOP_K
+from sglang_optimal.names import ALL_SERIES, SIDES, TOP_K
 from sglang_optimal.runtime.configs.model_config import student_model_config
 from sglang_optimal.runtime.entrypoints.openai.chat_side import ChatSide
 from sglang_optimal.runtime.entrypoints.openai.stream_series import (
@@ -36,13 +36,16 @@ from sglang_optimal.runtime.entrypoints.openai.stream_series import (
     with_scores,
 )
 from sglang_optimal.runtime.entrypoints.protocol import (
+    CONTEXT_FIELDS,
     STUDENT_FIELDS,
-    StudentReader,
+    TEACHER_FIELDS,
+    Contexts,
+    SideReader,
     check_has_student,
+    contexts_of,
     mixing_fields,
     take_carried,
     take_teacher_messages,
-    to_wire,
 )
 from sglang_optimal.runtime.managers.dead_ends import blame_request
 from sglang_optimal.runtime.managers.request_checks import (
@@ -112,11 +115,11 @@ class MixedTokenizerManager(TokenizerManager):
 
     Attributes:
         chat_sides: set after construction, when SGLang has read its templates; None without a student or a tokenizer.
-        student_reader: how the student reads; only with one.
+        side_readers: {side: how it reads}; only with a student.
     """
 
     chat_sides: ChatSides | None = None
-    student_reader: StudentReader
+    side_readers: dict[str, SideReader]
     # SGLang's, which sets them in a method.
     model_path: str
     served_model_name: str
@@ -141,14 +144,22 @@ class MixedTokenizerManager(TokenizerManager):
         if self.tokenizer is not None:
             self.student_tokenizer = self.tokenizer if self._one_tokenizer() else self._student_s_own_tokenizer()
         self.teacher_max_chars = _max_chars(self.tokenizer, self.model_config.context_len)
-        self.student_reader = StudentReader(
-            encode_text=self._encode_student_text,
-            encode_messages=self._encode_student_messages,
-            encode_completion=self._encode_completion,
-            vocab_size=min(self.model_config.vocab_size, model_config.vocab_size),
-            context_length=model_config.context_len,
-            max_chars=_max_chars(self.student_tokenizer, model_config.context_len),
-        )
+        vocab_size = min(self.model_config.vocab_size, model_config.vocab_size)
+        lengths = {"teacher": self.model_config.context_len, "student": model_config.context_len}
+        self.side_readers = {
+            side: SideReader(
+                encode_text=functools.partial(self._encode_text, side),
+                encode_messages=functools.partial(self._encode_messages, side),
+                encode_completion=self._encode_completion,
+                vocab_size=vocab_size,
+                context_length=lengths[side],
+                max_chars=_max_chars(self._tokenizer_of(side), lengths[side]),
+            )
+            for side in SIDES[:2]
+        }
+
+    def _tokenizer_of(self, side: str):
+        return self.tokenizer if side == "teacher" else self.student_tokenizer
 
     def _one_tokenizer(self) -> bool:
         config, model = self.mixing_config, get_model()
@@ -225,7 +236,8 @@ class MixedTokenizerManager(TokenizerManager):
     def _is_mixed(self, obj: GenerateReqInput) -> bool:
         params = obj.sampling_params
         customs = [p.get("custom_params") for p in (params if isinstance(params, list) else [params]) if p]
-        return any(isinstance(custom, dict) and custom.keys() & {*STUDENT_FIELDS} for custom in customs)
+        names = {name for fields in CONTEXT_FIELDS.values() for name in fields}
+        return any(isinstance(custom, dict) and custom.keys() & names for custom in customs)
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -390,7 +402,7 @@ class MixedTokenizerManager(TokenizerManager):
                 if input_ids is not None and len(input_ids) == 0:
                     # Stock SGLang ends over it; beside other requests it would be answered from their logits.
                     raise ValueError("text: gives no tokens at all; send some text, or input_ids.")
-                input_ids = self._prepare_mixing(obj, input_ids)
+                input_ids = self._prepare_mixing(obj, input_text, input_ids)
             tokenized = super()._create_tokenized_object(
                 obj, input_text, input_ids, input_embeds, mm_inputs, *args, **kwargs
             )
@@ -434,7 +446,7 @@ class MixedTokenizerManager(TokenizerManager):
         if config.student_model_path is not None and not config.shared_weights:
             raise ValueError(f"{route}: not supported beside a student with weights of its own.")
 
-    def _prepare_mixing(self, obj: GenerateReqInput, input_ids: list[int]) -> list[int]:
+    def _prepare_mixing(self, obj: GenerateReqInput, input_text: str | None, input_ids: list[int]) -> list[int]:
         """Check and complete a mixed request; returns what the teacher reads."""
         params = obj.sampling_params or {}
         custom = params.get("custom_params")
@@ -450,33 +462,48 @@ class MixedTokenizerManager(TokenizerManager):
             raise ValueError(
                 "return_mixing_info: behaviour_logprob is not known beside a custom_logit_processor; leave one out."
             )
-        wire = to_wire(custom, fields, self.mixing_config, self.student_reader, params.get("max_new_tokens"))
+        contexts = contexts_of(
+            custom, fields, self._own_ids(fields, input_text, input_ids), self.mixing_config, self.side_readers,
+            params.get("max_new_tokens"),
+        )  # fmt: skip
         for name in _UNSUPPORTED:
             if _is_given(getattr(obj, name, None)):
-                raise ValueError(f"{name}: not supported in a mixed request; remove it or the student context.")
+                raise ValueError(
+                    f"{name}: not supported in a mixed request; remove it or the {_other(contexts)} context."
+                )
         if params.get("beam_width") not in (None, 1):
             raise ValueError("beam_width: beam search is not supported in a mixed request; remove one of the two.")
+        if contexts.own == "student" and obj.return_logprob and _starts_in_prompt(obj.logprob_start_len):
+            raise ValueError(
+                "logprob_start_len: the prompt is the student's, and the teacher's is read in its place; leave it out, "
+                "and score what you want to know of it as a completion."
+            )
         # A new dict: the requests of one batch may share theirs.
-        obj.sampling_params = {**params, "custom_params": wire}
-        length = wire["completion_length"] or 0
-        student = wire["student_input_ids"]
+        obj.sampling_params = {**params, "custom_params": {**contexts.wire, "student_input_ids": contexts.student}}
+        if contexts.own == "student":
+            obj.mixing_prompt_tokens = contexts.own_length
+        length = contexts.completion_length
         if fields.get("return_prompts"):
-            obj.mixing_prompts = self._prompts(list(input_ids), student[: len(student) - length])
-        return self._with_completion(obj, list(input_ids), student[-length:]) if length else input_ids
+            prompts = (ids[: len(ids) - length] for ids in (contexts.teacher, contexts.student))
+            obj.mixing_prompts = self._prompts(*prompts)
+        if length:
+            self._check_scored(obj)
+        return contexts.teacher
 
-    def _with_completion(self, obj: GenerateReqInput, input_ids: list[int], completion: list[int]) -> list[int]:
-        """The teacher's context with the completion to score behind it.
+    def _own_ids(self, fields: dict[str, Any], text: str | None, input_ids: list[int]) -> list[int]:
+        """Of the request's own prompt, as its side's tokenizer reads it; SGLang has asked the teacher's."""
+        own_is_the_student_s = any(fields.get(name) is not None for name in TEACHER_FIELDS)
+        if own_is_the_student_s and text is not None and self.student_tokenizer is not self.tokenizer:
+            return list(self.side_readers["student"].encode_text(text))
+        return list(input_ids)
+
+    def _check_scored(self, obj: GenerateReqInput) -> None:
+        """Of a request whose completion is given.
 
         Raises:
-            ValueError: it is too long, or another field has no meaning then.
+            ValueError: another field has no meaning then.
         """
         params = obj.sampling_params
-        longest = self.model_config.context_len
-        if len(input_ids) + len(completion) + 1 > longest:
-            raise ValueError(
-                f"completion_text, completion_input_ids: {len(input_ids)} tokens of the teacher's context and "
-                f"{len(completion)} of the completion exceed its context length of {longest}."
-            )
         for name, nothing in _NOT_OF_A_COMPLETION.items():
             value = params.get(name)
             if value is not None and value != nothing and value != []:
@@ -489,7 +516,6 @@ class MixedTokenizerManager(TokenizerManager):
                 "completion_text, completion_input_ids: not supported on a server that returns hidden states."
             )
         params["max_new_tokens"] = 1  # what is sampled beyond the completion is dropped
-        return input_ids + completion
 
     def _with_scores(self, output: dict[str, Any]) -> dict[str, Any]:
         return with_scores(output, self._completion_text)
@@ -514,20 +540,20 @@ class MixedTokenizerManager(TokenizerManager):
             "session_params.mixing); this server takes no plain requests (--plain-requests refuse)."
         )
 
-    def _encode_student_text(self, text: str) -> list[int]:
-        if self.student_tokenizer is None:
-            raise ValueError("student_text: the server runs with --skip-tokenizer-init; send student_input_ids.")
-        return self.student_tokenizer.encode(text)
+    def _encode_text(self, side: str, text: str) -> list[int]:
+        tokenizer = self._tokenizer_of(side)
+        if tokenizer is None:
+            raise ValueError(f"{side}_text: the server runs with --skip-tokenizer-init; send {side}_input_ids.")
+        return tokenizer.encode(text)
 
     def _encode_completion(self, text: str) -> list[int]:
         if self.student_tokenizer is None:
             raise ValueError("completion_text: the server runs with --skip-tokenizer-init; send completion_input_ids.")
         return self.student_tokenizer.encode(text, add_special_tokens=False)
 
-    def _encode_student_messages(self, messages: list[dict], kwargs: dict) -> list[int]:
-        return self.sides_of_a_chat("student_messages", "send student_input_ids").student.ids(
-            messages, "student_messages", kwargs
-        )
+    def _encode_messages(self, side: str, messages: list[dict], kwargs: dict) -> list[int]:
+        sides = self.sides_of_a_chat(f"{side}_messages", f"send {side}_input_ids")
+        return getattr(sides, side).ids(messages, f"{side}_messages", kwargs)
 
     def sides_of_a_chat(self, field: str, instead: str) -> ChatSides:
         """How each model reads ``field``.
@@ -552,12 +578,22 @@ class MixedTokenizerManager(TokenizerManager):
         super().update_request_meta_info(meta_info, state, own, index, finish_reason)
         if finish_reason is not None:
             meta_info.update(getattr(state.obj, "mixing_prompts", {}))
+        # Where the request's own prompt is the student's, SGLang has counted the teacher's.
+        meta_info["prompt_tokens"] = getattr(state.obj, "mixing_prompt_tokens", meta_info["prompt_tokens"])
 
     async def _handle_abort_finish_reason(self, out, state, *args, **kwargs):
         """SGLang's; a request that left itself nothing to sample is a bad one."""
         # A request that leaves itself nothing to sample is a bad one, and no fault of the server's.
         blame_request(out["meta_info"]["finish_reason"], state.obj.sampling_params)
         return await super()._handle_abort_finish_reason(out, state, *args, **kwargs)
+
+
+def _starts_in_prompt(start: Any) -> bool:
+    return start not in (None, -1)
+
+
+def _other(contexts: Contexts) -> str:
+    return "student" if contexts.own == "teacher" else "teacher"
 
 
 def _is_health_check(obj) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import orjson
@@ -35,15 +35,18 @@ from sglang_optimal.runtime.entrypoints.openai.stream_series import (
 )
 from sglang_optimal.runtime.entrypoints.protocol import (
     STUDENT_FIELDS,
+    TEACHER_FIELDS,
     RenderedPrompt,
     check_has_student,
     check_size_of,
+    ids_of_side,
     mixing_fields,
     take_carried,
 )
 
-_TEACHER_FIELDS = ("teacher_only_messages", "teacher_system_prompt")
-_STUDENT_FIELDS = ("student_messages", "student_system_prompt", "student_chat_template_kwargs")
+_OF_THE_TEACHER = ("teacher_only_messages", "teacher_system_prompt")
+_OF_THE_STUDENT = ("student_system_prompt", "student_chat_template_kwargs")
+"""Beside messages that both read."""
 
 
 class MixedOpenAIServingChat(OpenAIServingChat):
@@ -64,31 +67,58 @@ class MixedOpenAIServingChat(OpenAIServingChat):
         Raises:
             ValueError: names the field and the fix.
         """
-        custom = dict(request.custom_params)
         fields = _fields_of(request)
         check_has_student(fields, self.tokenizer_manager.mixing_config)
-        if fields.get("teacher_messages") is not None:
-            raise ValueError("teacher_messages: only read by /generate; here the teacher's are messages.")
-        own = [name for name in STUDENT_FIELDS if fields.get(name) is not None]
-        self._check_input_ids(request, fields, own)
+        students, teachers = (_given(fields, names) for names in (STUDENT_FIELDS, TEACHER_FIELDS))
+        if teachers and (students or len(teachers) > 1):
+            raise ValueError(f"{', '.join([*students, *teachers])}: give one of them; messages are the other side's.")
         if request.chat_template_kwargs:
             _checked_variables(request.chat_template_kwargs, "chat_template_kwargs")
         shared = [message.model_dump(exclude_none=True) for message in request.messages]
-        messages = self._teacher_messages(request, shared, fields)
-        if own in ([], ["student_messages"]):
-            custom["student_input_ids"] = self._student_ids(request, shared, fields)
-            for name in _STUDENT_FIELDS:
-                custom.pop(name, None)
-        for name in _TEACHER_FIELDS:
-            custom.pop(name, None)
-        return request.model_copy(update={"messages": messages, "custom_params": custom})
+        student = None
+        if teachers and request.input_ids is not None:
+            for name in _given(fields, _OF_THE_STUDENT):
+                raise ValueError(f"input_ids: takes the place of the student's messages; remove it or {name}.")
+            student = RenderedPrompt(request.input_ids, "input_ids", is_own=True)
+            request = request.model_copy(update={"input_ids": None})
+        else:
+            self._check_input_ids(request, fields, students)
+            if students in ([], ["student_messages"]):  # else `contexts_of` reads the one, or refuses several
+                of_one_side = _given(fields, (*TEACHER_FIELDS, *_OF_THE_TEACHER)) and not _given(
+                    fields, _OF_THE_STUDENT
+                )
+                student = self._student_ids(request, shared, fields, is_own=not students and bool(of_one_side))
+        gone = {*TEACHER_FIELDS, *_OF_THE_TEACHER}
+        if student is not None:
+            gone |= {"student_messages", *_OF_THE_STUDENT}
+        custom = {name: value for name, value in request.custom_params.items() if name not in gone}
+        if student is not None:
+            custom["student_input_ids"] = student
+        return request.model_copy(
+            update={**self._teacher_s(request, shared, fields, teachers), "custom_params": custom}
+        )
+
+    def _teacher_s(
+        self, request: ChatCompletionRequest, shared: list[dict], fields: dict[str, Any], whole: list[str]
+    ) -> dict[str, Any]:
+        """What of the request is the teacher's: its messages, or token ids in their place."""
+        if not whole:
+            return {"messages": self._teacher_messages(request, shared, fields)}
+        (name,) = whole
+        for other in ("teacher_only_messages", *(() if name == "teacher_messages" else ("teacher_system_prompt",))):
+            if fields.get(other) is not None:
+                raise ValueError(f"{other}: is beside messages that both sides read; {name} takes the place of those.")
+        if name == "teacher_messages":
+            messages = with_system_prompt(checked_messages(fields[name], name), fields, "teacher_system_prompt")
+            return {"messages": as_request({"messages": messages}, name).messages}
+        return {"input_ids": ids_of_side(fields, name, self.tokenizer_manager.side_readers["teacher"])}
 
     @staticmethod
     def _check_input_ids(request: ChatCompletionRequest, fields: dict[str, Any], own: list[str]) -> None:
         """SGLang takes token ids in place of ``messages``; those are the teacher's alone."""
         if request.input_ids is None:
             return
-        for name in _TEACHER_FIELDS:
+        for name in _OF_THE_TEACHER:
             if fields.get(name) is not None:
                 raise ValueError(f"input_ids: takes the place of the teacher's messages; remove it or {name}.")
         if not own:
@@ -108,7 +138,7 @@ class MixedOpenAIServingChat(OpenAIServingChat):
         return as_request({"messages": messages}, "teacher_only_messages").messages
 
     def _student_ids(
-        self, request: ChatCompletionRequest, shared: list[dict], fields: dict[str, Any]
+        self, request: ChatCompletionRequest, shared: list[dict], fields: dict[str, Any], is_own: bool
     ) -> RenderedPrompt:
         """What the student reads of the chat: as the teacher would, but for its own messages, system prompt and
         template variables."""
@@ -122,12 +152,12 @@ class MixedOpenAIServingChat(OpenAIServingChat):
         student = request.model_copy(deep=True, update={"stream": False, "custom_params": None, "input_ids": None})
         if messages is not shared:
             student.messages = as_request({"messages": messages}, name).messages
-        check_size_of(student.messages, manager.student_reader.max_chars, name)
+        check_size_of(student.messages, manager.side_readers["student"].max_chars, name)
         own = fields.get("student_chat_template_kwargs")
         if own is not None:
             own = _checked_variables(own, "student_chat_template_kwargs")
             student.chat_template_kwargs = {**(student.chat_template_kwargs or {}), **own}
-        return RenderedPrompt(sides.student.ids_of(student, name), name)
+        return RenderedPrompt(sides.student.ids_of(student, name), name, is_own=is_own)
 
     def _build_chat_response(self, request, ret, created):
         """SGLang's answer, with the series in ``sglext.mixing``."""
@@ -138,6 +168,10 @@ class MixedOpenAIServingChat(OpenAIServingChat):
         """SGLang's events, with the series of the tokens they bring."""
         chunks = super()._generate_chat_stream
         return _recorded_stream(chunks, request, adapted_request, request, raw_request)
+
+
+def _given(fields: dict[str, Any], names: Sequence[str]) -> list[str]:
+    return [name for name in names if fields.get(name) is not None]
 
 
 def _fields_of(request: Any) -> dict[str, Any]:
