@@ -1,5 +1,5 @@
-"""Any SGLang process becomes ours where ``SGLANG_OPTIMAL_CONFIG`` is set: ``sglang serve``, ``sgl.Engine``, and trainers
-that call ``Engine._launch_subprocesses`` themselves.
+"""Any SGLang process becomes ours where ``SGLANG_OPTIMAL_CONFIG`` is set: ``sglang serve``, ``sgl.Engine``, and
+trainers that call ``Engine._launch_subprocesses`` themselves.
 
 The variable holds the section ``mixing`` of a configuration: a YAML file's path, or JSON. The plugin's entry point
 hooks what every launch passes through. Most launches load plugins before they resolve their arguments, and there the
