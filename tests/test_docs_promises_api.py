@@ -204,7 +204,7 @@ def test_requests_of_the_self_check(pool, count):
     runner = SimpleNamespace(sampling_observer=None, token_to_kv_pool_allocator=sized)
     model = SimpleNamespace(context_len=1024)
     worker = SimpleNamespace(
-        model_runner=runner, student_kv=sized, model_config=model, student_context_len=1024, vocab_size=64
+        model_runner=runner, guest_kv=sized, model_config=model, guest_context_len=1024, vocab_size=64
     )
     probes = SelfCheck(SimpleNamespace(tp_worker=worker))._requests()
     assert len(probes) == count
@@ -454,11 +454,11 @@ def test_other_fields_of_the_offline_api():
     ids=str,
 )
 def test_requests_that_take_one_token_a_step(change):
-    """Where the student drafts."""
+    """Where the guest drafts."""
     from sglang_optimal.runtime.speculative.spec_worker import can_draft
 
     params = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
-    request = {"grammar": None, "custom_logit_processor": None, "mixing": SimpleNamespace(student="its side")}
+    request = {"grammar": None, "custom_logit_processor": None, "mixing": SimpleNamespace(guest="its side")}
 
     def drafted(change) -> bool:
         own = {name: change.get(name, value) for name, value in request.items()}

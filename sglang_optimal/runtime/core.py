@@ -1,11 +1,11 @@
-"""What rides on SGLang's objects: the state of a mixed request, and a batch's part for the student.
+"""What rides on SGLang's objects: the state of a mixed request, and a batch's part for the guest.
 
 - ``Req.mixing``: a `MixedRequest`; None for a plain request. Set by the scheduler when the request arrives, and dies
   with it.
-- ``Req.mixing.student.kv``: a `StudentKVState`. Set by `StudentKV.allocate` when the request is admitted; dies at its
+- ``Req.mixing.guest.kv``: a `GuestKVState`. Set by `GuestKV.allocate` when the request is admitted; dies at its
   finish, abort or retraction, when the slots are given back.
-- ``ScheduleBatch.student_plan``: a `PrefillPlan` or `DecodePlan`. Set before a forward by the scheduler or, where the
-  student drafts, by the speculative worker; a forward's result keeps it alive until the device has read it.
+- ``ScheduleBatch.guest_plan``: a `PrefillPlan` or `DecodePlan`. Set before a forward by the scheduler or, where the
+  guest drafts, by the speculative worker; a forward's result keeps it alive until the device has read it.
 - ``ScheduleBatch.spec_info``: a `MixingDraftInput` (speculative/draft_input.py). What one step with drafts leaves to
   the next, which reads it.
 - ``SamplingBatchInfo.mixing``: a `MixingStep` (sampling/sampler.py); None without mixed rows. Set by the worker before
@@ -34,12 +34,12 @@ class Side:
     Attributes:
         model: ``teacher`` or ``student``.
         prompt_ids: token ids of its prompt; each model reads its own and then the output tokens.
-        kv: its KV slots, where they are not SGLang's own (``Req.kv``, the teacher's); None while it holds none.
+        kv: its KV slots, where they are not SGLang's own (``Req.kv``, the host's); None while it holds none.
     """
 
     model: str
     prompt_ids: array
-    kv: StudentKVState | None = None
+    kv: GuestKVState | None = None
 
 
 @dataclasses.dataclass
@@ -48,13 +48,13 @@ class Score:
 
     Attributes:
         length: of the completion.
-        teacher, student: hidden states [n, H] of the positions before its tokens, part by part. Set by the workers'
+        host, guest: hidden states [n, H] of the positions before its tokens, part by part. Set by the workers'
             prefills (sampling/scoring.py); they die when both sides are complete and the scores are made.
     """
 
     length: int
-    teacher: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    student: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    host: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    guest: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -62,8 +62,8 @@ class MixedRequest:
     """What is mixed for one request.
 
     Attributes:
-        sides: the models with their contexts; today two, the teacher first. Their weights, α and 1 − α, are solved for
-            every token.
+        sides: the models with their contexts; two, the host's first: today the teacher's, then the student's. Their
+            weights, α and 1 − α, are solved for every token.
         alpha: how.
         wanted: what the client asked for.
         score: the completion that is scored; None where one is generated.
@@ -75,24 +75,28 @@ class MixedRequest:
     score: Score | None = None
 
     @property
-    def student(self) -> Side:
+    def host(self) -> Side:
+        return self.sides[0]
+
+    @property
+    def guest(self) -> Side:
         return self.sides[1]
 
 
 @dataclasses.dataclass
-class StudentKVState:
-    """What one request holds in the student's pool.
+class GuestKVState:
+    """What one request holds in the guest's pool.
 
     Attributes:
-        ids: the tokens to prefill: S + the output tokens so far (more than S only after a retraction).
+        ids: the tokens to prefill: G + the output tokens so far (more than G only after a retraction).
         prefix_len: how many of them the radix cache had.
-        start: where the student's own prefill begins; [prefix_len, start) is the teacher's to compute, whose context
+        start: where the guest's own prefill begins; [prefix_len, start) is the host's to compute, whose context
             begins with the same tokens, and the row points to its slots (shared weights only).
         node, lock: the matched tree node and the lock on it.
         slots: [len(ids) − start] KV slots for the rest.
-        protected_len: [0, protected_len) of the row is not the student's own: the tree's, or the teacher's.
+        protected_len: [0, protected_len) of the row is not the guest's own: the tree's, or the host's.
         reserved: slots of the row beyond its prompt that were taken ahead of the tokens (speculative steps only).
-        aliases_teacher: whether part of it is still the teacher's.
+        aliases_host: whether part of it is still the host's.
         bound: whether the row is written. forwarded: whether the prefill was launched.
         failed: a forward failed; what the slots hold must not enter the radix cache.
     """
@@ -105,7 +109,7 @@ class StudentKVState:
     slots: torch.Tensor | None = None
     protected_len: int = 0
     reserved: int = 0
-    aliases_teacher: bool = False
+    aliases_host: bool = False
     bound: bool = False
     forwarded: bool = False
     failed: bool = False
@@ -115,15 +119,15 @@ class StudentKVState:
         return len(self.ids) - self.start
 
 
-def student_of(req: Req) -> Side | None:
-    """The student's side of the request, or None for a plain request."""
+def guest_of(req: Req) -> Side | None:
+    """The guest's side of the request, or None for a plain request."""
     mixing: MixedRequest | None = getattr(req, "mixing", None)
-    return None if mixing is None else mixing.student
+    return None if mixing is None else mixing.guest
 
 
 def length_offset(req: Req) -> int:
-    """``len(S) − len(T)``: student length minus teacher length, the same at every step."""
-    return len(req.mixing.student.prompt_ids) - len(req.origin_input_ids)
+    """``len(G) − len(H)``: guest length minus host length, the same at every step."""
+    return len(req.mixing.guest.prompt_ids) - len(req.origin_input_ids)
 
 
 def alpha_params(settings: Sequence[AlphaSettings], device: torch.device | str) -> AlphaParams:
@@ -144,10 +148,10 @@ class MixedRows:
     """The mixed rows of a batch and their settings; unchanged from step to step while the batch has the same requests.
 
     Attributes:
-        reqs: the requests, as their students' forward sees them.
-        row_ids: numbers of the rows in the batch. row_ids_cpu: the same as a tensor, [n] int64 on the host.
+        reqs: the requests, as the guest's forward sees them.
+        row_ids: numbers of the rows in the batch. row_ids_cpu: the same as a tensor, [n] int64 on the CPU.
         device_row_ids: the same on the device, or None when every row is mixed.
-        offsets, offsets_cpu: [n] int64, student length minus teacher length.
+        offsets, offsets_cpu: [n] int64, guest length minus host length.
         alpha: per-row settings.
         wanted: what any row asked for.
     """
@@ -162,15 +166,15 @@ class MixedRows:
     wanted: Wanted
 
     @classmethod
-    def build(cls, batch: ScheduleBatch, row_ids: list[int], as_student: Callable[[Req], Req]) -> MixedRows:
-        """The rows ``row_ids`` of ``batch``; ``as_student``: how the students' forward sees a request."""
+    def build(cls, batch: ScheduleBatch, row_ids: list[int], as_guest: Callable[[Req], Req]) -> MixedRows:
+        """The rows ``row_ids`` of ``batch``; ``as_guest``: how the guest's forward sees a request."""
         reqs = [batch.reqs[i] for i in row_ids]
         settings = [req.mixing.alpha for req in reqs]
         device = batch.device
         offsets_cpu, offsets = sent([length_offset(req) for req in reqs], device)
         row_ids_cpu, device_row_ids = sent(row_ids, device)
         return cls(
-            reqs=[as_student(req) for req in reqs],
+            reqs=[as_guest(req) for req in reqs],
             row_ids=row_ids,
             row_ids_cpu=row_ids_cpu,
             device_row_ids=None if len(row_ids) == len(batch.reqs) else device_row_ids,
@@ -184,8 +188,8 @@ class MixedRows:
         """The mixed rows of a tensor [B, …]; the tensor itself when all are."""
         return tensor if self.device_row_ids is None else tensor.index_select(0, self.device_row_ids)
 
-    def select_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same of a tensor on the host."""
+    def select_cpu(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same of a tensor on the CPU."""
         return tensor if self.device_row_ids is None else tensor.index_select(0, self.row_ids_cpu)
 
     def put(self, tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -194,12 +198,12 @@ class MixedRows:
             return tensor.copy_(values)
         return tensor.index_copy_(0, self.device_row_ids, values)
 
-    def student_lens(self, batch: ScheduleBatch, ahead: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Lengths of the students' rows [n] in a decode batch, ``ahead`` tokens after its own: on the device, on the
+    def guest_lens(self, batch: ScheduleBatch, ahead: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Lengths of the guest's rows [n] in a decode batch, ``ahead`` tokens after its own: on the device, on the
         host (None where the batch has none there)."""
         cpu = batch.seq_lens_cpu
         if cpu is not None:
-            cpu = self.select_host(cpu) + self.offsets_cpu + ahead
+            cpu = self.select_cpu(cpu) + self.offsets_cpu + ahead
         return self.select(batch.seq_lens) + self.offsets + ahead, cpu
 
 
@@ -241,10 +245,10 @@ class DraftRows:
 
 @dataclasses.dataclass
 class DecodePlan:
-    """One decode step of the student.
+    """One decode step of the guest.
 
     Attributes:
-        seq_lens: [n] including the new token; seq_lens_cpu: the same on the host, None where the batch has none there.
+        seq_lens: [n] including the new token; seq_lens_cpu: the same on the CPU, None where the batch has none there.
         out_cache_loc: [n] the new token's slots.
     """
 
@@ -256,7 +260,7 @@ class DecodePlan:
 
 @dataclasses.dataclass
 class PrefillChunk:
-    """Tokens [start, end) of one student context; last: the context is complete after it."""
+    """Tokens [start, end) of one guest context; last: the context is complete after it."""
 
     req: Req
     req_pool_idx: int
@@ -269,11 +273,11 @@ class PrefillChunk:
 
 @dataclasses.dataclass
 class PrefillPlan:
-    """The student contexts that complete with this batch; each micro batch is one forward.
+    """The guest contexts that complete with this batch; each micro batch is one forward.
 
-    after_teacher: whether they read KV that the teacher's forward of this batch writes.
+    after_host: whether they read KV that the host's forward of this batch writes.
     """
 
     rows: MixedRows
     micro_batches: list[list[PrefillChunk]]
-    after_teacher: bool
+    after_host: bool

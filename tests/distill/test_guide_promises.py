@@ -30,8 +30,8 @@ from sglang_optimal.distill.store import RecordStore, find_shards, read_rows
 from sglang_optimal.mixing import AlphaParams, mix
 from sglang_optimal.names import SERIES, SIDES
 from sglang_optimal.platforms import activate
-from sglang_optimal.runtime.mem_cache import student_kv
-from sglang_optimal.runtime.model_executor import student_failure as failure
+from sglang_optimal.runtime.mem_cache import guest_kv
+from sglang_optimal.runtime.model_executor import guest_failure as failure
 from sglang_optimal.runtime.speculative import spec_worker as speculative_worker
 from sglang_optimal.server_process import ServerProcess
 
@@ -59,7 +59,7 @@ def words(text: str) -> str:
         ("distillation_guide", "amber above 10 %", verdicts.BOUND_SHARE, 0.1),
         ("distillation_guide", "a probability of 10⁻³", statistics.RARE, 1e-3),
         ("operations", "a run of ten minutes forgives", supervise.STEADY_SECONDS, 600),
-        ("architecture", "A prefix of at least 32 tokens", student_kv.MIN_ALIASED_PREFIX, 32),
+        ("architecture", "A prefix of at least 32 tokens", guest_kv.MIN_ALIASED_PREFIX, 32),
     ],
 )
 def test_numbers(name, sentence, constant, value):
@@ -229,21 +229,21 @@ def ranks(monkeypatch, module, count: int) -> None:
 def failed_rows():
     state = types.SimpleNamespace(failed=False)
     return state, types.SimpleNamespace(
-        reqs=[types.SimpleNamespace(mixing=types.SimpleNamespace(student=types.SimpleNamespace(kv=state)))]
+        reqs=[types.SimpleNamespace(mixing=types.SimpleNamespace(guest=types.SimpleNamespace(kv=state)))]
     )
 
 
 def test_after_which_failures_of_the_student_s_forward_the_process_ends(monkeypatch):
     ranks(monkeypatch, failure, 1)
     state, rows = failed_rows()
-    message = failure.student_failure(torch.OutOfMemoryError("no room"), rows)
+    message = failure.guest_failure(torch.OutOfMemoryError("no room"), rows)
     assert message == "the student's forward failed: OutOfMemoryError: no room"
     assert state.failed  # what it has computed does not enter a radix cache
     with pytest.raises(torch.AcceleratorError):
-        failure.student_failure(torch.AcceleratorError("illegal access"), rows)
+        failure.guest_failure(torch.AcceleratorError("illegal access"), rows)
     ranks(monkeypatch, failure, 2)
     with pytest.raises(RuntimeError, match="bad luck"):
-        failure.student_failure(RuntimeError("bad luck"), rows)
+        failure.guest_failure(RuntimeError("bad luck"), rows)
 
 
 def test_a_speculative_step_without_memory(monkeypatch, caplog):
@@ -265,7 +265,7 @@ class Pools:
 
         rows = ReqToTokenPool(4, 16, "cpu", False)
         self.allocator = TokenToKVPoolAllocator(16, torch.float32, "cpu", None, False)
-        self.kv = student_kv.SeparateStudentKV(rows, self.allocator, disable_radix_cache=False, eviction_policy="lru")
+        self.kv = guest_kv.SeparateGuestKV(rows, self.allocator, disable_radix_cache=False, eviction_policy="lru")
 
 
 def test_a_slot_that_nobody_owns_ends_an_idle_scheduler():
@@ -273,7 +273,7 @@ def test_a_slot_that_nobody_owns_ends_an_idle_scheduler():
 
     pools = Pools()
     checker = object.__new__(MixedSchedulerInvariantChecker)
-    checker.student_kv = pools.kv
+    checker.guest_kv = pools.kv
     checker.check_idle()
     lost = pools.allocator.alloc(1)
     with pytest.raises(ValueError, match="student pool memory leak detected! .*'free': 15"):

@@ -17,12 +17,12 @@ def faulty_scheduler_process(config):
 
 
 def _run(config, *args, **kwargs) -> None:
+    from sglang_optimal.runtime.managers.guest_tp_worker import GuestTpModelWorker
     from sglang_optimal.runtime.managers.scheduler import run_mixed_scheduler_process
-    from sglang_optimal.runtime.managers.student_tp_worker import StudentTpModelWorker
     from sglang_optimal.runtime.sampling.sampler import MixtureSampler
     from sglang_optimal.runtime.speculative.spec_worker import MixingSpecWorker
 
-    student_forward = StudentTpModelWorker._forward
+    student_forward = GuestTpModelWorker._forward
     sample = MixtureSampler.forward
     verify = MixingSpecWorker._verify_forward
 
@@ -51,7 +51,7 @@ def _run(config, *args, **kwargs) -> None:
         teacher.next_token_logits = _spoil(teacher.next_token_logits, [_order(req, "teacher") for req in reqs])
         return output
 
-    StudentTpModelWorker._forward, MixtureSampler.forward = forward_student, forward
+    GuestTpModelWorker._forward, MixtureSampler.forward = forward_student, forward
     MixingSpecWorker._verify_forward = verify_forward
     run_mixed_scheduler_process(config, *args, **kwargs)
 

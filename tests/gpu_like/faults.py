@@ -25,7 +25,7 @@ ROWS = {
     "requests-for-rows": "logits are split by requests where beam search has more rows",
 }
 STALE_TABLE = "stale-table"
-"""What refers to the table of rows refers to the one before the student's half came; acts while an engine is built."""
+"""What refers to the table of rows refers to the one before the guest's half came; acts while an engine is built."""
 RAISED = {
     "no-memory": "the distributions of a speculative step do not fit the memory",
     "student-raises": "the forward of both sides' rows raises, with shared weights",
@@ -34,7 +34,7 @@ HOST_WAITS = {
     "indexed-by-number": "DraftTemperature picks a factor by a number on the device",
     "blocking-copy": "lengths for the verification are made on the host",
     "list-index": "rows of logits are chosen by a list",
-    "rows-by-list": "rows of the host's lengths are chosen on the device",
+    "rows-by-list": "rows of the lengths on the CPU are chosen on the device",
 }
 
 
@@ -74,9 +74,8 @@ def install() -> None:
     from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 
     from sglang_optimal.runtime.core import MixedRows
-    from sglang_optimal.runtime.managers import schedule_batch
+    from sglang_optimal.runtime.managers import guest_tp_worker, schedule_batch
     from sglang_optimal.runtime.managers import shared_tp_worker as shared_worker
-    from sglang_optimal.runtime.managers import student_tp_worker as student
     from sglang_optimal.runtime.sampling.sampler import MixingStep
     from sglang_optimal.runtime.speculative import spec_worker as speculative_worker
     from sglang_optimal.runtime.speculative.draft_temperature import DraftTemperature
@@ -84,12 +83,12 @@ def install() -> None:
     def as_they_are(output) -> Any:
         return output.logits_output
 
-    _fault("student-view", student, "kept", as_they_are)
+    _fault("student-view", guest_tp_worker, "kept", as_they_are)
     _fault("teacher-view", shared_worker, "kept", as_they_are)
     _fault("indexed-by-number", DraftTemperature, "sharpened", _indexed_by_number)
     _fault("blocking-copy", speculative_worker, "_ahead", _blocking_ahead)
     _fault("list-index", MixingStep, "apply_logit_transforms", _list_index)
-    _fault("rows-by-list", MixedRows, "select_host", _rows_by_list)
+    _fault("rows-by-list", MixedRows, "select_cpu", _rows_by_list)
     _fault(STALE_TABLE, shared_worker.SharedTpModelWorker, "alloc_memory_pool", _stale_table)
     for module in (shared_worker, schedule_batch):
         _fault("requests-for-rows", module, "rows_of", lambda batch: len(batch.reqs))
@@ -121,10 +120,10 @@ def _blocking_ahead(seq_lens, k: int):
 
 
 def _list_index(self, width: int, info) -> None:
-    full = self.student_logits.float().new_zeros((len(info), width))
-    full[self.rows.row_ids, : self.vocab_size] = self.student_logits.float()[:, : self.vocab_size]
+    full = self.guest_logits.float().new_zeros((len(info), width))
+    full[self.rows.row_ids, : self.vocab_size] = self.guest_logits.float()[:, : self.vocab_size]
     info.apply_logits_bias(full)
-    self.student_logits = self.rows.select(full)
+    self.guest_logits = self.rows.select(full)
 
 
 def _with_old_ids(load_batch):
@@ -158,23 +157,23 @@ def _rows_by_list(self, tensor):
 def _stale_table(self, *args, **kwargs) -> None:
     from sglang.srt.managers.tp_worker import TpModelWorker
 
-    from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentReqToTokenPool
+    from sglang_optimal.runtime.mem_cache.guest_kv import GuestReqToTokenPool, SharedGuestKV
 
     TpModelWorker.alloc_memory_pool(self, *args, **kwargs)
     runner = self.model_runner
     # What lies behind the stale table is read; here it is zeros, and not whatever memory holds.
     table = runner.req_to_token_pool.req_to_token
     table.set_(table.new_zeros((2 * len(table), table.shape[1])).untyped_storage(), 0, table.shape, table.stride())
-    self._rows = StudentReqToTokenPool(runner.req_to_token_pool)
-    self._pools_are_there(SharedStudentKV(self._rows, runner.token_to_kv_pool_allocator, self._lora_id))
+    self._rows = GuestReqToTokenPool(runner.req_to_token_pool)
+    self._pools_are_there(SharedGuestKV(self._rows, runner.token_to_kv_pool_allocator, self._lora_id))
 
 
 def _view_of_first() -> None:
-    """The student's logits of the first position are not cloned for the rows that are not drafted for."""
-    from sglang_optimal.runtime.managers.student_tp_worker import StudentTpModelWorker
+    """The guest's logits of the first position are not cloned for the rows that are not drafted for."""
+    from sglang_optimal.runtime.managers.guest_tp_worker import GuestTpModelWorker
     from sglang_optimal.runtime.speculative.spec_worker import MixingSpecWorker
 
-    right, forward = MixingSpecWorker._draft, StudentTpModelWorker.forward_decode
+    right, forward = MixingSpecWorker._draft, GuestTpModelWorker.forward_decode
     given: list[Any] = []
 
     def forward_decode(self, *args, **kwargs):
@@ -188,4 +187,4 @@ def _view_of_first() -> None:
             drafted.lockstep_logits = given[0]
         return drafted
 
-    StudentTpModelWorker.forward_decode, MixingSpecWorker._draft = forward_decode, draft
+    GuestTpModelWorker.forward_decode, MixingSpecWorker._draft = forward_decode, draft

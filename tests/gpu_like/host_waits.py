@@ -21,7 +21,7 @@ ALLOWED = {
     ("sampler.py", "make_samplable"): "looks on a CPU only",
     ("verify.py", "_not_finite"): "looks on a CPU only",
     ("mixture.py", "mix"): "hands over to numba",
-    ("student_kv.py", "stats"): "counters of the host",
+    ("guest_kv.py", "stats"): "counters of the host",
 }
 # Folders and files that no GPU runs.
 CPU_ONLY = ("/platforms/", "/mixing/fused_cpu.py")

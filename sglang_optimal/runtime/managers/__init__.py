@@ -1,1 +1,1 @@
-"""The tokenizer manager, the scheduler and the workers, with a student."""
+"""The tokenizer manager, the scheduler and the workers, with a guest."""

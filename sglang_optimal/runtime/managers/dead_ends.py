@@ -47,7 +47,7 @@ def unmask_dead_rows(logits: torch.Tensor) -> DeadRows:
     """Let rows [B, V] without any allowed token be sampled, in place; sampling them would end the whole process.
 
     What is drawn from them is any token: one that ends the request in order, or its last, as well. So the rows are
-    told to the host, which ends them.
+    told to the CPU, which ends them.
     """
     dead = logits.amax(-1) == -torch.inf
     logits.masked_fill_(dead.unsqueeze(-1), 0.0)
@@ -56,7 +56,7 @@ def unmask_dead_rows(logits: torch.Tensor) -> DeadRows:
 
 @dataclasses.dataclass
 class DeadRows:
-    """Which rows of a batch had no token to sample, [B] bool; an auxiliary output of SGLang's, on device and host."""
+    """Which rows of a batch had no token to sample, [B] bool; an auxiliary output of SGLang's, on device and CPU."""
 
     dead: torch.Tensor
 

@@ -1,4 +1,4 @@
-"""Every ScheduleBatch that is derived from the scheduled one, and what the student does for it."""
+"""Every ScheduleBatch that is derived from the scheduled one, and what the guest does for it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from sglang_optimal.runtime.core import DecodePlan, MixedRows, PrefillChunk, PrefillPlan, student_of
-from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
+from sglang_optimal.runtime.core import DecodePlan, MixedRows, PrefillChunk, PrefillPlan, guest_of
+from sglang_optimal.runtime.mem_cache.guest_kv import GuestKV
 from sglang_optimal.runtime.model_executor.host_copy import sent
-from sglang_optimal.runtime.sampling.scoring import take_student_states, want_hidden_states
+from sglang_optimal.runtime.sampling.scoring import take_guest_states, want_hidden_states
 
 
 class Planner:
-    """Makes the plan of each batch and allocates the student's slots for it, on the scheduler's stream."""
+    """Makes the plan of each batch and allocates the guest's slots for it, on the scheduler's stream."""
 
-    def __init__(self, kv: StudentKV, chunk_size: int | None):
+    def __init__(self, kv: GuestKV, chunk_size: int | None):
         self.kv = kv
         self.chunk_size = chunk_size if chunk_size and chunk_size > 0 else None
         self._cached_reqs: list | None = None
         self._cached_rows: MixedRows | None = None
 
     def plan(self, batch: ScheduleBatch) -> DecodePlan | PrefillPlan | None:
-        """The student's part of ``batch``; None when no row of it is mixed."""
+        """The guest's part of ``batch``; None when no row of it is mixed."""
         if batch.forward_mode.is_decode():
             return self._decode(batch)
         if batch.forward_mode.is_extend():
@@ -39,36 +39,36 @@ class Planner:
         rows = self._decode_rows(batch)
         if rows is None:
             return None
-        seq_lens, cpu = rows.student_lens(batch)
+        seq_lens, cpu = rows.guest_lens(batch)
         slots = self.kv.decode_slots(rows.select(batch.req_pool_indices), seq_lens)
         return DecodePlan(rows=rows, seq_lens=seq_lens, seq_lens_cpu=cpu, out_cache_loc=slots)
 
     def _decode_rows(self, batch: ScheduleBatch) -> MixedRows | None:
         # SGLang rebinds batch.reqs whenever the composition changes, so identity of the list is identity of the rows.
         if self._cached_reqs is not batch.reqs:
-            row_ids = [i for i, req in enumerate(batch.reqs) if student_of(req) is not None]
-            self._cached_rows = MixedRows.build(batch, row_ids, self.kv.as_student) if row_ids else None
+            row_ids = [i for i, req in enumerate(batch.reqs) if guest_of(req) is not None]
+            self._cached_rows = MixedRows.build(batch, row_ids, self.kv.as_guest) if row_ids else None
             self._cached_reqs = batch.reqs
         return self._cached_rows
 
     def _prefill(self, batch: ScheduleBatch) -> PrefillPlan | None:
-        mixed = [i for i, req in enumerate(batch.reqs) if student_of(req) is not None]
+        mixed = [i for i, req in enumerate(batch.reqs) if guest_of(req) is not None]
         for i in mixed:
             self.kv.bind(batch.reqs[i])
-        # A student's prompt runs with the last chunk of its teacher's.
+        # The guest's prompt runs with the last chunk of the host's.
         complete = [i for i in mixed if _prompt_is_complete(batch.reqs[i])]
         for i in complete:
-            self.kv.alias_teacher_prefix(batch.reqs[i])
+            self.kv.alias_host_prefix(batch.reqs[i])
         if not complete:
             return None
-        rows = MixedRows.build(batch, complete, self.kv.as_student)
-        states = [req.mixing.student.kv for req in rows.reqs]
+        rows = MixedRows.build(batch, complete, self.kv.as_guest)
+        states = [req.mixing.guest.kv for req in rows.reqs]
         for state in states:
             state.forwarded = True
         return PrefillPlan(
             rows=rows,
             micro_batches=micro_batches(rows.reqs, self.chunk_size),
-            after_teacher=any(state.aliases_teacher for state in states),
+            after_host=any(state.aliases_host for state in states),
         )
 
 
@@ -77,12 +77,12 @@ def _prompt_is_complete(req: Req) -> bool:
 
 
 def micro_batches(reqs: list[Req], chunk_size: int | None) -> list[list[PrefillChunk]]:
-    """The students' prompts in forwards of at most ``chunk_size`` tokens; None: one forward."""
+    """The guest's prompts in forwards of at most ``chunk_size`` tokens; None: one forward."""
     limit = chunk_size or 1 << 60
     batches: list[list[PrefillChunk]] = [[]]
     room = limit
     for req in reqs:
-        state = req.mixing.student.kv
+        state = req.mixing.guest.kv
         start, length = state.start, len(state.ids)
         while start < length:
             if room == 0:
@@ -99,7 +99,7 @@ def micro_batches(reqs: list[Req], chunk_size: int | None) -> list[list[PrefillC
 def decode_part(
     batch: ScheduleBatch, plan: DecodePlan, req_pool_offset: int = 0, input_ids: torch.Tensor | None = None
 ) -> ScheduleBatch:
-    """The student's decode batch of the mixed rows. ``req_pool_offset``: added to the row numbers."""
+    """The guest's decode batch of the mixed rows. ``req_pool_offset``: added to the row numbers."""
     rows = plan.rows
     return decode_rows(
         batch,
@@ -123,7 +123,7 @@ def decode_rows(
     out_cache_loc: torch.Tensor,
 ) -> ScheduleBatch:
     """A decode batch of any rows, in place of those of ``batch``; all tensors [n], lengths with the new token."""
-    part = _student_batch(batch, reqs)
+    part = _guest_batch(batch, reqs)
     part.req_pool_indices = req_pool_indices
     part.req_pool_indices_cpu = None
     _set_tokens(part, input_ids, seq_lens, seq_lens_cpu, out_cache_loc)
@@ -147,8 +147,8 @@ def _set_tokens(
 
 
 def prefill_part(batch: ScheduleBatch, chunks: list[PrefillChunk], req_pool_offset: int = 0) -> ScheduleBatch:
-    """The extend batch of one forward of the students' prompts. ``req_pool_offset``: added to the row numbers."""
-    part = _student_batch(batch, [chunk.req for chunk in chunks])
+    """The extend batch of one forward of the guest's prompts. ``req_pool_offset``: added to the row numbers."""
+    part = _guest_batch(batch, [chunk.req for chunk in chunks])
     ends = [chunk.end for chunk in chunks]
     lens = [chunk.end - chunk.start for chunk in chunks]
     ids = array("q")
@@ -184,7 +184,7 @@ def prefill_micro_batches(
     finished: list[torch.Tensor] = []
     for chunks in plan.micro_batches:
         output = forward(prefill_part(batch, chunks, req_pool_offset))
-        take_student_states(chunks, output.hidden_states)
+        take_guest_states(chunks, output.hidden_states)
         logits = output.next_token_logits
         # A context that goes on in the next forward is the last of this one.
         done = len(chunks) if chunks[-1].last else len(chunks) - 1
@@ -193,8 +193,8 @@ def prefill_micro_batches(
     return finished[0] if len(finished) == 1 else torch.cat(finished)
 
 
-def _student_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:
-    """A shallow copy of the teacher's batch without what belongs to the teacher's rows or sampling."""
+def _guest_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:
+    """A shallow copy of the host's batch without what belongs to the host's rows or sampling."""
     part = copy.copy(batch)
     part.reqs = reqs
     part.beam_tail = None

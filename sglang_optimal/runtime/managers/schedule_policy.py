@@ -5,33 +5,33 @@ from __future__ import annotations
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
 
-from sglang_optimal.runtime.core import student_of
-from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
+from sglang_optimal.runtime.core import guest_of
+from sglang_optimal.runtime.mem_cache.guest_kv import GuestKV
 
 
 class MixedPrefillAdder(PrefillAdder):
-    """Admits a mixed request only when its student context fits too, and reserves it there."""
+    """Admits a mixed request only when its guest context fits too, and reserves it there."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.student_kv: StudentKV = self.tree_cache.student_kv
+        self.guest_kv: GuestKV = self.tree_cache.guest_kv
         running = self.running_batch.reqs if self.running_batch is not None else []
-        # Tokens that admitted requests will still decode, estimated as SGLang does for the teacher's pool.
-        mixed = [req for req in running if student_of(req) is not None]
+        # Tokens that admitted requests will still decode, estimated as SGLang does for the host's pool.
+        mixed = [req for req in running if guest_of(req) is not None]
         future = sum(self._get_running_request_total_token_offset(req) for req in mixed)
-        self._one_pool = self.student_kv.one_pool
-        self._student_future = future
+        self._one_pool = self.guest_kv.one_pool
+        self._guest_future = future
         if self._one_pool:
             self.memory_budget.total_offset += future
 
     def add_one_req(self, req: Req, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
-        """SGLang's, where the student's context fits as well; its slots are taken with the teacher's first chunk."""
-        if student_of(req) is None:
+        """SGLang's, where the guest's context fits as well; its slots are taken with the host's first chunk."""
+        if guest_of(req) is None:
             return super().add_one_req(req, has_chunked_req, truncation_align_size)
-        kv = self.student_kv
+        kv = self.guest_kv
         state = kv.match(req)
         max_new = min(max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS)
-        if not self._one_pool and state.extend_len + max_new > kv.available() - self._student_future:
+        if not self._one_pool and state.extend_len + max_new > kv.available() - self._guest_future:
             kv.unmatch(state)
             return AddReqResult.NO_TOKEN
         self._reserve(state.extend_len, max_new)
@@ -39,8 +39,8 @@ class MixedPrefillAdder(PrefillAdder):
         if self.can_run_list and self.can_run_list[-1] is req:
             kv.allocate(req, state)
             self._reserve(-state.extend_len, 0)  # taken from the pool now
-            self._student_future += max_new
-            # The step computes the student's prompt as well: let it use up the same compute budget.
+            self._guest_future += max_new
+            # The step computes the guest's prompt as well: let it use up the same compute budget.
             self.rem_input_tokens -= state.extend_len
         else:
             self._reserve(-state.extend_len, -max_new)
@@ -48,7 +48,7 @@ class MixedPrefillAdder(PrefillAdder):
         return result
 
     def _reserve(self, now: int, later: int) -> None:
-        """Tokens that the student takes from the teacher's budget, where both have one pool."""
+        """Tokens that the guest takes from the host's budget, where both have one pool."""
         if self._one_pool:
             self.memory_budget.current_offset += now
             self.memory_budget.total_offset += now + later

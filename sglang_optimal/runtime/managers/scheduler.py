@@ -19,7 +19,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_device, get_serving
 
 from sglang_optimal.config import MixingConfig
-from sglang_optimal.runtime.core import student_of
+from sglang_optimal.runtime.core import guest_of
 from sglang_optimal.runtime.entrypoints.protocol import from_wire
 from sglang_optimal.runtime.managers.schedule_batch import Planner
 from sglang_optimal.runtime.managers.schedule_policy import MixedPrefillAdder
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class MixedScheduler(Scheduler):
-    """SGLang's scheduler with a student worker.
+    """SGLang's scheduler with a guest worker.
 
     Args:
         mixing_config: the student and the defaults.
@@ -66,16 +66,16 @@ class MixedScheduler(Scheduler):
         logger.info("Self-check: both sides' logits are right: %s", self.self_check_report)
 
     def init_tp_model_worker(self) -> None:
-        """The worker with a student, in place of SGLang's."""
+        """The worker with a guest, in place of SGLang's."""
         worker_class = SharedTpModelWorker if self.mixing_config.shared_weights else SeparateTpModelWorker
         self.tp_worker = worker_class(
             self.mixing_config, server_args=self.server_args, gpu_id=get_device().gpu_id, nccl_port=self.nccl_port
         )
 
     def init_chunked_prefill(self) -> None:
-        """SGLang's, and the planner of the students' chunks."""
+        """SGLang's, and the planner of the guest's part."""
         super().init_chunked_prefill()
-        self.student_planner = Planner(self.tp_worker.student_kv, self.chunked_prefill_size)
+        self.guest_planner = Planner(self.tp_worker.guest_kv, self.chunked_prefill_size)
 
     def init_metrics_reporter(self) -> None:
         """SGLang's, and the metrics of mixing beside them."""
@@ -86,9 +86,7 @@ class MixedScheduler(Scheduler):
             from sglang_optimal.runtime.observability.metrics_collector import MixingMetrics
 
             observer = self.tp_worker.model_runner.sampling_observer
-            self.mixing_metrics = MixingMetrics(
-                context.collector.labels, self.tp_worker.student_kv, observer.equal_sides
-            )
+            self.mixing_metrics = MixingMetrics(context.collector.labels, self.tp_worker.guest_kv, observer.equal_sides)
             observer.on_tokens = self.mixing_metrics.observe
 
     def init_weight_updater(self) -> None:
@@ -97,16 +95,16 @@ class MixedScheduler(Scheduler):
         self.weight_updater = MixedWeightUpdaterManager.like(self.weight_updater, self.mixing_config)
 
     def init_invariant_checker(self) -> None:
-        """SGLang's, which counts the student's slots as well."""
+        """SGLang's, which counts the guest's slots as well."""
         super().init_invariant_checker()
-        self.invariant_checker = MixedSchedulerInvariantChecker.like(self.invariant_checker, self.tp_worker.student_kv)
+        self.invariant_checker = MixedSchedulerInvariantChecker.like(self.invariant_checker, self.tp_worker.guest_kv)
 
     def get_prefill_adder_class(self) -> type[PrefillAdder]:
         """The one that asks for room on both sides."""
         return MixedPrefillAdder
 
     def _create_generation_req(self, recv_req, *args, **kwargs) -> Req:
-        """SGLang's request, with the student's side."""
+        """SGLang's request, with the guest's side."""
         req = super()._create_generation_req(recv_req, *args, **kwargs)
         req.mixing = from_wire(req.sampling_params.custom_params, req.origin_input_ids)
         for model in self.tp_worker.updated_models:
@@ -117,7 +115,7 @@ class MixedScheduler(Scheduler):
         return req
 
     def init_req_max_new_tokens(self, req: Req) -> None:
-        """SGLang's limit of a request's length, lowered to what the student's context and pool allow."""
+        """SGLang's limit of a request's length, lowered to what the guest's context and pool allow."""
         super().init_req_max_new_tokens(req)
         # Slots that a speculative step takes ahead, beyond the one for the next token.
         ahead = get_alloc_reserve_per_decode() - 1 if self.mixing_config.longest_draft else 0
@@ -130,14 +128,14 @@ class MixedScheduler(Scheduler):
                 )
                 return
             req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room)
-        student = student_of(req)
-        if student is None:
+        guest = guest_of(req)
+        if guest is None:
             return
-        longest = min(self.tp_worker.student_context_len - 1, self.tp_worker.student_kv.max_req_len(req) - ahead)
-        room = longest - len(student.prompt_ids) - 1
+        longest = min(self.tp_worker.guest_context_len - 1, self.tp_worker.guest_kv.max_req_len(req) - ahead)
+        room = longest - len(guest.prompt_ids) - 1
         if room < 1:
             req.set_finish_with_abort(
-                f"student context too long: {len(student.prompt_ids)} tokens, but the student's context length and "
+                f"student context too long: {len(guest.prompt_ids)} tokens, but the student's context length and "
                 f"KV pool allow {longest - 2}."
             )
             return
@@ -146,24 +144,24 @@ class MixedScheduler(Scheduler):
         params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
 
     def _add_request_to_queue(self, req: Req, *args, **kwargs) -> None:
-        """SGLang's; a request that was refused goes on without its student context."""
-        # SGLang refuses a request by running it on one dummy token; it must not wait for room for its student context.
+        """SGLang's; a request that was refused goes on without its guest context."""
+        # SGLang refuses a request by running it on one dummy token; it must not wait for room for its guest context.
         # One that was aborted by its client, and put back before that took effect, still samples a token, as it began.
-        if student_of(req) is not None and getattr(req.to_finish, "status_code", None) == HTTPStatus.BAD_REQUEST:
+        if guest_of(req) is not None and getattr(req.to_finish, "status_code", None) == HTTPStatus.BAD_REQUEST:
             req.mixing = None
         super()._add_request_to_queue(req, *args, **kwargs)
 
     def run_batch(self, batch: ScheduleBatch, *args, **kwargs):
-        """SGLang's, after the student's part of the batch has been planned."""
+        """SGLang's, after the guest's part of the batch has been planned."""
         if batch.forward_mode.is_extend() or batch.spec_algorithm.is_none():
-            batch.student_plan = self.student_planner.plan(batch)
+            batch.guest_plan = self.guest_planner.plan(batch)
         # else the speculative worker makes the plan: under overlap the lengths are not known yet
         if self.mixing_metrics is not None:
             self.mixing_metrics.refresh()
         return super().run_batch(batch, *args, **kwargs)
 
     def on_idle(self) -> None:
-        """SGLang's; metrics are published and the student's slots counted."""
+        """SGLang's; metrics are published and the guest's slots counted."""
         super().on_idle()
         if self.mixing_metrics is not None:
             self.mixing_metrics.refresh()
@@ -174,29 +172,29 @@ class MixedScheduler(Scheduler):
     def student_weight_version(self) -> str | None:
         """SGLang's version of the weights is the policy's."""
         policy = self.mixing_config.updated
-        return self.tp_worker.student.weight_version if policy == "teacher" else get_serving().weight_version
+        return self.tp_worker.guest.weight_version if policy == "teacher" else get_serving().weight_version
 
     def get_internal_state(self, recv_req):
         """SGLang's, with a section ``mixing``."""
         output = super().get_internal_state(recv_req)
-        teacher, tree = self.token_to_kv_pool_allocator, self.tree_cache
+        host, tree = self.token_to_kv_pool_allocator, self.tree_cache
         output.internal_state["mixing"] = {
             "teacher_model_path": self.tp_worker.model_config.model_path,
-            "student_model_path": self.tp_worker.student.weights_path,
+            "student_model_path": self.tp_worker.guest.weights_path,
             "student_revision": self.mixing_config.student_revision,
             "student_weight_version": self.student_weight_version,
             "policy": self.mixing_config.updated,
             "alpha": self.mixing_config.alpha.model_dump(),
             "teacher_pool": {
-                "size": teacher.size,
-                "free": teacher.available_size(),
+                "size": host.size,
+                "free": host.available_size(),
                 "evictable": tree.evictable_size(),
                 "protected": tree.protected_size(),
             },
             "shared_weights": self.mixing_config.shared_weights,
             "self_check": self.self_check_report,
             "equal_sides_tokens": self.tp_worker.model_runner.sampling_observer.equal_sides.tokens,
-            "student_pool": self.tp_worker.student_kv.stats(),
+            "student_pool": self.tp_worker.guest_kv.stats(),
         }
         return output
 
@@ -206,12 +204,12 @@ def _check_decode_mem(original: Callable[..., bool], batch: ScheduleBatch, selec
     if not original(batch, selected_indices):
         return False
     rows = range(len(batch.reqs)) if selected_indices is None else selected_indices
-    mixed = [i for i in rows if student_of(batch.reqs[i]) is not None]
+    mixed = [i for i in rows if guest_of(batch.reqs[i]) is not None]
     if not mixed:
         return True
-    # With pages of one token a student takes what its teacher does.
-    student, teacher = (batch.new_tokens_required_next_decode(part) for part in (mixed, list(rows)))
-    return batch.tree_cache.student_kv.can_decode(student, teacher)
+    # With pages of one token the guest takes what the host does.
+    guest, host = (batch.new_tokens_required_next_decode(part) for part in (mixed, list(rows)))
+    return batch.tree_cache.guest_kv.can_decode(guest, host)
 
 
 def _compute_max_prefix_len(original: Callable[[Req, int], int], req: Req, input_len: int) -> int:
@@ -225,7 +223,7 @@ def _prepare_for_decode(original: Callable[[ScheduleBatch], None], batch: Schedu
     """Where a step takes slots ahead, both sides do at once: a request may end before the step is run."""
     original(batch)
     if not batch.spec_algorithm.is_none():
-        batch.tree_cache.student_kv.reserve([req for req in batch.reqs if student_of(req) is not None])
+        batch.tree_cache.guest_kv.reserve([req for req in batch.reqs if guest_of(req) is not None])
 
 
 def configured_scheduler(config: MixingConfig) -> type[MixedScheduler]:
@@ -244,7 +242,7 @@ def _row_headroom(config: MixingConfig) -> Callable[[Callable[[], int]], int]:
 
 
 def run_mixed_scheduler_process(config: MixingConfig, *args, **kwargs) -> None:
-    """Scheduler process with a student; the arguments after ``config`` are SGLang's ``run_scheduler_process``'s."""
+    """Scheduler process with a guest; the arguments after ``config`` are SGLang's ``run_scheduler_process``'s."""
     from sglang.srt.managers import scheduler
 
     from sglang_optimal.runtime import plugin

@@ -29,7 +29,7 @@ from sglang_optimal.mixing import AlphaParams, Sides, mix
 from sglang_optimal.names import SERIES
 from sglang_optimal.runtime.core import PrefillChunk
 from sglang_optimal.runtime.managers.schedule_batch import prefill_part
-from sglang_optimal.runtime.mem_cache.student_kv import MIN_ALIASED_PREFIX
+from sglang_optimal.runtime.mem_cache.guest_kv import MIN_ALIASED_PREFIX
 from sglang_optimal.runtime.sampling.sampler import make_samplable, token_values
 from sglang_optimal.runtime.sampling.sampling_observer import EqualSides
 from sglang_optimal.wanted import Wanted
@@ -127,9 +127,9 @@ class SelfCheck:
     def _requests(self) -> list[_Probe]:
         """Mixed and plain ones that end one after another, so that batches of every size down to one are decoded."""
         rng = random.Random(0)
-        pools = (self._worker.model_runner.token_to_kv_pool_allocator.size, self._worker.student_kv.size)
+        pools = (self._worker.model_runner.token_to_kv_pool_allocator.size, self._worker.guest_kv.size)
         # All of them must fit at once: one that is put back would be compared at the wrong positions.
-        longest = min(_LONGEST, self._worker.model_config.context_len // 4, self._worker.student_context_len // 4)
+        longest = min(_LONGEST, self._worker.model_config.context_len // 4, self._worker.guest_context_len // 4)
         longest = min(longest, min(pools) // 32)
 
         def ids(length: int | None = None) -> array:
@@ -141,7 +141,7 @@ class SelfCheck:
         # Of every kind one that ends late, so that each is decoded beside the others.
         alphas = [(middle, 0.0), (middle, 1e-6), (None, 0.0), (ends[0], 0.0), (ends[1], 0.0), (None, 0.0)]
         probes = [_Probe(ids(), ids(), _STEPS - i, alpha, penalty) for i, (alpha, penalty) in enumerate(alphas)]
-        # What both contexts begin with is computed once where weights are shared, and the student's prefill comes last.
+        # What both contexts begin with is computed once where weights are shared, and the guest's prefill comes last.
         if longest >= _LONGEST:
             common = ids(MIN_ALIASED_PREFIX + 4)
             probes.append(_Probe(common + ids(3), common + ids(5), 2, middle))
@@ -221,13 +221,13 @@ class SelfCheck:
             scheduler.mixing_metrics, observer.on_tokens = metrics, on_tokens
             for sender, socket in zip(senders, sockets, strict=True):
                 sender.socket = socket
-            kv = self._worker.student_kv
+            kv = self._worker.guest_kv
             kv.prompt_tokens = kv.cached_tokens = 0
             observer.equal_sides = equal_sides
 
     @contextlib.contextmanager
     def _drafting(self) -> Iterator[None]:
-        """Where the student may draft it does, as far as it may; nothing is learnt from that."""
+        """Where the guest may draft it does, as far as it may; nothing is learnt from that."""
         worker = self._scheduler.draft_worker
         if worker is None:
             yield
@@ -361,10 +361,10 @@ class SelfCheck:
 
     def _prefill(self, req: Req, contexts: list[array], side: str) -> torch.Tensor:
         """Logits [n, V] of the last token of each context, by one eager forward into slots of their own."""
-        runner, kv = self._runner(side), self._worker.student_kv
+        runner, kv = self._runner(side), self._worker.guest_kv
         table, allocator, offset = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool_allocator, 0
         if side == "student":
-            req, offset = kv.as_student(req), kv.req_pool_offset
+            req, offset = kv.as_guest(req), kv.req_pool_offset
         slots = allocator.alloc(sum(map(len, contexts)))
         chunks, start = [], 0
         for row, ids in enumerate(contexts, 1):
@@ -382,7 +382,7 @@ class SelfCheck:
             allocator.free(slots)
 
     def _runner(self, side: str):
-        return self._worker.model_runner if side == "teacher" else self._worker.student_runner
+        return self._worker.model_runner if side == "teacher" else self._worker.guest_runner
 
     def _idle_batch(self) -> ScheduleBatch:
         scheduler = self._scheduler

@@ -1,4 +1,4 @@
-"""The scheduler's model worker where student and teacher are one model: both contexts are rows of one forward."""
+"""The scheduler's model worker where host and guest are one model: both contexts are rows of one forward."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from sglang_optimal.config import MixingConfig
 from sglang_optimal.names import STUDENT_ADAPTER
 from sglang_optimal.platforms.torch_cpu import ignore_pinned_memory
 from sglang_optimal.runtime.core import DecodePlan, PrefillPlan
+from sglang_optimal.runtime.managers.guest_tp_worker import SharedGuest, kept
 from sglang_optimal.runtime.managers.schedule_batch import (
     decode_part,
     joined,
@@ -26,12 +27,11 @@ from sglang_optimal.runtime.managers.schedule_batch import (
     prefill_part,
     rows_of,
 )
-from sglang_optimal.runtime.managers.student_tp_worker import SharedStudent, kept
 from sglang_optimal.runtime.managers.tp_worker import MixedTpModelWorker
-from sglang_optimal.runtime.mem_cache.student_kv import SharedStudentKV, StudentReqToTokenPool
+from sglang_optimal.runtime.mem_cache.guest_kv import GuestReqToTokenPool, SharedGuestKV
 from sglang_optimal.runtime.model_executor.weight_updater import UpdatedModel
 from sglang_optimal.runtime.sampling.sampler import MixingStep
-from sglang_optimal.runtime.sampling.scoring import take_student_states
+from sglang_optimal.runtime.sampling.scoring import take_guest_states
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class SharedTpModelWorker(MixedTpModelWorker):
             ignore_pinned_memory()
         super().__init__(config, **worker_kwargs)
 
-    def init_student(self, **worker_kwargs) -> None:
-        self.student = SharedStudent(self)
+    def init_guest(self, **worker_kwargs) -> None:
+        self.guest = SharedGuest(self)
         self._lora_id = None
         adapter = self.mixing_config.student_lora_path
         if adapter is not None:
@@ -63,7 +63,7 @@ class SharedTpModelWorker(MixedTpModelWorker):
         self.model_runner.forward = self._forward
 
     @property
-    def student_runner(self) -> ModelRunner:
+    def guest_runner(self) -> ModelRunner:
         return self.model_runner
 
     @functools.cached_property
@@ -84,22 +84,22 @@ class SharedTpModelWorker(MixedTpModelWorker):
         runner = self.model_runner
         wire_components = runner._init_post_memory_pool_components
 
-        def with_student_rows() -> None:
-            self._rows = StudentReqToTokenPool(runner.req_to_token_pool)
+        def with_guest_rows() -> None:
+            self._rows = GuestReqToTokenPool(runner.req_to_token_pool)
             wire_components()
 
-        runner._init_post_memory_pool_components = with_student_rows
+        runner._init_post_memory_pool_components = with_guest_rows
         super().alloc_memory_pool(*args, **kwargs)
-        self._pools_are_there(SharedStudentKV(self._rows, runner.token_to_kv_pool_allocator, self._lora_id))
+        self._pools_are_there(SharedGuestKV(self._rows, runner.token_to_kv_pool_allocator, self._lora_id))
         if get_parallel().tp_rank == 0:
             logger.info("KV pool: %d tokens for both contexts (shared weights)", runner.max_total_num_tokens)
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def forward_batch_generation(self, batch: ScheduleBatch | None, *args, **kwargs):
-        """SGLang's; its forward adds the students' rows that are noted here."""
+        """SGLang's; its forward adds the guest's rows that are noted here."""
         if batch is not None and batch.sampling_info is not None:
-            plan = getattr(batch, "student_plan", None)
+            plan = getattr(batch, "guest_plan", None)
             step = None if plan is None else MixingStep(plan.rows, None, self.vocab_size)
             batch.sampling_info.mixing = step
             self._pending = None if step is None else (batch, step)
@@ -107,49 +107,49 @@ class SharedTpModelWorker(MixedTpModelWorker):
         return super().forward_batch_generation(batch, *args, **kwargs)
 
     def _forward(self, forward_batch: ForwardBatch, *args, **kwargs) -> ModelRunnerOutput:
-        """In place of ``ModelRunner.forward``: what it gives for the scheduled rows; the students' logits are kept.
+        """In place of ``ModelRunner.forward``: what it gives for the scheduled rows; the guest's logits are kept.
 
-        Where the students' part fails, their requests end and the scheduled rows are forwarded alone.
+        Where the guest's part fails, their requests end and the scheduled rows are forwarded alone.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return self._forward_one(forward_batch, *args, **kwargs)
         batch, step = pending
-        plan = batch.student_plan
-        if isinstance(plan, PrefillPlan) and plan.after_teacher:
+        plan = batch.guest_plan
+        if isinstance(plan, PrefillPlan) and plan.after_host:
             output = self._forward_one(forward_batch, *args, **kwargs)
             output.logits_output = kept(output)
-            with self._ending_students(step, batch):
-                step.student_logits = prefill_micro_batches(batch, plan, self._output, self._rows.offset)
+            with self._ending_guests(step, batch):
+                step.guest_logits = prefill_micro_batches(batch, plan, self._output, self._rows.offset)
             return output
-        with self._ending_students(step, batch):
+        with self._ending_guests(step, batch):
             part = self._part_beside(batch, plan)
             if part is not None:
                 return self._forward_both(batch, plan, part, step)
-            step.student_logits = prefill_micro_batches(batch, plan, self._output, self._rows.offset)
-        if self.model_runner.lora_manager is not None:  # which now knows the students' rows
+            step.guest_logits = prefill_micro_batches(batch, plan, self._output, self._rows.offset)
+        if self.model_runner.lora_manager is not None:  # which now knows the guest's rows
             self.model_runner.lora_manager.prepare_lora_batch(forward_batch)
         return self._forward_one(forward_batch, *args, **kwargs)
 
     def _forward_both(
         self, batch: ScheduleBatch, plan: DecodePlan | PrefillPlan, part: ScheduleBatch, step: MixingStep
     ) -> ModelRunnerOutput:
-        """One forward of the scheduled rows and the students'; returns the former's part of what it gave."""
+        """One forward of the scheduled rows and the guest's; returns the former's part of what it gave."""
         output = self._forward_one(self._forward_batch(joined(batch, part)))
         logits = output.logits_output.next_token_logits
         scheduled = rows_of(batch)
         if len(logits) != scheduled + rows_of(part):  # else somebody would get another's
             raise RuntimeError(f"{len(logits)} rows of logits for {scheduled} and {rows_of(part)} of the batch")
-        step.student_logits = logits[scheduled:]
+        step.guest_logits = logits[scheduled:]
         output.logits_output.next_token_logits = logits[:scheduled]
         hidden = output.logits_output.hidden_states
         if hidden is not None and isinstance(plan, PrefillPlan):
             output.logits_output.hidden_states = hidden[: batch.extend_num_tokens]
-            take_student_states(plan.micro_batches[0], hidden[batch.extend_num_tokens :])
+            take_guest_states(plan.micro_batches[0], hidden[batch.extend_num_tokens :])
         return output
 
     @contextlib.contextmanager
-    def _ending_students(self, step: MixingStep, batch: ScheduleBatch) -> Iterator[None]:
+    def _ending_guests(self, step: MixingStep, batch: ScheduleBatch) -> Iterator[None]:
         """What is raised within ends the mixed requests of the step, and nothing else."""
         try:
             yield
@@ -157,7 +157,7 @@ class SharedTpModelWorker(MixedTpModelWorker):
             self._failed(step, error, batch.device)
 
     def _part_beside(self, batch: ScheduleBatch, plan: DecodePlan | PrefillPlan) -> ScheduleBatch | None:
-        """The students' rows for the same forward; None where they need forwards of their own."""
+        """The guest's rows for the same forward; None where they need forwards of their own."""
         if isinstance(plan, DecodePlan):
             return decode_part(batch, plan, self._rows.offset)
         if batch.return_logprob or len(plan.micro_batches) != 1:

@@ -1,4 +1,4 @@
-"""The scheduler's model worker: the teacher, with the student beside it."""
+"""The scheduler's model worker: the host, with the guest beside it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from sglang.srt.runtime_context import (
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.core import PrefillPlan
-from sglang_optimal.runtime.managers.student_tp_worker import SharedStudent, StudentTpModelWorker
-from sglang_optimal.runtime.mem_cache.student_kv import SeparateStudentKV, StudentKV
+from sglang_optimal.runtime.managers.guest_tp_worker import GuestTpModelWorker, SharedGuest
+from sglang_optimal.runtime.mem_cache.guest_kv import GuestKV, SeparateGuestKV
 from sglang_optimal.runtime.model_executor.graph_runners import fence_plans, prepare_graphs, resized_buffers
-from sglang_optimal.runtime.model_executor.student_failure import no_logits, student_failure
+from sglang_optimal.runtime.model_executor.guest_failure import guest_failure, no_logits
 from sglang_optimal.runtime.model_executor.weight_updater import UpdatedModel
 from sglang_optimal.runtime.sampling import sampler
 from sglang_optimal.runtime.sampling.sampler import MixingStep
 from sglang_optimal.runtime.sampling.sampling_observer import MixingObserver
-from sglang_optimal.runtime.sampling.scoring import score, score_of, take_teacher_states, want_hidden_states
+from sglang_optimal.runtime.sampling.scoring import score, score_of, take_host_states, want_hidden_states
 
 logger = logging.getLogger(__name__)
 
@@ -42,54 +42,54 @@ _OURS = "sglang_optimal.ordinary_decoding"
 
 
 class MixedTpModelWorker(TpModelWorker):
-    """SGLang's model worker, which has the teacher, with a student.
+    """SGLang's model worker, which has the host, with a guest.
 
     Args:
         config: the student and the defaults.
         **worker_kwargs: of SGLang's worker.
 
     Attributes:
-        student: whose weights are updated.
+        guest: the guest's worker; a stand-in for it where host and guest are one model.
         vocab_size: number of ids that both models have.
     """
 
-    student: StudentTpModelWorker | SharedStudent
+    guest: GuestTpModelWorker | SharedGuest
     vocab_size: int
     rows_per_request: int
-    """Rows of a request in the decode batches of the teacher's runner, at most."""
+    """Rows of a request in the decode batches of the host's runner, at most."""
 
     def __init__(self, config: MixingConfig, **worker_kwargs):
         self.mixing_config = config
-        self._student_kv: StudentKV | None = None
-        with sampler.beside_a_student():
+        self._guest_kv: GuestKV | None = None
+        with sampler.beside_a_guest():
             super().__init__(**worker_kwargs)
             sampler.install(self.model_runner)
-            self.init_student(**worker_kwargs)
+            self.init_guest(**worker_kwargs)
 
-    def init_student(self, **worker_kwargs) -> None:
-        """Set ``student``, ``vocab_size`` and ``rows_per_request``."""
+    def init_guest(self, **worker_kwargs) -> None:
+        """Set ``guest``, ``vocab_size`` and ``rows_per_request``."""
         raise NotImplementedError
 
     @property
-    def student_runner(self) -> ModelRunner:
-        """The model runner of the student's forwards."""
+    def guest_runner(self) -> ModelRunner:
+        """The model runner of the guest's forwards."""
         raise NotImplementedError
 
     @property
-    def student_context_len(self) -> int:
-        """The student's context length, in tokens."""
-        return self.student_runner.model_config.context_len
+    def guest_context_len(self) -> int:
+        """The guest's context length, in tokens."""
+        return self.guest_runner.model_config.context_len
 
     @property
-    def student_kv(self) -> StudentKV:
-        """The student's KV.
+    def guest_kv(self) -> GuestKV:
+        """The guest's KV.
 
         Raises:
             RuntimeError: the memory pools do not exist yet.
         """
-        if self._student_kv is None:
-            raise RuntimeError("the student's KV is used before the memory pools are allocated")
-        return self._student_kv
+        if self._guest_kv is None:
+            raise RuntimeError("the guest's KV is used before the memory pools are allocated")
+        return self._guest_kv
 
     def runners_by_side(self) -> list[tuple[str, ModelRunner]]:
         """(role, runner) of all models as SGLang's tools for weights name them: the policy is the target."""
@@ -112,8 +112,8 @@ class MixedTpModelWorker(TpModelWorker):
     def _updated(self, side: str, runner: ModelRunner, path: str, revision: str | None) -> UpdatedModel:
         return UpdatedModel(side, runner, path, revision, keeps=self.mixing_config.weight_rollback == "on")
 
-    def _pools_are_there(self, student_kv: StudentKV) -> None:
-        self._student_kv = student_kv
+    def _pools_are_there(self, guest_kv: GuestKV) -> None:
+        self._guest_kv = guest_kv
         self.model_runner.sampling_observer = MixingObserver()
 
     def init_attention_backends(self) -> None:
@@ -140,26 +140,26 @@ class MixedTpModelWorker(TpModelWorker):
         finally:  # the batch goes on to decode
             batch.return_hidden_states_mode = mode
         output = result.logits_output
-        take_teacher_states(batch, output.hidden_states)
+        take_host_states(batch, output.hidden_states)
         output.hidden_states = None  # which no request asked for
         if step is not None and step.failure is None:
-            step.scoring = score(step.rows, self.model_runner, self.student_runner, self.vocab_size)
+            step.scoring = score(step.rows, self.model_runner, self.guest_runner, self.vocab_size)
         return result
 
     def _failed(self, step: MixingStep, error: Exception, device: torch.device | str) -> None:
-        """Let the step's requests end: their student's forward raised ``error``."""
-        step.failure = student_failure(error, step.rows)
-        step.student_logits = no_logits(step.rows, self.vocab_size, device)
+        """Let the step's requests end: the guest's forward raised ``error``."""
+        step.failure = guest_failure(error, step.rows)
+        step.guest_logits = no_logits(step.rows, self.vocab_size, device)
 
 
 class SeparateTpModelWorker(MixedTpModelWorker):
-    """Runs the forward of a student with weights of its own, then SGLang's own teacher forward and sampling.
+    """Runs the forward of a guest with weights of its own, then SGLang's own host forward and sampling.
 
-    The student goes first so that SGLang's write-after-read barrier, which follows the teacher's forward on the same
+    The guest goes first so that SGLang's write-after-read barrier, which follows the host's forward on the same
     stream, covers both.
     """
 
-    student: StudentTpModelWorker
+    guest: GuestTpModelWorker
 
     def __init__(self, config: MixingConfig, **worker_kwargs):
         with _ordinary_decoding():
@@ -167,18 +167,18 @@ class SeparateTpModelWorker(MixedTpModelWorker):
         # Which lets SGLang put off the sampling of a prefill, but not where a speculative worker waits for it.
         self.enable_spec = config.longest_draft > 0
 
-    def init_student(self, **worker_kwargs) -> None:
-        with _settings_of_the_teacher():
-            self.student = StudentTpModelWorker(self.mixing_config, random_seed=self.random_seed, **worker_kwargs)
+    def init_guest(self, **worker_kwargs) -> None:
+        with _settings_of_the_host():
+            self.guest = GuestTpModelWorker(self.mixing_config, random_seed=self.random_seed, **worker_kwargs)
         self._student_model = self._updated(
-            "student", self.student.model_runner, self.mixing_config.student_path, self.mixing_config.student_revision
+            "student", self.guest.model_runner, self.mixing_config.student_path, self.mixing_config.student_revision
         )
-        self.vocab_size = min(self.model_config.vocab_size, self.student.model_config.vocab_size)
+        self.vocab_size = min(self.model_config.vocab_size, self.guest.model_config.vocab_size)
         self.rows_per_request = 1 + self.mixing_config.longest_draft
 
     @property
-    def student_runner(self) -> ModelRunner:
-        return self.student.model_runner
+    def guest_runner(self) -> ModelRunner:
+        return self.guest.model_runner
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -196,16 +196,16 @@ class SeparateTpModelWorker(MixedTpModelWorker):
 
     def weight_update_runners(self) -> list[tuple[str, ModelRunner]]:
         """The policy's."""
-        sides = [("target", self.model_runner), ("student", self.student_runner)]
+        sides = [("target", self.model_runner), ("student", self.guest_runner)]
         updated = self.mixing_config.updated
-        return {"student": [("target", self.student_runner)], "teacher": sides[:1], "both": sides}[updated]
+        return {"student": [("target", self.guest_runner)], "teacher": sides[:1], "both": sides}[updated]
 
     def runners_by_side(self) -> list[tuple[str, ModelRunner]]:
         """The policy's, and the other model's under its name."""
         own = self.weight_update_runners()
         if self.mixing_config.updated == "student":
             return [*own, ("teacher", self.model_runner)]
-        return [*own[:1], ("student", self.student_runner)]
+        return [*own[:1], ("student", self.guest_runner)]
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -222,20 +222,20 @@ class SeparateTpModelWorker(MixedTpModelWorker):
         get_context().override("sglang_optimal.kv_split", max_total_tokens=tokens)
         super().alloc_memory_pool(*args, **kwargs)
         runner = self.model_runner
-        # The student shares the scheduler's rows, so its row table must have the teacher's size.
+        # The guest shares the scheduler's rows, so its row table must have the host's size.
         get_context().override("sglang_optimal.kv_split", max_running_requests=runner.max_running_requests)
-        student_limit = self.mixing_config.student_max_total_tokens
-        if student_limit is not None:
-            get_context().override("sglang_optimal.kv_split", max_total_tokens=min(tokens, student_limit))
-        self.student.alloc_memory_pool()
+        guest_limit = self.mixing_config.student_max_total_tokens
+        if guest_limit is not None:
+            get_context().override("sglang_optimal.kv_split", max_total_tokens=min(tokens, guest_limit))
+        self.guest.alloc_memory_pool()
         get_context().override("sglang_optimal.kv_split", max_total_tokens=tokens)
-        pool, allocator = self.student.get_memory_pool()
+        pool, allocator = self.guest.get_memory_pool()
         if pool.size < runner.req_to_token_pool.size:
             raise RuntimeError(
                 f"the student's KV pool of {allocator.size} tokens serves {pool.size} requests, the teacher's "
                 f"{runner.req_to_token_pool.size}; raise --mem-fraction-static or lower --max-running-requests."
             )
-        kv = SeparateStudentKV(
+        kv = SeparateGuestKV(
             pool,
             allocator,
             disable_radix_cache=get_memory().disable_radix_cache,
@@ -250,23 +250,23 @@ class SeparateTpModelWorker(MixedTpModelWorker):
             )
 
     def _tokens_in_budget(self) -> int:
-        """N such that N teacher tokens and N student tokens fill the budget that the teacher alone would get."""
+        """N such that N host tokens and N guest tokens fill the budget that the host alone would get."""
         alone = []
-        for worker in (self, self.student):
+        for worker in (self, self.guest):
             runner = worker.model_runner
             runner.init_kv_cache_configurator()
             budget = runner.kv_cache_configurator._profile_available_bytes(self.model_runner.pre_model_load_memory)
             alone.append(runner.kv_cache_configurator.config_from_budget(budget).max_total_num_tokens)
-        teacher, student = alone
+        host, guest = alone
         page = get_schedule().page_size
-        return max(teacher * student // (teacher + student) // page * page, page)
+        return max(host * guest // (host + guest) // page * page, page)
 
     def init_attention_backends(self) -> None:
         """Of both models."""
         with self._ordinary_steps():
             super().init_attention_backends()
-            self.student.init_attention_backends()
-        for worker in (self, self.student):
+            self.guest.init_attention_backends()
+        for worker in (self, self.guest):
             fence_plans(worker.model_runner.attn_backend)
 
     def init_cuda_graphs(self, capture_decode_cuda_graph: bool = True) -> None:
@@ -274,8 +274,8 @@ class SeparateTpModelWorker(MixedTpModelWorker):
         self._share_fusion_workspace()
         with self._ordinary_steps():
             super().init_cuda_graphs(capture_decode_cuda_graph)
-            self.student.init_cuda_graphs(capture_decode_cuda_graph)
-        prepare_graphs(self.student.model_runner, 1)
+            self.guest.init_cuda_graphs(capture_decode_cuda_graph)
+        prepare_graphs(self.guest.model_runner, 1)
 
     @contextlib.contextmanager
     def _ordinary_steps(self) -> Iterator[None]:
@@ -286,7 +286,7 @@ class SeparateTpModelWorker(MixedTpModelWorker):
             return
         spec, ahead = get_spec(), 2 * (drafts + 1)
         steps, tokens = spec.speculative_num_steps, spec.speculative_num_draft_tokens
-        configs = (self.model_config, self.student.model_config)
+        configs = (self.model_config, self.guest.model_config)
         with _ordinary_decoding():
             get_context().override(_OURS, speculative_num_steps=None, speculative_num_draft_tokens=None)
             for config in configs:
@@ -306,7 +306,7 @@ class SeparateTpModelWorker(MixedTpModelWorker):
         backend = get_exec().comm.flashinfer_allreduce_fusion_backend
         if backend is None or get_parallel().tp_size == 1:
             return
-        runners = (self.model_runner, self.student.model_runner)
+        runners = (self.model_runner, self.guest.model_runner)
         if backend == "cutedsl" or len({runner.dtype == torch.float32 for runner in runners}) > 1:
             raise RuntimeError(
                 f"--flashinfer-allreduce-fusion-backend {backend}: two models cannot share its workspace where it is "
@@ -324,32 +324,32 @@ class SeparateTpModelWorker(MixedTpModelWorker):
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def forward_batch_generation(self, batch: ScheduleBatch | None, *args, **kwargs):
-        """SGLang's, after the student's forward."""
+        """SGLang's, after the guest's forward."""
         if batch is None or batch.sampling_info is None:
             return super().forward_batch_generation(batch, *args, **kwargs)
-        step = batch.sampling_info.mixing = self._student_step(batch)
+        step = batch.sampling_info.mixing = self._guest_step(batch)
         result = self._scored(batch, step, super().forward_batch_generation, *args, **kwargs)
         if step is not None:  # its tensors are the scheduler's to drop, but the forward's to read
-            result.extra_keep_alive_refs = [*(result.extra_keep_alive_refs or ()), batch.student_plan]
+            result.extra_keep_alive_refs = [*(result.extra_keep_alive_refs or ()), batch.guest_plan]
         return result
 
-    def _student_step(self, batch: ScheduleBatch) -> MixingStep | None:
-        plan = getattr(batch, "student_plan", None)
+    def _guest_step(self, batch: ScheduleBatch) -> MixingStep | None:
+        plan = getattr(batch, "guest_plan", None)
         if plan is None:
             return None
-        step = MixingStep(rows=plan.rows, student_logits=None, vocab_size=self.vocab_size)
-        forward = self.student.forward_prefill if isinstance(plan, PrefillPlan) else self.student.forward_decode
+        step = MixingStep(rows=plan.rows, guest_logits=None, vocab_size=self.vocab_size)
+        forward = self.guest.forward_prefill if isinstance(plan, PrefillPlan) else self.guest.forward_decode
         try:
-            step.student_logits = forward(batch, plan)
+            step.guest_logits = forward(batch, plan)
         except Exception as error:
             self._failed(step, error, batch.device)
         return step
 
 
 @contextlib.contextmanager
-def _settings_of_the_teacher() -> Iterator[None]:
-    """Load the student within: settings of the process that SGLang derives from a model stay the teacher's."""
-    if get_flags().moe.runner_backend is None:  # the teacher has no experts, but the student may
+def _settings_of_the_host() -> Iterator[None]:
+    """Load the guest within: settings of the process that SGLang derives from a model stay the host's."""
+    if get_flags().moe.runner_backend is None:  # the host has no experts, but the guest may
         initialize_moe_config()
     without_prefix_chunks = get_schedule().disable_chunked_prefix_cache
     yield

@@ -1,1 +1,1 @@
-"""The student's slots, rows and radix cache."""
+"""The guest's slots, rows and radix cache."""

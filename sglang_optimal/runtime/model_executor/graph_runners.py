@@ -47,20 +47,20 @@ def prepare_graphs(runner, rows: int) -> None:
 
 
 def _pad_with_known_ids(runner) -> None:
-    """Padded rows are embedded too, and both models' graphs read one buffer of ids: what the teacher left there may be
-    an id that the student's embedding does not have."""
+    """Padded rows are embedded too, and both models' graphs read one buffer of ids: what the host left there may be
+    an id that the guest's embedding does not have."""
     registry = getattr(runner.decode_cuda_graph_runner, "buffer_registry", None)
     if registry is not None:
         registry.get_slot("input_ids").padding_policy = PaddingPolicy.ZERO
 
 
 def fence_plans(backend, event: Callable[[], torch.cuda.Event] | None = None) -> None:
-    """Let a plan of FlashInfer's be copied to the device before the next one overwrites it on the host.
+    """Let a plan of FlashInfer's be copied to the device before the next one overwrites it on the CPU.
 
     SGLang alone needs no fence: there the copy is the first thing that the device does after the step before, whose
-    result the host has just processed. With a student the copy of the teacher's plan waits behind the student's
-    forward, and of one draft's behind the draft before. The host then waits until the forward before has begun, not
-    until it has ended, so the device always has work.
+    result the CPU has just processed. With a guest the copy of the host's plan waits behind the guest's forward, and of
+    one draft's behind the draft before. The CPU then waits until the forward before has begun, not until it has ended,
+    so the device always has work.
 
     Args:
         backend: an attention backend; others than FlashInfer's plan on the device and are left alone.

@@ -1,4 +1,4 @@
-"""Integers from the host to the device, without waiting for what the device still has to do."""
+"""Integers from the CPU to the device, without waiting for what the device still has to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sglang.srt.utils import is_pin_memory_available
 
 
 def sent(values: Sequence[int], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``values`` as int64 tensors [n]: on the host, on the device.
+    """``values`` as int64 tensors [n]: on the CPU, on the device.
 
     From pinned memory, because a copy from other memory may wait until the device has caught up.
     """

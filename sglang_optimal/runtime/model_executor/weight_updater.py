@@ -205,7 +205,7 @@ class UpdatedModel:
         self._old: dict[str, torch.Tensor] = {}
 
     def keep(self) -> None:
-        """Copy the weights to the host, into memory that is taken once, where they are whole."""
+        """Copy the weights to the CPU, into memory that is taken once, where they are whole."""
         if not self.keeps or not self.whole:
             return
         self._path = self.runner.model_config.model_path

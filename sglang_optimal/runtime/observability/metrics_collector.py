@@ -12,7 +12,7 @@ import numpy as np
 from prometheus_client import Counter, Gauge, Histogram
 
 from sglang_optimal.names import SERIES
-from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
+from sglang_optimal.runtime.mem_cache.guest_kv import GuestKV
 from sglang_optimal.runtime.sampling.sampling_observer import EqualSides
 
 ALPHA_BUCKETS = tuple(round(0.05 * i, 2) for i in range(21))
@@ -27,13 +27,13 @@ class MixingMetrics:
 
     Args:
         labels: the labels of SGLang's own scheduler metrics.
-        student_kv: the student's KV, for its pool and radix cache.
+        guest_kv: the guest's KV, for its pool and radix cache.
         equal_sides: of the worker's observer.
     """
 
-    def __init__(self, labels: dict[str, Any], student_kv: StudentKV, equal_sides: EqualSides):
+    def __init__(self, labels: dict[str, Any], guest_kv: GuestKV, equal_sides: EqualSides):
         names = list(labels)
-        self._kv = student_kv
+        self._kv = guest_kv
         self._equal_sides = equal_sides
 
         def counter(name: str, text: str):

@@ -55,16 +55,16 @@ class MixingStep:
 
     Attributes:
         rows: which rows of the batch, and their settings.
-        student_logits: [n, V_student], once the student's forward was launched and until they are mixed.
+        guest_logits: [n, V_guest], once the guest's forward was launched and until they are mixed.
         vocab_size: number of ids both models have; the mixture's support is [0, vocab_size).
         mixed: once they are mixed, and until the token is sampled.
-        failure: why there are no student logits (they are NaN then, and the rows end with this message); else None.
+        failure: why there are no guest logits (they are NaN then, and the rows end with this message); else None.
         dead_rows: of the whole batch, where a request changes logits.
         scoring: the scores of given completions; set once the forward has been launched.
     """
 
     rows: MixedRows
-    student_logits: torch.Tensor | None
+    guest_logits: torch.Tensor | None
     vocab_size: int
     mixed: MixedLogits | None = None
     failure: str | None = None
@@ -72,26 +72,26 @@ class MixingStep:
     scoring: DeviceAuxiliaryOutput | None = None
 
     def apply_logit_transforms(self, width: int, info: SamplingBatchInfo) -> None:
-        """Penalties, grammar mask and logit bias, applied to the student's logits as SGLang does to the teacher's."""
+        """Penalties, grammar mask and logit bias, applied to the guest's logits as SGLang does to the host's."""
         if not _are_transformed(info):
             return
-        logits = self._student_logits().float()
-        # SGLang's transforms take the whole batch at the teacher's width.
+        logits = self._guest_logits().float()
+        # SGLang's transforms take the whole batch at the host's width.
         full = logits.new_zeros((len(info), width))
         known = logits[:, : self.vocab_size]
         self.rows.put(full[:, : self.vocab_size], known)
         info.apply_logits_bias(full)
-        self.student_logits = self.rows.select(full)
+        self.guest_logits = self.rows.select(full)
 
     def mix_into(self, logits: torch.Tensor, info: SamplingBatchInfo) -> torch.Tensor:
-        """Replace the mixed rows of the teacher's ``logits`` [B, V] by the mixture's; returns what to sample from.
+        """Replace the mixed rows of the host's ``logits`` [B, V] by the mixture's; returns what to sample from.
 
-        The teacher's own rows are kept for the logprobs of the sampled token.
+        The host's own rows are kept for the logprobs of the sampled token.
         """
         v = self.vocab_size
         width = logits.shape[-1]
         teacher = self.rows.select(logits)
-        student, self.student_logits = self._student_logits()[:, :v], None
+        student, self.guest_logits = self._guest_logits()[:, :v], None
         temperature = self.rows.select(info.temperatures)
         # Where only one model knows an id, it stays masked.
         mixed = torch.empty((len(teacher), width), dtype=torch.float32, device=logits.device)
@@ -117,10 +117,10 @@ class MixingStep:
             raise RuntimeError("the logits of the step were not mixed")
         return mixed
 
-    def _student_logits(self) -> torch.Tensor:
-        if self.student_logits is None:
-            raise RuntimeError("the student's forward of the step was not launched")
-        return self.student_logits
+    def _guest_logits(self) -> torch.Tensor:
+        if self.guest_logits is None:
+            raise RuntimeError("the guest's forward of the step was not launched")
+        return self.guest_logits
 
 
 def token_values(
@@ -205,9 +205,9 @@ def create_mixture_sampler() -> MixtureSampler:
     """Factory of ``--sampling-backend optimal``; called by each model runner.
 
     Raises:
-        RuntimeError: SGLang's own scheduler asked for it, which has no student and would sample the teacher alone.
+        RuntimeError: SGLang's own scheduler asked for it, which has no guest and would sample the host alone.
     """
-    if not _has_student.get():
+    if not _has_guest.get():
         raise RuntimeError(
             "--sampling-backend optimal needs a student: start the server with python -m sglang_optimal.launch_server."
         )
@@ -224,17 +224,17 @@ def install(model_runner) -> None:
     compile_kernels(model_runner.device, model_runner.model_config.vocab_size)
 
 
-_has_student: ContextVar[bool] = ContextVar("sglang_optimal.has_student", default=False)
+_has_guest: ContextVar[bool] = ContextVar("sglang_optimal.has_guest", default=False)
 
 
 @contextlib.contextmanager
-def beside_a_student() -> Iterator[None]:
-    """Build the model runners of a worker with a student within; no other may have a `MixtureSampler`."""
-    token = _has_student.set(True)
+def beside_a_guest() -> Iterator[None]:
+    """Build the model runners of a worker with a guest within; no other may have a `MixtureSampler`."""
+    token = _has_guest.set(True)
     try:
         yield
     finally:
-        _has_student.reset(token)
+        _has_guest.reset(token)
 
 
 def _kernel_backend() -> str:

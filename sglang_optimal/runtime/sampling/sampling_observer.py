@@ -1,7 +1,7 @@
 """The mixing of one step: from both models' logits to the sampled token's extras.
 
-SGLang calls in this order: ``before_grammar`` (penalties, grammar mask and bias go to the student's logits too), the
-sampler (mixes, see sampler.py), ``after_sample`` (gathers what clients may ask for). The extras travel to the host with
+SGLang calls in this order: ``before_grammar`` (penalties, grammar mask and bias go to the guest's logits too), the
+sampler (mixes, see sampler.py), ``after_sample`` (gathers what clients may ask for). The extras travel to the CPU with
 the sampled tokens, in one asynchronous copy.
 """
 
@@ -98,7 +98,7 @@ class EqualSides:
 
     def add(self, req: Req, values: Sequence[float]) -> None:
         """Count one token, by its values of ``SERIES``."""
-        if req.mixing.student.prompt_ids == req.origin_input_ids:
+        if req.mixing.guest.prompt_ids == req.origin_input_ids:
             return
         self._seen += 1
         self.tokens += values[_KL_STUDENT] == 0.0 == values[_KL_TEACHER]
@@ -115,9 +115,9 @@ class EqualSides:
 @dataclasses.dataclass
 class MixingDeviceOutput:
     """Extras on the device: ``values`` [n, w, …] (`token_values`) of up to w tokens for each of the batch's
-    ``host_rows``."""
+    rows ``row_ids``."""
 
-    host_rows: list[int]
+    row_ids: list[int]
     values: torch.Tensor
     wanted: Wanted
     observer: MixingObserver
@@ -125,7 +125,7 @@ class MixingDeviceOutput:
     step: MixingStep | None = None  # what is scored of it comes after its sampling
 
     def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> HostAuxiliaryOutput:
-        output = MixingHostOutput(self.host_rows, copy_tensor(self.values), self.wanted, self.observer, self.failure)
+        output = MixingHostOutput(self.row_ids, copy_tensor(self.values), self.wanted, self.observer, self.failure)
         scoring = None if self.step is None else self.step.scoring
         if scoring is None:
             return output
@@ -134,9 +134,9 @@ class MixingDeviceOutput:
 
 @dataclasses.dataclass
 class MixingHostOutput:
-    """Extras on the host; handed to each request together with the tokens they belong to."""
+    """Extras on the CPU; handed to each request together with the tokens they belong to."""
 
-    host_rows: list[int]
+    row_ids: list[int]
     values: torch.Tensor
     wanted: Wanted
     observer: MixingObserver
@@ -148,7 +148,7 @@ class MixingHostOutput:
         series, most_likely = self.values[..., :columns].tolist(), None
         if self.wanted.top_k:
             most_likely = self.values[..., columns:].unflatten(-1, (-1, 4, self.wanted.top_k)).numpy()
-        for i, row in enumerate(self.host_rows):
+        for i, row in enumerate(self.row_ids):
             commit = commits[row]
             if commit is None:  # chunk in flight, or a request that had already finished
                 continue

@@ -46,7 +46,7 @@ def want_hidden_states(batch: ScheduleBatch, reqs: Sequence[Req]) -> None:
         batch.return_hidden_states_mode = CaptureHiddenMode.FULL
 
 
-def take_teacher_states(batch: ScheduleBatch, hidden: torch.Tensor | None) -> None:
+def take_host_states(batch: ScheduleBatch, hidden: torch.Tensor | None) -> None:
     """Keep the scored positions of a prefill's ``hidden`` states [tokens, H]."""
     if hidden is None:
         return
@@ -55,12 +55,12 @@ def take_teacher_states(batch: ScheduleBatch, hidden: torch.Tensor | None) -> No
         score = score_of(req)
         if score is not None:
             end = len(req.origin_input_ids) - 1
-            _take(score.teacher, hidden[begin : begin + length], start, end - score.length, end)
+            _take(score.host, hidden[begin : begin + length], start, end - score.length, end)
         begin += length
 
 
-def take_student_states(chunks: Sequence[PrefillChunk], hidden: torch.Tensor | None) -> None:
-    """The same of one forward of students' prompts."""
+def take_guest_states(chunks: Sequence[PrefillChunk], hidden: torch.Tensor | None) -> None:
+    """The same of one forward of the guest's prompts."""
     if hidden is None:
         return
     begin = 0
@@ -68,8 +68,8 @@ def take_student_states(chunks: Sequence[PrefillChunk], hidden: torch.Tensor | N
         length = chunk.end - chunk.start
         score = score_of(chunk.req)
         if score is not None:
-            end = len(chunk.req.mixing.student.prompt_ids) - 1
-            _take(score.student, hidden[begin : begin + length], chunk.start, end - score.length, end)
+            end = len(chunk.req.mixing.guest.prompt_ids) - 1
+            _take(score.guest, hidden[begin : begin + length], chunk.start, end - score.length, end)
         begin += length
 
 
@@ -85,7 +85,7 @@ def _take(parts: list[torch.Tensor], hidden: torch.Tensor, start: int, first: in
 
 @dataclasses.dataclass
 class Scoring:
-    """What was scored in one step, on the device or the host; an auxiliary output of SGLang's.
+    """What was scored in one step, on the device or the CPU; an auxiliary output of SGLang's.
 
     Attributes:
         rows: of the batch. values: [L, …] of each (`token_values`). error: why there are none.
@@ -119,11 +119,11 @@ def _hand_out(req: Req, values: np.ndarray) -> None:
     req.customized_info[SCORED] = [ScoredTokens(wanted, list(req.origin_input_ids[-len(values) :]), values)]
 
 
-def score(rows: MixedRows, teacher: ModelRunner, student: ModelRunner, vocab_size: int) -> Scoring:
+def score(rows: MixedRows, host: ModelRunner, guest: ModelRunner, vocab_size: int) -> Scoring:
     """Score the completions of the rows whose prompts are complete.
 
     Args:
-        teacher, student: whose heads to use; one where both sides are one model.
+        host, guest: whose heads to use; one where both sides are one model.
         vocab_size: number of ids that both models have.
     """
     result = Scoring()
@@ -132,20 +132,20 @@ def score(rows: MixedRows, teacher: ModelRunner, student: ModelRunner, vocab_siz
         if given is None:
             continue
         try:
-            values = _score_one(req, given, teacher, student, vocab_size)
+            values = _score_one(req, given, host, guest, vocab_size)
         except Exception as error:  # the request's own; others of the batch go on
             result.errors[row] = f"scoring failed: {type(error).__name__}: {error}"
             continue
         finally:
-            given.teacher.clear()
-            given.student.clear()
+            given.host.clear()
+            given.guest.clear()
         result.rows.append(row)
         result.values.append(values)
     return result
 
 
-def _score_one(req: Req, given: Score, teacher: ModelRunner, student: ModelRunner, v: int) -> torch.Tensor:
-    states = torch.cat(given.teacher), torch.cat(given.student)
+def _score_one(req: Req, given: Score, host: ModelRunner, guest: ModelRunner, v: int) -> torch.Tensor:
+    states = torch.cat(given.host), torch.cat(given.guest)
     if not len(states[0]) == len(states[1]) == given.length:
         raise RuntimeError(f"{len(states[0])} and {len(states[1])} hidden states of {given.length} positions")
     device = states[0].device
@@ -156,7 +156,7 @@ def _score_one(req: Req, given: Score, teacher: ModelRunner, student: ModelRunne
     done = []
     for i in range(0, given.length, size):
         block = slice(i, i + size)
-        t, s = head(teacher, states[0][block])[:, :v], head(student, states[1][block])[:, :v]
+        t, s = head(host, states[0][block])[:, :v], head(guest, states[1][block])[:, :v]
         if bias is not None:
             t, s = t.float() + bias, s.float() + bias
         temperature = torch.full((len(t),), params.temperature, device=device)

@@ -1,1 +1,1 @@
-"""The student drafts, the mixture decides."""
+"""The guest drafts, the mixture decides."""

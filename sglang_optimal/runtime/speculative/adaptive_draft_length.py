@@ -1,4 +1,4 @@
-"""How many tokens the student drafts in the next step."""
+"""How many tokens the guest drafts in the next step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sharp the student's distribution is when it drafts: as sharp as agrees best with what the mixture draws from."""
+"""How sharp the guest's distribution is when it drafts: as sharp as agrees best with what the mixture draws from."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ class DraftTemperature:
 
     def sharpened(self, truncation: SamplingFilters) -> SamplingFilters:
         """The requests' settings with the temperature to draft at."""
-        # Not by indexing with a number that the device has: the host would wait for it.
+        # Not by indexing with a number that the device has: the CPU would wait for it.
         return truncation.scaled(self._factors.index_select(0, self._overlaps.argmax(0, keepdim=True)))
 
-    def observe(self, student_logits: Tensor, target: Tensor, truncation: SamplingFilters) -> None:
+    def observe(self, guest_logits: Tensor, target: Tensor, truncation: SamplingFilters) -> None:
         """Take note of the first position of a step.
 
         Args:
-            student_logits: [n, v]. target: [n, v], probabilities that the mixture draws from.
+            guest_logits: [n, v]. target: [n, v], probabilities that the mixture draws from.
             truncation: of the rows.
         """
         self._steps += 1
         if self._steps % EVERY != 1:
             return
         overlaps = [
-            torch.minimum(truncation.scaled(factor).probs(student_logits), target).sum(-1).mean()
+            torch.minimum(truncation.scaled(factor).probs(guest_logits), target).sum(-1).mean()
             for factor in self._factors
         ]
         new = torch.stack(overlaps)

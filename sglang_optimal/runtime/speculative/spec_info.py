@@ -13,11 +13,11 @@ from sglang_optimal.names import ALGORITHM
 
 
 class MixingCustomSpecAlgo(CustomSpecAlgo):
-    """The student drafts, the mixture of both models decides."""
+    """The guest drafts, the mixture of both models decides."""
 
     def has_draft_kv(self) -> bool:
-        """No: the teacher's pool has none, and the student has a pool of its own."""
-        return False  # in the teacher's pool; the student has its own
+        """No: the host's pool has none, and the guest has a pool of its own."""
+        return False  # in the host's pool; the guest has its own
 
     def need_topk(self) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""The speculative worker: the student drafts k tokens, one forward of the teacher verifies k + 1 positions.
+"""The speculative worker: the guest drafts k tokens, one forward of the host verifies k + 1 positions.
 
 Every position that is verified is a row of its own in one decode batch: the same request, one token longer than the row
 before. A layer writes the KV of all rows before its attention reads any, so each row sees exactly its own past. Any
@@ -25,10 +25,10 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang_optimal.mixing import Sides, mix
 from sglang_optimal.mixing.filters import SamplingFilters
 from sglang_optimal.mixing.speculation import verify, verify_greedy
-from sglang_optimal.runtime.core import DecodePlan, DraftRows, MixedRows, student_of
+from sglang_optimal.runtime.core import DecodePlan, DraftRows, MixedRows, guest_of
 from sglang_optimal.runtime.managers.schedule_batch import as_ordinary_decode, decode_rows, slots_of
+from sglang_optimal.runtime.model_executor.guest_failure import guest_failure
 from sglang_optimal.runtime.model_executor.host_copy import sent
-from sglang_optimal.runtime.model_executor.student_failure import student_failure
 from sglang_optimal.runtime.sampling.filters import filters_of
 from sglang_optimal.runtime.sampling.sampler import MixingStep, make_samplable, token_values
 from sglang_optimal.runtime.speculative.adaptive_draft_length import AdaptiveDraftLength, FixedDraftLength
@@ -47,7 +47,7 @@ def can_draft(req: Req) -> bool:
     """
     params = req.sampling_params
     return (
-        student_of(req) is not None
+        guest_of(req) is not None
         and req.grammar is None
         and params.frequency_penalty == 0
         and params.presence_penalty == 0
@@ -58,7 +58,7 @@ def can_draft(req: Req) -> bool:
 
 
 class MixingSpecWorker(BaseSpecWorker):
-    """What SGLang's scheduler runs in place of the teacher's worker, which it holds."""
+    """What SGLang's scheduler runs in place of the host's worker, which it holds."""
 
     def __init__(self, server_args, gpu_id: int, nccl_port: int, target_worker):
         super().__init__()
@@ -77,14 +77,14 @@ class MixingSpecWorker(BaseSpecWorker):
 
     @property
     def draft_worker(self) -> None:
-        """None: the student's weights and pools belong to the target worker."""
+        """None: the guest's weights and pools belong to the target worker."""
         return None
 
     @property
     def spec_v2_attn_backends(self) -> tuple:
         """Those whose plans SGLang prepares ahead: both models'."""
         target = self.target_worker
-        return target.model_runner.attn_backend, target.student.model_runner.attn_backend
+        return target.model_runner.attn_backend, target.guest.model_runner.attn_backend
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -132,16 +132,16 @@ class MixingSpecWorker(BaseSpecWorker):
     def _rows(self, batch: ScheduleBatch) -> DraftRows:
         # As in Planner: the list of requests is a new one whenever it changes.
         if self._cached is None or self._cached[0] is not batch.reqs:
-            as_student = self.target_worker.student_kv.as_student
-            row_ids = [i for i, req in enumerate(batch.reqs) if student_of(req) is not None]
+            as_guest = self.target_worker.guest_kv.as_guest
+            row_ids = [i for i, req in enumerate(batch.reqs) if guest_of(req) is not None]
             drafted = [i for i in row_ids if can_draft(batch.reqs[i])]
-            mixed = MixedRows.build(batch, row_ids, as_student) if row_ids else None
+            mixed = MixedRows.build(batch, row_ids, as_guest) if row_ids else None
             if drafted == row_ids:
                 rows = DraftRows(mixed, mixed, None)
             else:
                 drafted_in_mixed = sent([row_ids.index(i) for i in drafted], batch.device)[1]
                 rows = DraftRows(
-                    mixed, MixedRows.build(batch, drafted, as_student) if drafted else None, drafted_in_mixed
+                    mixed, MixedRows.build(batch, drafted, as_guest) if drafted else None, drafted_in_mixed
                 )
             self._cached = batch.reqs, rows
         return self._cached[1]
@@ -156,7 +156,7 @@ class MixingSpecWorker(BaseSpecWorker):
     def _lockstep(self, batch: ScheduleBatch, rows: DraftRows, last: torch.Tensor, on_publish) -> GenerationBatchResult:
         """One token for each request."""
         batch = as_ordinary_decode(batch, last)
-        batch.student_plan = None if rows.all_mixed is None else self._plan(batch, rows.mixed, 0)
+        batch.guest_plan = None if rows.all_mixed is None else self._plan(batch, rows.mixed, 0)
         result = self.target_worker.forward_batch_generation(batch)
         result.accept_lens = torch.ones(len(batch.reqs), dtype=torch.int32, device=batch.device)
         result.speculative_num_draft_tokens = 1
@@ -166,9 +166,9 @@ class MixingSpecWorker(BaseSpecWorker):
         return self._finish(batch, result, batch.seq_lens, result.next_token_ids, on_publish)
 
     def _plan(self, batch: ScheduleBatch, rows: MixedRows, ahead: int) -> DecodePlan:
-        """The student's decode step ``ahead`` tokens after that of ``batch``, which holds an ordinary decode batch."""
-        seq_lens, cpu = rows.student_lens(batch, ahead)
-        pool = self.target_worker.student_kv.req_to_token_pool
+        """The guest's decode step ``ahead`` tokens after that of ``batch``, which holds an ordinary decode batch."""
+        seq_lens, cpu = rows.guest_lens(batch, ahead)
+        pool = self.target_worker.guest_kv.req_to_token_pool
         slots = slots_of(pool, rows.select(batch.req_pool_indices), seq_lens)
         return DecodePlan(rows=rows, seq_lens=seq_lens, seq_lens_cpu=cpu, out_cache_loc=slots)
 
@@ -243,7 +243,7 @@ class MixingSpecWorker(BaseSpecWorker):
     def _draft(
         self, batch: ScheduleBatch, rows: DraftRows, length: int, filters: SamplingFilters, bias: torch.Tensor | None
     ) -> Draft:
-        """``length`` + 1 forwards of the student, each on what it drew from the one before."""
+        """``length`` + 1 forwards of the guest, each on what it drew from the one before."""
         target, drafted = self.target_worker, rows.drafted
         n, v = len(drafted.row_ids), target.vocab_size
         draft = Draft.empty(length, n, v, batch.device, greedy=filters.greedy)
@@ -252,7 +252,7 @@ class MixingSpecWorker(BaseSpecWorker):
                 # The first forward has the rows that are not drafted for as well.
                 part = rows.mixed if ahead == 0 else drafted
                 ids = part.select(batch.input_ids) if ahead == 0 else draft.token_ids[ahead - 1]
-                logits = target.student.forward_decode(batch, self._plan(batch, part, ahead), ids, view=True)
+                logits = target.guest.forward_decode(batch, self._plan(batch, part, ahead), ids, view=True)
                 if ahead == 0 and rows.drafted_in_mixed is not None:
                     draft.lockstep_logits = logits.clone()
                     logits = logits.index_select(0, rows.drafted_in_mixed)
@@ -262,12 +262,12 @@ class MixingSpecWorker(BaseSpecWorker):
         except torch.OutOfMemoryError:
             raise  # the step may go on in lockstep
         except Exception as error:
-            draft.failure = student_failure(error, rows.mixed)
+            draft.failure = guest_failure(error, rows.mixed)
             draft.fill_invalid(len(rows.mixed.row_ids))
         return draft
 
     def _verify_forward(self, batch: ScheduleBatch, drafted: MixedRows, draft_token_ids: torch.Tensor):
-        """The teacher's forward of all rows of ``batch``, then of the drafted rows once for each draft [k, n]."""
+        """The host's forward of all rows of ``batch``, then of the drafted rows once for each draft [k, n]."""
         k, n = draft_token_ids.shape
         req_pool_indices = torch.cat([batch.req_pool_indices, drafted.select(batch.req_pool_indices).repeat(k)])
         seq_lens = torch.cat([batch.seq_lens, _ahead(drafted.select(batch.seq_lens), k)])
@@ -278,7 +278,7 @@ class MixingSpecWorker(BaseSpecWorker):
             input_ids=torch.cat([batch.input_ids, draft_token_ids.reshape(-1)]),
             req_pool_indices=req_pool_indices,
             seq_lens=seq_lens,
-            seq_lens_cpu=None if cpu is None else torch.cat([cpu, _ahead(drafted.select_host(cpu), k)]),
+            seq_lens_cpu=None if cpu is None else torch.cat([cpu, _ahead(drafted.select_cpu(cpu), k)]),
             out_cache_loc=slots_of(batch.req_to_token_pool, req_pool_indices, seq_lens),
         )
         runner = self.target_worker.model_runner
@@ -290,7 +290,7 @@ class MixingSpecWorker(BaseSpecWorker):
         """What lockstep samples for all requests: the tokens [B] of those that are not drafted for, and more of them.
 
         Args:
-            logits: [B, V] the teacher's, which stay as they are.
+            logits: [B, V] the host's, which stay as they are.
         """
         runner, info = self.target_worker.model_runner, batch.sampling_info
         info.mixing = None

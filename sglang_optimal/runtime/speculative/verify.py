@@ -20,12 +20,12 @@ from sglang_optimal.runtime.sampling.sampling_observer import MixingDeviceOutput
 
 @dataclasses.dataclass
 class Draft:
-    """What the student drafted for n rows.
+    """What the guest drafted for n rows.
 
     Attributes:
-        token_ids: [k, n] int64. logits: [k+1, n, v] float32, the student's at each position, bias added.
+        token_ids: [k, n] int64. logits: [k+1, n, v] float32, the guest's at each position, bias added.
         probs: [k, n, v] float32, what the tokens were drawn from; None where all rows are greedy.
-        lockstep_logits: [m, V_student], its logits at the first position for all m mixed rows; None where n = m.
+        lockstep_logits: [m, V_guest], its logits at the first position for all m mixed rows; None where n = m.
         failure: why there is nothing; else None.
     """
 
@@ -44,7 +44,7 @@ class Draft:
         )
 
     def propose(self, position: int, filters: SamplingFilters) -> torch.Tensor:
-        """Tokens [n] drawn from the student's logits at ``position`` with ``filters``."""
+        """Tokens [n] drawn from the guest's logits at ``position`` with ``filters``."""
         logits = self.logits[position]
         if self.probs is None:
             return logits.argmax(-1)

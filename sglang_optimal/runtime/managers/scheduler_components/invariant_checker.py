@@ -1,4 +1,4 @@
-"""SGLang's leak checker, which counts what students hold as well.
+"""SGLang's leak checker, which counts what the guest holds as well.
 
 It runs whenever the scheduler is idle. With ``SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY=1`` it also runs after every
 step, and with ``SGLANG_CHECK_KV_PAGE_INVARIANTS=1`` it then looks at every single slot; the soak test sets both.
@@ -13,56 +13,56 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
 
-from sglang_optimal.runtime.mem_cache.student_kv import StudentKV
+from sglang_optimal.runtime.mem_cache.guest_kv import GuestKV
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class MixedSchedulerInvariantChecker(SchedulerInvariantChecker):
-    """``student_kv``: whose slots to count."""
+    """``guest_kv``: whose slots to count."""
 
-    student_kv: StudentKV
+    guest_kv: GuestKV
 
     @classmethod
-    def like(cls, checker: SchedulerInvariantChecker, student_kv: StudentKV) -> MixedSchedulerInvariantChecker:
-        """The same checker, with the student's side."""
+    def like(cls, checker: SchedulerInvariantChecker, guest_kv: GuestKV) -> MixedSchedulerInvariantChecker:
+        """The same checker, with the guest's side."""
         names = [field.name for field in dataclasses.fields(SchedulerInvariantChecker)]
-        return cls(student_kv=student_kv, **{name: getattr(checker, name) for name in names})
+        return cls(guest_kv=guest_kv, **{name: getattr(checker, name) for name in names})
 
     def check_idle(self) -> None:
         """Report slots that nobody owns; only when nothing runs."""
-        leak = leak_report(self.student_kv)
+        leak = leak_report(self.guest_kv)
         if leak is not None:
             self._report_leak("student pool", leak)
 
     def self_check_during_busy(self) -> None:
-        """SGLang's, and the student's slots."""
+        """SGLang's, and the guest's slots."""
         # Explicit, because a class with slots is made anew, and super() would look for the old one.
         SchedulerInvariantChecker.self_check_during_busy(self)
         if self.get_last_batch() is None:
             return
-        problem = busy_report(self.student_kv, every_slot=envs.SGLANG_CHECK_KV_PAGE_INVARIANTS.get())
+        problem = busy_report(self.guest_kv, every_slot=envs.SGLANG_CHECK_KV_PAGE_INVARIANTS.get())
         assert problem is None, problem
 
     def _get_total_uncached_sizes(self) -> tuple[int, int]:
-        """SGLang's, with what students hold in the teacher's pool."""
+        """SGLang's, with what the guest holds in the host's pool."""
         full, swa = SchedulerInvariantChecker._get_total_uncached_sizes(self)
-        return full + (private_tokens(self.student_kv) if self.student_kv.one_pool else 0), swa
+        return full + (private_tokens(self.guest_kv) if self.guest_kv.one_pool else 0), swa
 
 
-def leak_report(kv: StudentKV) -> str | None:
+def leak_report(kv: GuestKV) -> str | None:
     """None when idle accounting is right: every slot is free or evictable and no request holds any."""
     stats = kv.stats()
-    # SGLang itself looks at the slots of a pool that is the teacher's.
+    # SGLang itself looks at the slots of a pool that is the host's.
     whole = kv.one_pool or (stats["free"] + stats["evictable"] == kv.size and stats["protected"] == 0)
     return None if whole and not kv.num_active_reqs else f"student KV leak while idle: {stats}"
 
 
-def private_tokens(kv: StudentKV) -> int:
+def private_tokens(kv: GuestKV) -> int:
     """Tokens whose slots belong to one request, and to no radix cache."""
-    return sum(kv.row_len(req) - req.mixing.student.kv.protected_len for req in kv.active_reqs.values())
+    return sum(kv.row_len(req) - req.mixing.guest.kv.protected_len for req in kv.active_reqs.values())
 
 
-def busy_report(kv: StudentKV, *, every_slot: bool) -> str | None:
+def busy_report(kv: GuestKV, *, every_slot: bool) -> str | None:
     """None when the accounting is right while requests run: every slot is free, in the tree, or one request's.
 
     Args:
@@ -86,8 +86,8 @@ def busy_report(kv: StudentKV, *, every_slot: bool) -> str | None:
     return f"student KV pool: slots with more than one owner: {slots[counts > 1].tolist()[:20]}; {stats}"
 
 
-def _private_slots(kv: StudentKV, req: Req) -> torch.Tensor:
-    state = req.mixing.student.kv
+def _private_slots(kv: GuestKV, req: Req) -> torch.Tensor:
+    state = req.mixing.guest.kv
     if not state.bound:
         return state.slots
     return kv.req_to_token_pool.req_to_token[req.kv.req_pool_idx, state.protected_len : kv.row_len(req)]

@@ -241,7 +241,7 @@ class MixedWeightUpdaterManager(SchedulerWeightUpdaterManager):
         if not recv_req.flush_cache:
             return None
         if self.config.updated == "student":
-            held = self.tp_worker.student_kv.num_active_reqs
+            held = self.tp_worker.guest_kv.num_active_reqs
         else:
             held = 0 if self.is_fully_idle(ignore_waiting=self.scheduler._engine_paused) else 1
         if not held:
@@ -253,7 +253,7 @@ class MixedWeightUpdaterManager(SchedulerWeightUpdaterManager):
         if self.config.updated != "student":
             return SchedulerWeightUpdaterManager.flush_cache_after_weight_update(self, recv_req, success, message)
         if recv_req.flush_cache:
-            self.tp_worker.student_kv.reset()
+            self.tp_worker.guest_kv.reset()
         return success, message
 
     # -- from disk -------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class MixedWeightUpdaterManager(SchedulerWeightUpdaterManager):
         """SGLang's, on the policy or, so marked, on the student."""
         student = is_for_student(recv_req)
         if student and self.tp_worker.student_model is None:
-            return _from_disk(False, self.tp_worker.student.no_updates)
+            return _from_disk(False, self.tp_worker.guest.no_updates)
         if student and self.config.updated != "student":  # the policy is the teacher
             return self._student_beside_the_policy(recv_req)
         refusal = self._refusal("all") or self._still_held(recv_req)
@@ -271,21 +271,21 @@ class MixedWeightUpdaterManager(SchedulerWeightUpdaterManager):
         with self._observe_weight_load("disk"):
             success, message = self._from_disk(self._models(), recv_req)
             if success:
-                self.tp_worker.student.weights_path = recv_req.model_path
+                self.tp_worker.guest.weights_path = recv_req.model_path
                 version = student_version(recv_req) if student else recv_req.weight_version
                 self.record_weight_version_after_update(version)
                 success, message = self.flush_cache_after_weight_update(recv_req, success, message)
         return _from_disk(success, message)
 
     def _student_beside_the_policy(self, recv_req: UpdateWeightFromDiskReqInput) -> UpdateWeightFromDiskReqOutput:
-        worker, kv = self.tp_worker, self.tp_worker.student_kv
+        worker, kv = self.tp_worker, self.tp_worker.guest_kv
         if recv_req.flush_cache and kv.num_active_reqs:
             return _from_disk(
                 False, f"{HELD}. Let them finish, abort or retract them, or update with flush_cache=false."
             )
         success, message = self._from_disk([worker.student_model], recv_req)
         if success:
-            worker.student.weights_path, worker.student.weight_version = recv_req.model_path, student_version(recv_req)
+            worker.guest.weights_path, worker.guest.weight_version = recv_req.model_path, student_version(recv_req)
             if recv_req.flush_cache:
                 kv.reset()
         return _from_disk(success, message)

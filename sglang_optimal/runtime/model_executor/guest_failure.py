@@ -1,4 +1,4 @@
-"""A student's forward that raises: its requests end with a message, and the others go on."""
+"""A forward of the guest's that raises: its requests end with a message, and the others go on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sglang_optimal.runtime.core import MixedRows
 logger = logging.getLogger(__name__)
 
 
-def student_failure(error: Exception, rows: MixedRows) -> str:
-    """What to tell the requests whose student's forward raised ``error``; raises it again if nothing can go on.
+def guest_failure(error: Exception, rows: MixedRows) -> str:
+    """What to tell the requests whose guest's forward raised ``error``; raises it again if nothing can go on.
 
     That is so where other ranks wait for this one, and where the accelerator itself has failed.
     """
@@ -21,8 +21,8 @@ def student_failure(error: Exception, rows: MixedRows) -> str:
         raise error
     logger.error("student forward", exc_info=error)
     for req in rows.reqs:
-        if req.mixing.student.kv is not None:  # else it has just ended
-            req.mixing.student.kv.failed = True
+        if req.mixing.guest.kv is not None:  # else it has just ended
+            req.mixing.guest.kv.failed = True
     return f"the student's forward failed: {type(error).__name__}: {error}"
 
 

@@ -1,8 +1,8 @@
-"""The student's KV cache: its slots, its rows and its radix cache, released at the same events as the teacher's.
+"""The guest's KV cache: its slots, its rows and its radix cache, released at the same events as the host's.
 
-The scheduler knows a mixed request once. The student's ``req_to_token_pool`` has the teacher's size, so a request uses
-the same row in both. At any time the student holds ``len(S) − len(T)`` more tokens than the teacher (S, T: the two
-prompts), a constant of the request, so its lengths are derived and never counted token by token.
+The scheduler knows a mixed request once. The guest's ``req_to_token_pool`` has the host's size, so a request uses the
+same row in both. At any time the guest holds ``len(G) − len(H)`` more tokens than the host (G, H: the two prompts), a
+constant of the request, so its lengths are derived and never counted token by token.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
-from sglang_optimal.runtime.core import StudentKVState, length_offset
+from sglang_optimal.runtime.core import GuestKVState, length_offset
 from sglang_optimal.runtime.model_executor.host_copy import sent
 
 MIN_ALIASED_PREFIX = 32
 """Tokens. A prefix that both contexts of one fresh request share is computed once if it is at least this long: the
-student's forward then has to follow the teacher's instead of being part of it."""
+guest's forward then has to follow the host's instead of being part of it."""
 
 
-class StudentReq:
-    """A request as the forward of its student sees it, where that runs with a LoRA adapter."""
+class GuestReq:
+    """A request as the forward of its guest sees it, where that runs with a LoRA adapter."""
 
     def __init__(self, req: Req, lora_id: str):
         self._req = req
@@ -38,14 +38,14 @@ class StudentReq:
         return getattr(self._req, name)
 
 
-class StudentKV(abc.ABC):
-    """Slots, rows and radix cache of the student; where they are is what the two kinds differ in.
+class GuestKV(abc.ABC):
+    """Slots, rows and radix cache of the guest; where they are is what the two kinds differ in.
 
     Attributes:
-        one_pool: whether they are the teacher's, so that each side takes from what the other has.
-        req_pool_offset: what to add to a request's row number to find its student's row in the model runner's table.
+        one_pool: whether they are the host's, so that each side takes from what the other has.
+        req_pool_offset: what to add to a request's row number to find its guest's row in the model runner's table.
         holders: requests that hold slots, by id(); without any, all slots are free or in the tree.
-        prompt_tokens, cached_tokens: of student contexts so far, and how many of them the radix cache had.
+        prompt_tokens, cached_tokens: of guest contexts so far, and how many of them the radix cache had.
     """
 
     one_pool: bool
@@ -62,14 +62,14 @@ class StudentKV(abc.ABC):
     @property
     @abc.abstractmethod
     def tree(self) -> BasePrefixCache:
-        """The radix cache that has the student's prefixes."""
+        """The radix cache that has the guest's prefixes."""
 
     @abc.abstractmethod
-    def attach(self, teacher_tree: BasePrefixCache) -> None:
-        """Take note of the teacher's radix cache, once it exists."""
+    def attach(self, host_tree: BasePrefixCache) -> None:
+        """Take note of the host's radix cache, once it exists."""
 
-    def as_student(self, req: Req) -> Req:
-        """The request as the student's forward is to see it."""
+    def as_guest(self, req: Req) -> Req:
+        """The request as the guest's forward is to see it."""
         return req
 
     # -- accounting ------------------------------------------------------------------------------------------------
@@ -97,54 +97,54 @@ class StudentKV(abc.ABC):
         }
 
     def row_len(self, req: Req) -> int:
-        """Length of the student's row: prefix and slots of its own."""
-        state = req.mixing.student.kv
-        # Not forwarded yet (waiting for the teacher's chunks): the row holds the prompt's slots and nothing else.
+        """Length of the guest's row: prefix and slots of its own."""
+        state = req.mixing.guest.kv
+        # Not forwarded yet (waiting for the host's chunks): the row holds the prompt's slots and nothing else.
         return req.kv.kv_allocated_len + length_offset(req) if state.forwarded else len(state.ids)
 
     @abc.abstractmethod
-    def can_decode(self, student: int, teacher: int) -> bool:
-        """Whether a step's ``student`` tokens fit, evicting if needed. ``teacher``: what it takes there, which has been
+    def can_decode(self, guest: int, host: int) -> bool:
+        """Whether a step's ``guest`` tokens fit, evicting if needed. ``host``: what it takes there, which has been
         seen to fit."""
 
     @abc.abstractmethod
     def max_req_len(self, req: Req) -> int:
-        """Longest student context, new tokens included, that the pool can ever hold for this request."""
+        """Longest guest context, new tokens included, that the pool can ever hold for this request."""
 
     # -- life of a request -----------------------------------------------------------------------------------------
 
-    def match(self, req: Req) -> StudentKVState:
-        """Match the request's student context in the radix cache and lock what was found. Allocates nothing."""
-        ids = req.mixing.student.prompt_ids + req.output_ids
+    def match(self, req: Req) -> GuestKVState:
+        """Match the request's guest context in the radix cache and lock what was found. Allocates nothing."""
+        ids = req.mixing.guest.prompt_ids + req.output_ids
         score = req.mixing.score
         # The last token is always forwarded: its logits are needed, as are the hidden states before scored ones.
         key = self._key(req, ids[: len(ids) - 1 - (0 if score is None else score.length)])
         result = self.tree.match_prefix(MatchPrefixParams(key=key))
         node, prefix_len = result.last_device_node, result.device_prefix_len
         start = prefix_len + self._num_aliased(req, ids, prefix_len)
-        return StudentKVState(ids=ids, prefix_len=prefix_len, start=start, node=node, lock=self.tree.lock(node))
+        return GuestKVState(ids=ids, prefix_len=prefix_len, start=start, node=node, lock=self.tree.lock(node))
 
     def _num_aliased(self, req: Req, ids: array, prefix_len: int) -> int:
-        """How many tokens after the cached prefix the teacher computes for the student."""
+        """How many tokens after the cached prefix the host computes for the guest."""
         return 0
 
-    def unmatch(self, state: StudentKVState) -> None:
+    def unmatch(self, state: GuestKVState) -> None:
         """Undo ``match`` for a request that was not admitted."""
         self.tree.unlock(state.lock)
 
-    def allocate(self, req: Req, state: StudentKVState) -> None:
-        """Take the slots for the whole student prompt. The caller has checked that they fit."""
+    def allocate(self, req: Req, state: GuestKVState) -> None:
+        """Take the slots for the whole guest prompt. The caller has checked that they fit."""
         state.slots = alloc_token_slots(self.tree, state.extend_len)
         state.protected_len = state.start
-        state.aliases_teacher = state.start > state.prefix_len
-        req.mixing.student.kv = state
+        state.aliases_host = state.start > state.prefix_len
+        req.mixing.guest.kv = state
         self.active_reqs[id(req)] = req
         self.prompt_tokens += len(state.ids)
         self.cached_tokens += state.start
 
     def bind(self, req: Req) -> None:
         """Write the request's row, once the scheduler has given it one."""
-        state = req.mixing.student.kv
+        state = req.mixing.guest.kv
         if state.bound:
             return
         row = req.kv.req_pool_idx
@@ -155,28 +155,28 @@ class StudentKV(abc.ABC):
         state.bound = True
 
     @abc.abstractmethod
-    def alias_teacher_prefix(self, req: Req) -> None:
-        """Point the row at the teacher's slots, once the teacher's row is complete."""
+    def alias_host_prefix(self, req: Req) -> None:
+        """Point the row at the host's slots, once the host's row is complete."""
 
-    def decode_slots(self, rows: torch.Tensor, student_lens: torch.Tensor) -> torch.Tensor:
-        """One slot a request for the token at position ``student_lens − 1``; writes the rows.
+    def decode_slots(self, rows: torch.Tensor, guest_lens: torch.Tensor) -> torch.Tensor:
+        """One slot a request for the token at position ``guest_lens − 1``; writes the rows.
 
         Args:
-            rows: [n] int64 rows. student_lens: [n] int64 lengths including the new token.
+            rows: [n] int64 rows. guest_lens: [n] int64 lengths including the new token.
 
         Returns:
             [n] int64 slots.
         """
         slots = alloc_token_slots(self.tree, rows.numel())
-        self.req_to_token_pool.write((rows, student_lens - 1), slots.to(torch.int32))
+        self.req_to_token_pool.write((rows, guest_lens - 1), slots.to(torch.int32))
         return slots
 
     def reserve(self, reqs: list[Req]) -> None:
-        """Take as many slots ahead as the scheduler has just taken for the teachers, and write the rows."""
+        """Take as many slots ahead as the scheduler has just taken for the host, and write the rows."""
         rows: list[int] = []
         positions: list[int] = []
         for req in reqs:
-            state = req.mixing.student.kv
+            state = req.mixing.guest.kv
             start, end = len(state.ids) + state.reserved, self.row_len(req)
             rows += [req.kv.req_pool_idx] * (end - start)
             positions += range(start, end)
@@ -189,7 +189,7 @@ class StudentKV(abc.ABC):
 
     def checkpoint(self, req: Req) -> None:
         """After the prefill: put the prompt into the radix cache, so that others can share it at once."""
-        state = req.mixing.student.kv
+        state = req.mixing.guest.kv
         if state is None or not state.forwarded or state.failed or self.tree.disable:
             return
         if state.protected_len >= len(state.ids):
@@ -197,9 +197,9 @@ class StudentKV(abc.ABC):
         if self._move_alias_to_tree(req, state):
             self._insert(req, state, len(state.ids))
 
-    def _move_alias_to_tree(self, req: Req, state: StudentKVState) -> bool:
-        """What was the teacher's is now the tree's: point the row there and lock it. False if the tree lacks it."""
-        if not state.aliases_teacher:
+    def _move_alias_to_tree(self, req: Req, state: GuestKVState) -> bool:
+        """What was the host's is now the tree's: point the row there and lock it. False if the tree lacks it."""
+        if not state.aliases_host:
             return True
         key = self._key(req, state.ids[: state.start])
         result = self.tree.match_prefix(MatchPrefixParams(key=key))
@@ -211,16 +211,16 @@ class StudentKV(abc.ABC):
         self.req_to_token_pool.write((req.kv.req_pool_idx, moved), slots)
         lock = self.tree.lock(node)
         self.tree.unlock(state.lock)
-        state.node, state.lock, state.aliases_teacher = node, lock, False
+        state.node, state.lock, state.aliases_host = node, lock, False
         return True
 
     def release(self, req: Req, *, keep: bool) -> None:
         """Give everything back; with ``keep`` the computed tokens stay in the radix cache."""
-        state = req.mixing.student.kv
+        state = req.mixing.guest.kv
         if state is None:
             return
         total = self.row_len(req)
-        req.mixing.student.kv = None
+        req.mixing.guest.kv = None
         del self.active_reqs[id(req)]
         if not state.bound:
             self.allocator.free_segment(state.slots, start_pos=state.start)
@@ -229,7 +229,7 @@ class StudentKV(abc.ABC):
         if keep and state.forwarded and not state.failed and not self.tree.disable:
             computed = min(req.owned_kv_len() + length_offset(req), total)
             if computed > state.protected_len and self._move_alias_to_tree(req, state):
-                state.ids = (req.mixing.student.prompt_ids + req.output_ids)[:computed]
+                state.ids = (req.mixing.guest.prompt_ids + req.output_ids)[:computed]
                 self._insert(req, state, computed)
         row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         if total > state.protected_len:
@@ -249,7 +249,7 @@ class StudentKV(abc.ABC):
         """What beside the tokens the KV depends on."""
         return req.extra_key
 
-    def _insert(self, req: Req, state: StudentKVState, length: int) -> None:
+    def _insert(self, req: Req, state: GuestKVState, length: int) -> None:
         """Insert the first ``length`` tokens; duplicates of what the tree has are freed and the row points to the
         tree's slots; the lock moves to the deeper node."""
         row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
@@ -268,12 +268,12 @@ class StudentKV(abc.ABC):
         """Insert into the tree, free what it had already beyond ``protected_len``, and return the last node."""
 
 
-class SeparateStudentKV(StudentKV):
-    """The KV of a student with weights of its own: a pool and a radix cache of its own.
+class SeparateGuestKV(GuestKV):
+    """The KV of a guest with weights of its own: a pool and a radix cache of its own.
 
     Args:
-        req_to_token_pool, allocator: the student model runner's.
-        disable_radix_cache, eviction_policy: as the teacher's.
+        req_to_token_pool, allocator: the guest model runner's.
+        disable_radix_cache, eviction_policy: as the host's.
     """
 
     one_pool = False
@@ -294,15 +294,15 @@ class SeparateStudentKV(StudentKV):
     def tree(self) -> BasePrefixCache:
         return self._tree
 
-    def attach(self, teacher_tree: BasePrefixCache) -> None:
+    def attach(self, host_tree: BasePrefixCache) -> None:
         """Not of interest."""
 
-    def alias_teacher_prefix(self, req: Req) -> None:
+    def alias_host_prefix(self, req: Req) -> None:
         """Nothing is ever borrowed."""
 
-    def can_decode(self, student: int, teacher: int) -> bool:
-        evict_from_tree_cache(self.tree, student)
-        return self.allocator.available_size() >= student
+    def can_decode(self, guest: int, host: int) -> bool:
+        evict_from_tree_cache(self.tree, guest)
+        return self.allocator.available_size() >= guest
 
     def max_req_len(self, req: Req) -> int:
         return self.size - 1
@@ -319,75 +319,75 @@ class SeparateStudentKV(StudentKV):
         return self.tree.match_prefix(MatchPrefixParams(key=key)).last_device_node
 
 
-class SharedStudentKV(StudentKV):
-    """The student's KV where both sides have one model: slots from the teacher's pool, and the teacher's radix cache,
+class SharedGuestKV(GuestKV):
+    """The guest's KV where both sides have one model: slots from the host's pool, and the host's radix cache,
     so that a prefix which both contexts have is stored once.
 
     Args:
-        rows: the student's half of the table of rows, see `StudentReqToTokenPool`.
-        allocator: the teacher's.
-        lora_id: SGLang's id of the student's adapter; None: the student is the teacher.
+        rows: the guest's half of the table of rows, see `GuestReqToTokenPool`.
+        allocator: the host's.
+        lora_id: SGLang's id of the guest's adapter; None: the guest is the host.
     """
 
     one_pool = True
 
-    def __init__(self, rows: StudentReqToTokenPool, allocator, lora_id: str | None = None):
+    def __init__(self, rows: GuestReqToTokenPool, allocator, lora_id: str | None = None):
         super().__init__(rows, allocator)
         self.lora_id = lora_id
         self.req_pool_offset = rows.offset
-        self._teacher_rows = rows.teacher
+        self._host_rows = rows.host
         self._tree: BasePrefixCache | None = None
 
     @property
     def tree(self) -> BasePrefixCache:
-        """The teacher's.
+        """The host's.
 
         Raises:
             RuntimeError: it does not exist yet.
         """
         if self._tree is None:
-            raise RuntimeError("the student's KV is used before the teacher's radix cache exists")
+            raise RuntimeError("the guest's KV is used before the host's radix cache exists")
         return self._tree
 
-    def attach(self, teacher_tree: BasePrefixCache) -> None:
-        self._tree = teacher_tree
+    def attach(self, host_tree: BasePrefixCache) -> None:
+        self._tree = host_tree
 
     def _num_aliased(self, req: Req, ids: array, prefix_len: int) -> int:
-        # Of an adapter the same tokens have another KV; and the hidden states of scored ones are the student's own.
+        # Of an adapter the same tokens have another KV; and the hidden states of scored ones are the guest's own.
         if self.lora_id is not None or req.mixing.score is not None:
             return 0
-        teacher = req.origin_input_ids + req.output_ids
-        longest = min(len(ids) - 1, len(teacher))
+        host = req.origin_input_ids + req.output_ids
+        longest = min(len(ids) - 1, len(host))
         common = longest
-        if ids[:longest] != teacher[:longest]:
-            common = next((i for i in range(longest) if ids[i] != teacher[i]), longest)
+        if ids[:longest] != host[:longest]:
+            common = next((i for i in range(longest) if ids[i] != host[i]), longest)
         return common - prefix_len if common - prefix_len >= MIN_ALIASED_PREFIX else 0
 
-    def alias_teacher_prefix(self, req: Req) -> None:
-        state = req.mixing.student.kv
-        if not state.aliases_teacher:
+    def alias_host_prefix(self, req: Req) -> None:
+        state = req.mixing.guest.kv
+        if not state.aliases_host:
             return
         shared = slice(state.prefix_len, state.start)
-        self.req_to_token_pool.write((req.kv.req_pool_idx, shared), self._teacher_rows[req.kv.req_pool_idx, shared])
+        self.req_to_token_pool.write((req.kv.req_pool_idx, shared), self._host_rows[req.kv.req_pool_idx, shared])
 
-    def as_student(self, req: Req) -> Req:
-        return req if self.lora_id is None else StudentReq(req, self.lora_id)
+    def as_guest(self, req: Req) -> Req:
+        return req if self.lora_id is None else GuestReq(req, self.lora_id)
 
     def _extra_key(self, req: Req) -> str | None:
         # As SGLang does for the requests of an adapter.
         return req.extra_key if self.lora_id is None else (req.extra_key or "") + self.lora_id
 
-    def can_decode(self, student: int, teacher: int) -> bool:
-        evict_from_tree_cache(self.tree, teacher + student)
-        return self.allocator.available_size() >= teacher + student
+    def can_decode(self, guest: int, host: int) -> bool:
+        evict_from_tree_cache(self.tree, host + guest)
+        return self.allocator.available_size() >= host + guest
 
     def max_req_len(self, req: Req) -> int:
-        # T + S + 2 n tokens in one pool: the n that fits, as a length of the student's context.
-        both = len(req.origin_input_ids) + len(req.mixing.student.prompt_ids)
-        return len(req.mixing.student.prompt_ids) + max((self.size - 2 - both) // 2, 0)
+        # H + G + 2 n tokens in one pool: the n that fits, as a length of the guest's context.
+        both = len(req.origin_input_ids) + len(req.mixing.guest.prompt_ids)
+        return len(req.mixing.guest.prompt_ids) + max((self.size - 2 - both) // 2, 0)
 
     def reset(self) -> None:
-        """The teacher's own reset clears the pool and the tree."""
+        """The host's own reset clears the pool and the tree."""
 
     def _insert_key(self, key: RadixKey, values: torch.Tensor, protected_len: int) -> Any:
         # This kind of tree frees duplicates itself.
@@ -395,15 +395,15 @@ class SharedStudentKV(StudentKV):
         return self.tree.insert(params).last_device_node
 
 
-class StudentReqToTokenPool:
-    """A second table of rows behind the teacher's, in the same tensor, so that one forward can read rows of both.
+class GuestReqToTokenPool:
+    """A second table of rows behind the host's, in the same tensor, so that one forward can read rows of both.
 
     Takes the place of the pool's table, of which several of SGLang's objects keep a reference (the translator of KV
     indices, attention backends): made before any of them is.
 
     Attributes:
-        offset: what to add to a request's row number to find its student's row.
-        teacher, req_to_token: [rows, max context] views of the teacher's and the student's half.
+        offset: what to add to a request's row number to find its guest's row.
+        host, req_to_token: [rows, max context] views of the host's and the guest's half.
     """
 
     def __init__(self, req_to_token_pool):
@@ -412,7 +412,7 @@ class StudentReqToTokenPool:
         self.size = req_to_token_pool.size
         # The pool itself goes on handing out rows of its own half only.
         req_to_token_pool.req_to_token = table.new_zeros((2 * self.offset, table.shape[1]))
-        self.teacher = req_to_token_pool.req_to_token[: self.offset]
+        self.host = req_to_token_pool.req_to_token[: self.offset]
         self.req_to_token = req_to_token_pool.req_to_token[self.offset :]
 
     def write(self, indices, values: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The student: a second, complete model worker in the scheduler process, and the batches it runs."""
+"""The guest: a second, complete model worker in the scheduler process, and the batches it runs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sglang_optimal.runtime.core import DecodePlan, PrefillPlan
 from sglang_optimal.runtime.managers.schedule_batch import decode_part, prefill_micro_batches
 
 
-class StudentTpModelWorker(TpModelWorker):
-    """Loads the student beside the teacher, with pools, attention backend and CUDA graphs of its own."""
+class GuestTpModelWorker(TpModelWorker):
+    """Loads the guest beside the host, with pools, attention backend and CUDA graphs of its own."""
 
     def __init__(self, config: MixingConfig, **worker_kwargs):
         self._mixing = config
@@ -35,14 +35,14 @@ class StudentTpModelWorker(TpModelWorker):
             super().__init__(**worker_kwargs)
 
     def _init_model_config(self) -> None:
-        """The student's, where SGLang's is the scheduler's model."""
+        """The guest's, where SGLang's is the scheduler's model."""
         mixing = self._mixing
         self.model_config = student_model_config(self.server_args, mixing.student_path, mixing.student_revision)
 
     def forward_decode(
         self, batch: ScheduleBatch, plan: DecodePlan, input_ids: torch.Tensor | None = None, *, view: bool = False
     ) -> torch.Tensor:
-        """Run the mixed rows of a decode batch. Returns logits [n, V_student].
+        """Run the mixed rows of a decode batch. Returns logits [n, V_guest].
 
         Args:
             input_ids: [n] what they read; None: what the batch does.
@@ -52,10 +52,10 @@ class StudentTpModelWorker(TpModelWorker):
         return self._forward(part).logits_output.next_token_logits if view else self._output(part).next_token_logits
 
     def forward_prefill(self, batch: ScheduleBatch, plan: PrefillPlan) -> torch.Tensor:
-        """Prefill the student contexts, at most the chunk size in one forward.
+        """Prefill the guest contexts, at most the chunk size in one forward.
 
         Returns:
-            logits [n, V_student] of each context's last token, in the order of ``plan.rows``.
+            logits [n, V_guest] of each context's last token, in the order of ``plan.rows``.
         """
         return prefill_micro_batches(batch, plan, self._output)
 
@@ -67,8 +67,8 @@ class StudentTpModelWorker(TpModelWorker):
         return self.model_runner.forward(forward_batch)
 
 
-class SharedStudent:
-    """What the scheduler asks of a student, where it is the teacher itself."""
+class SharedGuest:
+    """What the scheduler asks of a guest, where it is the host itself."""
 
     def __init__(self, worker: TpModelWorker):
         self._worker = worker
@@ -99,9 +99,9 @@ def kept(output: ModelRunnerOutput) -> LogitsProcessorOutput:
 
 @contextlib.contextmanager
 def _own_expert_layout() -> Iterator[None]:
-    """SGLang keeps one layout of the experts a process, which a model is loaded by; afterwards the teacher's is back.
+    """SGLang keeps one layout of the experts a process, which a model is loaded by; afterwards the host's is back.
 
-    What reads it in a forward (expert load balancing and its dispatch) is refused beside a student.
+    What reads it in a forward (expert load balancing and its dispatch) is refused beside a guest.
     """
     layout, recorder = get_global_expert_location_metadata(), get_global_expert_distribution_recorder()
     set_global_expert_location_metadata(None, allow_overwrite=True)
