@@ -449,14 +449,15 @@ def _plain_errors() -> Iterator[None]:
 
 def _start_engine(teacher: str, config: MixingConfig, server_args: dict[str, Any]):
     from sglang_optimal.platforms import cpu_processes
-    from sglang_optimal.runtime import launch
+    from sglang_optimal.runtime import launch, plugin
 
     with cpu_processes.fork_server.begun():
         with cpu_processes.without_gc():
+            launch.check_sglang_version()  # before anything of SGLang is imported
+            plugin.prepare()
             parsed, config = launch.checked_server_args(
                 teacher, config, {"log_level": "error", **server_args}, "OptimalSampler"
             )
-            # After the check of SGLang's version, which comes before anything of SGLang is imported.
             from sglang_optimal.runtime.entrypoints.engine import MixedEngine
         return MixedEngine(parsed, config)
 

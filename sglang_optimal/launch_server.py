@@ -213,8 +213,10 @@ def start_server_process(context, teacher: str, config: MixingConfig, arguments:
     Raises:
         ValueError: as `sglang_optimal.runtime.launch.checked_server_args`.
     """
-    from sglang_optimal.runtime import launch
+    from sglang_optimal.runtime import launch, plugin
 
+    launch.check_sglang_version()
+    plugin.prepare()
     server_args, config = launch.checked_server_args(teacher, config, arguments, "Runtime")
     with hold_port(server_args.host, server_args.port):
         pass  # said here, it is an exception of the caller's

@@ -48,3 +48,7 @@ ALGORITHM = "OPTIMAL"
 
 STUDENT_ADAPTER = "student"
 """SGLang's name of the student's LoRA adapter; plain requests may ask for it with ``lora_path``."""
+
+SETTLED = "_sglang_optimal"
+"""Attribute of a launch's ServerArgs: its settled `MixingConfig`; None where it brings a configuration of its own, so
+that ``SGLANG_OPTIMAL_CONFIG`` has no say in it."""

@@ -642,7 +642,10 @@ def test_lora_student():
 
 
 def test_lora_student_in_server_arguments(tiny_pair, lora_adapter):
+    from sglang_optimal.runtime import plugin
     from sglang_optimal.runtime.launch import checked_server_args
+
+    plugin.prepare()
 
     teacher, adapter = str(tiny_pair[0]), str(lora_adapter[0])
     config = MixingConfig.from_dict({"student_lora_path": adapter})

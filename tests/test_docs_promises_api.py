@@ -17,7 +17,7 @@ import pytest
 from sglang_optimal import OptimalSampler, launch_server
 from sglang_optimal.config import ALPHA_METHODS, LARGEST_FIXED_ALPHA, MAX_DRAFT_TOKENS, SETTINGS, MixingConfig
 from sglang_optimal.names import ALL_SERIES, PROMPTS
-from sglang_optimal.runtime import launch
+from sglang_optimal.runtime import launch, plugin
 from sglang_optimal.runtime.entrypoints.protocol import MIXING_FIELDS
 from sglang_optimal.wanted import LARGEST_TOP_K
 
@@ -155,7 +155,7 @@ def test_flags_and_routes_of_a_server(monkeypatch):
 
     stock, added = http_server.app, FastAPI()
     monkeypatch.setattr(http_server, "app", added)
-    routes.install()
+    routes.install(MixingConfig())
     there = {
         f"{method} {route.path}"
         for route in (*stock.routes, *added.routes)
@@ -346,6 +346,7 @@ def test_models_with_a_pool_for_sliding_windows():
 
 
 def test_a_multimodal_model_for_text_alone(models, tmp_path):
+    plugin.prepare()
     student = changed(models[3], tmp_path / "other", architectures=["Qwen2VLForConditionalGeneration"])
     config = MixingConfig.from_dict({"student_model_path": student})
     with pytest.raises(ValueError, match="^--student-model-path: .*multimodal"):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_optimal.config import MixingConfig, check_known
-from sglang_optimal.names import ALGORITHM, STUDENT_ADAPTER
+from sglang_optimal.names import ALGORITHM, SETTLED, STUDENT_ADAPTER
 from sglang_optimal.platforms import cpu_ranks
 
 OTHER_FRONT_ENDS = ("encoder_only", "grpc_mode", "smg_grpc_mode", "use_ray")
@@ -234,7 +234,7 @@ def _adapter(config: MixingConfig) -> dict[str, str | None]:
 
 
 def checked_server_args(teacher: str, config: MixingConfig, arguments: dict[str, Any], where: str):
-    """What a Python caller asks for, resolved, and checked together with both models.
+    """What a Python caller asks for, resolved, and checked together with both models; after `plugin.prepare`.
 
     Args:
         teacher: the teacher's path.
@@ -251,15 +251,12 @@ def checked_server_args(teacher: str, config: MixingConfig, arguments: dict[str,
     check_sglang_version()
     from sglang.srt.server_args import ServerArgs
 
-    from sglang_optimal.runtime import plugin
-
     config = config.resolved(teacher, arguments.get("revision"))
     check_known(arguments, ServerArgs.__struct_fields__, where)
     if "model_path" in arguments:
         raise ValueError("model_path: is the teacher; give it as the first argument.")
     if arguments.get("incremental_streaming_output"):
         raise ValueError(f"incremental_streaming_output: a stream of {where} yields all there is so far; leave it out.")
-    plugin.prepare()
     parsed = ServerArgs(model_path=teacher, **{**server_defaults(config), **arguments})
     check_server_args(parsed, config)
     check_models(parsed, config)
@@ -326,9 +323,9 @@ def resolve(server_args, config: MixingConfig) -> None:
         ValueError: as `check_server_args`, or SGLang's own message.
     """
     from sglang_optimal.runtime.configs.model_config import check_architectures
-    from sglang_optimal.runtime.entrypoints.any_engine import leave_alone
 
-    leave_alone(server_args)
+    if not hasattr(server_args, SETTLED):
+        setattr(server_args, SETTLED, None)
     try:
         # Until it is resolved, SGLang's model configurations refuse 'unquant'.
         if config.student_model_path is not None and server_args.quantization != "unquant":

@@ -302,6 +302,7 @@ def test_a_quantization_that_sglang_chose(models):
 
 def test_streams_that_do_not_grow(tiny_pair):
     """The streams of OptimalSampler, and of SGLang's frontend language, have all there is so far."""
+    plugin.prepare()
     config = MixingConfig.from_dict({"student_model_path": str(tiny_pair[1])})
     with pytest.raises(ValueError, match="^incremental_streaming_output: a stream of OptimalSampler"):
         launch.checked_server_args(str(tiny_pair[0]), config, {"incremental_streaming_output": True}, "OptimalSampler")

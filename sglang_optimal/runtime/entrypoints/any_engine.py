@@ -18,18 +18,16 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from sglang_optimal.config import MixingConfig, load_yaml
+from sglang_optimal.names import SETTLED
 
 VARIABLE = "SGLANG_OPTIMAL_CONFIG"
-_SETTLED = "_sglang_optimal"
-"""Attribute of a launch's ServerArgs: its settled `MixingConfig`; None where the variable has no say in it."""
 
-_HOST = "sglang.srt."
-_RESOLVE = _HOST + "server_args.ServerArgs.resolve_once"
-_CHECK = _HOST + "server_args.ServerArgs.check_server_args"
-_LAUNCH = _HOST + "entrypoints.engine.Engine._launch_scheduler_processes"
-_STARTED = _HOST + "entrypoints.engine.Engine._set_startup_time"
-_MANAGER = _HOST + "managers.tokenizer_manager.TokenizerManager"
-_TEMPLATES = _HOST + "parser.template_manager.TemplateManager.initialize_templates"
+_RESOLVE = "sglang.srt.server_args.ServerArgs.resolve_once"
+_CHECK = "sglang.srt.server_args.ServerArgs.check_server_args"
+_LAUNCH = "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes"
+_STARTED = "sglang.srt.entrypoints.engine.Engine._set_startup_time"
+_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_TEMPLATES = "sglang.srt.parser.template_manager.TemplateManager.initialize_templates"
 
 
 def is_wanted() -> bool:
@@ -57,12 +55,6 @@ def config_of_environment() -> MixingConfig:
         return MixingConfig.from_dict(values)
     except ValueError as error:  # of json too
         raise ValueError(f"{VARIABLE}: {error}") from None
-
-
-def leave_alone(server_args: Any) -> None:
-    """The variable has no say in this launch, which brings a configuration of its own."""
-    if not hasattr(server_args, _SETTLED):
-        setattr(server_args, _SETTLED, None)
 
 
 def install() -> None:
@@ -94,12 +86,12 @@ def _leave(reason: str) -> NoReturn:
 
 def _settle(original: Callable[[Any], None], server_args: Any) -> None:
     """Before SGLang resolves the arguments of a launch: ours among them."""
-    if hasattr(server_args, _SETTLED) or getattr(server_args, "_resolution_finished", False):
+    if hasattr(server_args, SETTLED) or getattr(server_args, "_resolution_finished", False):
         return original(server_args)
     from sglang_optimal.runtime import launch
 
     config = config_of_environment().resolved(server_args.model_path, server_args.revision)
-    setattr(server_args, _SETTLED, config)
+    setattr(server_args, SETTLED, config)
     for name, value in launch.server_defaults(config).items():
         if not getattr(server_args, name):
             setattr(server_args, name, value)
@@ -110,7 +102,7 @@ def _settle(original: Callable[[Any], None], server_args: Any) -> None:
 
 def _settle_late(original: Callable[[Any], None], server_args: Any) -> None:
     """After SGLang has resolved the arguments, and before it publishes them."""
-    if hasattr(server_args, _SETTLED):
+    if hasattr(server_args, SETTLED):
         return original(server_args)
     from sglang.srt.arg_groups.overrides import declare_resolution
 
@@ -122,7 +114,7 @@ def _settle_late(original: Callable[[Any], None], server_args: Any) -> None:
             f"{VARIABLE}: drafts and a student that is an adapter have to be known before SGLang resolves its "
             "arguments; call sglang.srt.plugins.load_plugins() before the launch."
         )
-    setattr(server_args, _SETTLED, config)
+    setattr(server_args, SETTLED, config)
     launch.check_server_args(server_args, config)
     launch.check_models(server_args, config)
     declare_resolution(server_args, "sglang_optimal", **launch.server_defaults(config))
@@ -132,7 +124,7 @@ def _settle_late(original: Callable[[Any], None], server_args: Any) -> None:
 
 def _launch(original: Callable, cls: type, server_args: Any, port_args: Any, run_scheduler: Callable, **more: Any):
     """The scheduler processes of a launch, with a student in them."""
-    config = getattr(server_args, _SETTLED, None)
+    config = getattr(server_args, SETTLED, None)
     if config is None or config.student_model_path is None:
         return original(cls, server_args, port_args, run_scheduler, **more)
     from sglang.srt.managers.scheduler import run_scheduler_process
@@ -178,7 +170,7 @@ def _manager_class() -> type:
         takes_templates = True
 
         def __init__(self, server_args: Any, *args: Any, **kwargs: Any):
-            config = getattr(server_args, _SETTLED, None) or MixingConfig(student_weights="none")
+            config = getattr(server_args, SETTLED, None) or MixingConfig(student_weights="none")
             super().__init__(server_args, *args, **{"mixing_config": config, **kwargs})
 
     return LaunchedTokenizerManager

@@ -24,7 +24,7 @@ from sglang_optimal.runtime.entrypoints.protocol import from_wire
 from sglang_optimal.runtime.managers.schedule_batch import Planner
 from sglang_optimal.runtime.managers.schedule_policy import MixedPrefillAdder
 from sglang_optimal.runtime.managers.scheduler_components.invariant_checker import MixedSchedulerInvariantChecker
-from sglang_optimal.runtime.managers.scheduler_components.weight_updater import MixedWeightUpdaterManager
+from sglang_optimal.runtime.managers.scheduler_components.weight_updater import MixedSchedulerWeightUpdaterManager
 from sglang_optimal.runtime.managers.self_check import SelfCheck, SelfCheckError
 from sglang_optimal.runtime.managers.shared_tp_worker import SharedTpModelWorker
 from sglang_optimal.runtime.managers.tp_worker import MixedTpModelWorker, SeparateTpModelWorker
@@ -92,7 +92,7 @@ class MixedScheduler(Scheduler):
     def init_weight_updater(self) -> None:
         """SGLang's, for the policy."""
         super().init_weight_updater()
-        self.weight_updater = MixedWeightUpdaterManager.like(self.weight_updater, self.mixing_config)
+        self.weight_updater = MixedSchedulerWeightUpdaterManager.like(self.weight_updater, self.mixing_config)
 
     def init_invariant_checker(self) -> None:
         """SGLang's, which counts the guest's slots as well."""

@@ -52,7 +52,7 @@ _Loaded = tuple[bool, str]
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class MixedWeightUpdaterManager(SchedulerWeightUpdaterManager):
+class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
     """SGLang's, where what it calls the target is the policy.
 
     Attributes:
@@ -68,7 +68,7 @@ class MixedWeightUpdaterManager(SchedulerWeightUpdaterManager):
     _session: Any = None
 
     @classmethod
-    def like(cls, manager: SchedulerWeightUpdaterManager, config: MixingConfig) -> MixedWeightUpdaterManager:
+    def like(cls, manager: SchedulerWeightUpdaterManager, config: MixingConfig) -> MixedSchedulerWeightUpdaterManager:
         """The same manager, for both models."""
         names = [field.name for field in dataclasses.fields(SchedulerWeightUpdaterManager) if field.init]
         manager.tp_worker.updated_models  # noqa: B018  # reads the checkpoints' headers now
