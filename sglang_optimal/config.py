@@ -213,6 +213,13 @@ class MixingConfig(Settings):
     """Hugging Face id or folder of the student model; by default the teacher itself."""
     student_revision: Text | None = None
     """Revision of the student model on the hub."""
+    teacher_model_path: Text | None = None
+    """Hugging Face id or folder of the teacher, where the served model (``--model-path``) is the student, as in a
+    trainer's own engine. The other way round leave it out and name the student."""
+    teacher_revision: Text | None = None
+    """Revision of that teacher on the hub."""
+    teacher_max_total_tokens: Tokens | None = None
+    """Upper bound on that teacher's KV pool, in tokens; by default as many as the served model's."""
     student_max_total_tokens: Tokens | None = None
     """Upper bound on the student's KV pool, in tokens; by default as many as the teacher's."""
     student_weights: Literal["auto", "shared", "separate", "none"] = "auto"
@@ -271,11 +278,53 @@ class MixingConfig(Settings):
             for name in ("student_revision", "student_max_total_tokens"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}: has no effect without student_model_path.")
+        if self.teacher_model_path is None:
+            for name in ("teacher_revision", "teacher_max_total_tokens"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: has no effect without teacher_model_path.")
+        else:
+            for name in ("student_model_path", "student_lora_path"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: with teacher_model_path the served model is the student; leave it out.")
+            if self.mixing_mode != "lockstep":
+                raise ValueError(
+                    "mixing_mode: a student that is the served model cannot draft; serve the teacher and give "
+                    "student_model_path, or leave it out."
+                )
+            if kind == "none":
+                raise ValueError("student_weights: 'none' does not go with teacher_model_path; give one of them.")
         if kind in ("none", "separate") and self.student_lora_path is not None:
             raise ValueError(f"student_lora_path: does not go with student_weights {kind!r}; it needs shared weights.")
         if self.student_model_path is not None and kind == "none":
             raise ValueError("student_weights: 'none' does not go with student_model_path; give one of them.")
         return self
+
+    @property
+    def host(self) -> Literal["teacher", "student"]:
+        """The side of the model that SGLang serves (``--model-path``)."""
+        return "teacher" if self.teacher_model_path is None else "student"
+
+    @property
+    def guest(self) -> Literal["teacher", "student"]:
+        """The side of the other model."""
+        return "student" if self.teacher_model_path is None else "teacher"
+
+    @property
+    def guest_path(self) -> str:
+        """The other model of a resolved configuration.
+
+        Raises:
+            RuntimeError: there is none, or it has not been resolved.
+        """
+        return self.student_path if self.teacher_model_path is None else self.teacher_model_path
+
+    @property
+    def guest_revision(self) -> str | None:
+        return self.student_revision if self.teacher_model_path is None else self.teacher_revision
+
+    @property
+    def guest_max_total_tokens(self) -> int | None:
+        return self.student_max_total_tokens if self.teacher_model_path is None else self.teacher_max_total_tokens
 
     @property
     def longest_draft(self) -> int:
@@ -318,15 +367,16 @@ class MixingConfig(Settings):
         """Whether there is to be a student."""
         return self.student_weights != "none"
 
-    def resolved(self, teacher_path: str, teacher_revision: str | None) -> MixingConfig:
-        """The configuration with the student and ``shared_weights`` decided, once the teacher is known.
+    def resolved(self, served_path: str, served_revision: str | None) -> MixingConfig:
+        """The configuration with the student and ``shared_weights`` decided, once the served model is known.
 
         Raises:
             ValueError: shared weights of two different models, with a pool of the student's own, or with drafts.
         """
         if not self.has_student:
             return self
-        config = self._with_student(teacher_path, teacher_revision)
+        known = self._with_student if self.teacher_model_path is None else self._with_teacher
+        config = known(served_path, served_revision)
         config._check_policy()
         if config.shared_weights and config.longest_draft > 0:
             if config.mixing_mode == "speculative":
@@ -336,6 +386,19 @@ class MixingConfig(Settings):
                 )
             return config.model_copy(update={"draft_tokens": 0})
         return config
+
+    def _with_teacher(self, student_path: str, student_revision: str | None) -> MixingConfig:
+        same = self.teacher_model_path == student_path and self.teacher_revision in (None, student_revision)
+        if self.student_weights == "shared" and not same:
+            raise ValueError("student_weights: 'shared' needs the served model's own path as teacher_model_path.")
+        shared = same and self.student_weights != "separate"
+        if shared and self.teacher_max_total_tokens is not None:
+            if self.student_weights == "shared":
+                raise ValueError("teacher_max_total_tokens: a teacher with shared weights has no pool of its own.")
+            shared = False
+        served: dict[str, Any] = {"student_model_path": student_path, "student_revision": student_revision}
+        revision = student_revision if same else self.teacher_revision
+        return self.model_copy(update={**served, "teacher_revision": revision, "shared_weights": shared})
 
     def _with_student(self, teacher_path: str, teacher_revision: str | None) -> MixingConfig:
         if self.student_model_path is None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -25,6 +26,8 @@ from sglang_optimal.config import AlphaSettings
 from sglang_optimal.mixing import AlphaParams
 from sglang_optimal.runtime.model_executor.host_copy import sent
 from sglang_optimal.wanted import Wanted
+
+Of = TypeVar("Of")
 
 
 @dataclasses.dataclass
@@ -62,8 +65,8 @@ class MixedRequest:
     """What is mixed for one request.
 
     Attributes:
-        sides: the models with their contexts; two, the host's first: today the teacher's, then the student's. Their
-            weights, α and 1 − α, are solved for every token.
+        sides: the models with their contexts; two, the host's first. The teacher's weight α and the student's 1 − α are
+            solved for every token.
         alpha: how.
         wanted: what the client asked for.
         score: the completion that is scored; None where one is generated.
@@ -77,6 +80,10 @@ class MixedRequest:
     @property
     def host(self) -> Side:
         return self.sides[0]
+
+    def by_role(self, host: Of, guest: Of) -> tuple[Of, Of]:
+        """(the teacher's, the student's) of what both models have; the same way round in all requests of a server."""
+        return (guest, host) if self.host.model == "student" else (host, guest)
 
     @property
     def guest(self) -> Side:
@@ -183,6 +190,10 @@ class MixedRows:
             alpha=alpha_params(settings, device),
             wanted=Wanted.by_all(req.mixing.wanted for req in reqs),
         )
+
+    def by_role(self, host: Of, guest: Of) -> tuple[Of, Of]:
+        """(the teacher's, the student's) of what both models have."""
+        return self.reqs[0].mixing.by_role(host, guest)
 
     def select(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mixed rows of a tensor [B, …]; the tensor itself when all are."""

@@ -385,14 +385,14 @@ def check_models(server_args, config: MixingConfig) -> None:
     Raises:
         ValueError: names the field and the first disagreement.
     """
-    teacher_path = server_args.model_path
-    if teacher_path.startswith(("/", "./", "../")) and not Path(teacher_path).exists():
-        raise ValueError(f"--model-path: no model at {teacher_path}.")
-    path = config.student_model_path
-    if path is None:
+    host_path = server_args.model_path
+    if host_path.startswith(("/", "./", "../")) and not Path(host_path).exists():
+        raise ValueError(f"--model-path: no model at {host_path}.")
+    if config.student_model_path is None:
         return
-    if path != teacher_path or not Path(path).is_file():  # a teacher of one file (GGUF) is SGLang's to judge
-        _check_folder("--student-model-path", path, "config.json")
+    path, flag = config.guest_path, f"--{config.guest}-model-path"
+    if path != host_path or not Path(path).is_file():  # a served model of one file (GGUF) is SGLang's to judge
+        _check_folder(flag, path, "config.json")
     if config.student_lora_path is not None:
         _check_folder("--student-lora-path", config.student_lora_path, "adapter_config.json")
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
@@ -403,12 +403,14 @@ def check_models(server_args, config: MixingConfig) -> None:
         except Exception as error:
             raise ValueError(f"{flag}: cannot load a tokenizer from {name}: {error}") from None
 
-    teacher = load(server_args.tokenizer_path or teacher_path, "--model-path", server_args.revision)
-    student = load(path, "--student-model-path", config.student_revision)
-    difference = tokenizer_difference(teacher.get_vocab(), student.get_vocab())
+    tokenizers = {
+        config.host: load(server_args.tokenizer_path or host_path, "--model-path", server_args.revision),
+        config.guest: load(path, flag, config.guest_revision),
+    }
+    difference = tokenizer_difference(tokenizers["teacher"].get_vocab(), tokenizers["student"].get_vocab())
     if difference is not None:
         raise ValueError(
-            f"--student-model-path: the student's tokenizer disagrees with the teacher's: {difference} "
+            f"{flag}: the {config.guest}'s tokenizer disagrees with the {config.host}'s: {difference} "
             "Mixing needs the same token for every id; choose models of one family."
         )
 

@@ -92,9 +92,9 @@ def build(tokenizer, source: str, *, chat_template=None, two_models: bool) -> Mi
     )  # fmt: skip
     templates = template_manager.TemplateManager()
     templates.load_chat_template(manager, chat_template, "/m/model")
-    teacher = student = ChatSide.of_teacher(manager, templates)
+    teacher = student = ChatSide.of_host(manager, templates)
     if two_models:
-        student = ChatSide.of_student(manager, with_template(), model, "/m/model")
+        student = ChatSide.of_guest(manager, with_template(), model, "/m/model")
     manager.chat_sides = ChatSides(teacher, student)
     return MixedOpenAIServingChat(manager, templates)
 
@@ -285,4 +285,4 @@ def test_a_named_template_that_the_student_lacks_ends_the_start(tokenizer, flags
     student = copy.deepcopy(tokenizer)
     student.chat_template = {"default": "x"}
     with pytest.raises(ValueError, match="--hf-chat-template-name: the student has no template 'rag': default"):
-        ChatSide.of_student(Manager(), student, None, "/m")
+        ChatSide.of_guest(Manager(), student, None, "/m")

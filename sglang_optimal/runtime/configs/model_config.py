@@ -25,8 +25,8 @@ _REFUSED_POOLS = (
 )
 
 
-def student_model_config(server_args, path: str, revision: str | None) -> ModelConfig:
-    """SGLang's configuration of the student; ``revision`` None: the hub's main one, whatever the teacher's is."""
+def guest_model_config(server_args, path: str, revision: str | None) -> ModelConfig:
+    """SGLang's configuration of the guest; ``revision`` None: the hub's main one, whatever the host's is."""
     return ModelConfig.from_server_args(server_args, model_path=path, model_revision=revision or "main")
 
 
@@ -43,8 +43,8 @@ def check_architectures(server_args, config: MixingConfig, *, resolved: bool) ->
     """
     sides = {"--model-path": lambda: ModelConfig.from_server_args(server_args)}
     if not config.shared_weights:
-        path, revision = config.student_path, config.student_revision
-        sides["--student-model-path"] = lambda: student_model_config(server_args, path, revision)
+        path, revision = config.guest_path, config.guest_revision
+        sides[f"--{config.guest}-model-path"] = lambda: guest_model_config(server_args, path, revision)
     for flag, read in sides.items():
         try:
             model = read()
@@ -54,16 +54,17 @@ def check_architectures(server_args, config: MixingConfig, *, resolved: bool) ->
             if refused(model):
                 name = model.hf_config.architectures[0]
                 raise ValueError(f"{flag}: {name} is {what}, which is not supported beside a student.")
-        if resolved and flag == "--student-model-path":
-            _check_quantization(server_args, model)
+        if resolved and flag != "--model-path":
+            _check_quantization(server_args, config, model)
 
 
-def _check_quantization(server_args, student: ModelConfig) -> None:
+def _check_quantization(server_args, config: MixingConfig, guest: ModelConfig) -> None:
     """SGLang loads both models with one --quantization, and for some teachers it chooses it itself."""
     chosen = resolving_view(server_args).quantization
-    own = getattr(student.hf_config, "quantization_config", None)
+    own = getattr(guest.hf_config, "quantization_config", None)
     if chosen is not None and server_args.quantization is None and own is None:
         raise ValueError(
-            f"--student-model-path: SGLang chose --quantization {chosen} for the teacher, and would quantize the "
-            "student with it as well; give --quantization unquant, or a student of the same format."
+            f"--{config.guest}-model-path: SGLang chose --quantization {chosen} for the {config.host}, and would "
+            f"quantize the {config.guest} with it as well; give --quantization unquant, or a {config.guest} of the "
+            "same format."
         )

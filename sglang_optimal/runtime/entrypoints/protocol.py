@@ -57,7 +57,7 @@ custom logit processor of the client's own does."""
 _ONLY_WITH = {
     "teacher_only_messages": "only /v1/chat/completions reads it, beside messages.",
     "teacher_system_prompt": "needs messages for the teacher: teacher_messages, or /v1/chat/completions.",
-    "teacher_chat_template_kwargs": "only read with teacher_messages; a chat request has chat_template_kwargs.",
+    "teacher_chat_template_kwargs": "only read with teacher_messages, or in a chat.",
     "student_system_prompt": "only read with student_messages, or in a chat.",
     "student_chat_template_kwargs": "only read with student_messages, or in a chat.",
 }
@@ -219,9 +219,9 @@ class Contexts:
     completion_length: int
     wire: dict[str, Any]
 
-    @property
-    def is_own_the_teacher_s(self) -> bool:
-        return self.own == "teacher"
+    def of(self, side: str) -> list[int]:
+        """What a side reads."""
+        return self.teacher if side == "teacher" else self.student
 
 
 def other_side(fields: dict[str, Any]) -> tuple[str, str]:
@@ -347,17 +347,31 @@ def completion_of(fields: dict[str, Any], reader: SideReader, max_new_tokens: in
     return ids
 
 
-def from_wire(custom_params: Any, teacher_ids: array) -> MixedRequest | None:
-    """What `contexts_of` has checked; None for a plain request.
+GUEST_IDS, HOST = "guest_input_ids", "host"
+
+
+def to_wire(settings: dict[str, Any], guest_ids: Sequence[int], config: MixingConfig) -> dict[str, Any]:
+    """A mixed request's custom_params on the way to the scheduler; its own ids there are what the host reads.
 
     Args:
-        teacher_ids: token ids of the request's own prompt.
+        settings: every one filled in. guest_ids: what the guest reads.
     """
-    if not isinstance(custom_params, dict) or custom_params.get("student_input_ids") is None:
+    return {**settings, GUEST_IDS: list(guest_ids), HOST: config.host}
+
+
+def from_wire(custom_params: Any, host_ids: array) -> MixedRequest | None:
+    """What `contexts_of` has checked and `to_wire` has sent; None for a plain request.
+
+    Args:
+        host_ids: token ids of the request there.
+    """
+    if not isinstance(custom_params, dict) or custom_params.get(GUEST_IDS) is None:
         return None
     settings: dict[str, Any] = {name: custom_params.get(name) for name in ALPHA_KEYS}
+    host = custom_params[HOST]
+    guest = "teacher" if host == "student" else "student"
     return MixedRequest(
-        sides=[Side("teacher", teacher_ids), Side("student", array("q", custom_params["student_input_ids"]))],
+        sides=[Side(host, host_ids), Side(guest, array("q", custom_params[GUEST_IDS]))],
         alpha=AlphaSettings(**settings),
         wanted=wanted_by(custom_params),
         score=Score(custom_params["completion_length"]) if custom_params.get("completion_length") else None,

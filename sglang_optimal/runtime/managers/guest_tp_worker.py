@@ -19,7 +19,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 
 from sglang_optimal.config import MixingConfig
-from sglang_optimal.runtime.configs.model_config import student_model_config
+from sglang_optimal.runtime.configs.model_config import guest_model_config
 from sglang_optimal.runtime.core import DecodePlan, PrefillPlan
 from sglang_optimal.runtime.managers.schedule_batch import decode_part, prefill_micro_batches
 
@@ -29,15 +29,13 @@ class GuestTpModelWorker(TpModelWorker):
 
     def __init__(self, config: MixingConfig, **worker_kwargs):
         self._mixing = config
-        self.weights_path = config.student_path
-        self.weight_version: str | None = None
         with _own_expert_layout():
             super().__init__(**worker_kwargs)
 
     def _init_model_config(self) -> None:
         """The guest's, where SGLang's is the scheduler's model."""
         mixing = self._mixing
-        self.model_config = student_model_config(self.server_args, mixing.student_path, mixing.student_revision)
+        self.model_config = guest_model_config(self.server_args, mixing.guest_path, mixing.guest_revision)
 
     def forward_decode(
         self, batch: ScheduleBatch, plan: DecodePlan, input_ids: torch.Tensor | None = None, *, view: bool = False
@@ -65,23 +63,6 @@ class GuestTpModelWorker(TpModelWorker):
     def _forward(self, part: ScheduleBatch) -> ModelRunnerOutput:
         forward_batch = ForwardBatch.init_new(part, self.model_runner, return_hidden_states_before_norm=False)
         return self.model_runner.forward(forward_batch)
-
-
-class SharedGuest:
-    """What the scheduler asks of a guest, where it is the host itself."""
-
-    def __init__(self, worker: TpModelWorker):
-        self._worker = worker
-        self.weight_version: str | None = None
-
-    @property
-    def weights_path(self) -> str:
-        return self._worker.model_config.model_path
-
-    no_updates = (
-        "the student shares the teacher's weights; start the server with --student-weights separate to update it."
-    )
-    """Why it is not updated alone."""
 
 
 def kept(output: ModelRunnerOutput) -> LogitsProcessorOutput:

@@ -13,7 +13,6 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import PrefillAdder
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
-from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_device, get_serving
@@ -43,7 +42,7 @@ class MixedScheduler(Scheduler):
     tp_worker: MixedTpModelWorker
     # SGLang's, which sets them in a method.
     invariant_checker: SchedulerInvariantChecker
-    weight_updater: SchedulerWeightUpdaterManager
+    weight_updater: MixedSchedulerWeightUpdaterManager
 
     def __init__(self, *args, mixing_config: MixingConfig, **kwargs):
         self.mixing_config = mixing_config
@@ -86,7 +85,9 @@ class MixedScheduler(Scheduler):
             from sglang_optimal.runtime.observability.metrics_collector import MixingMetrics
 
             observer = self.tp_worker.model_runner.sampling_observer
-            self.mixing_metrics = MixingMetrics(context.collector.labels, self.tp_worker.guest_kv, observer.equal_sides)
+            self.mixing_metrics = MixingMetrics(
+                context.collector.labels, self.tp_worker.guest_kv, observer.equal_sides, self.mixing_config.guest
+            )
             observer.on_tokens = self.mixing_metrics.observe
 
     def init_weight_updater(self) -> None:
@@ -135,8 +136,8 @@ class MixedScheduler(Scheduler):
         room = longest - len(guest.prompt_ids) - 1
         if room < 1:
             req.set_finish_with_abort(
-                f"student context too long: {len(guest.prompt_ids)} tokens, but the student's context length and "
-                f"KV pool allow {longest - 2}."
+                f"{guest.model} context too long: {len(guest.prompt_ids)} tokens, but the {guest.model}'s context "
+                f"length and KV pool allow {longest - 2}."
             )
             return
         params = req.sampling_params
@@ -172,29 +173,33 @@ class MixedScheduler(Scheduler):
     def student_weight_version(self) -> str | None:
         """SGLang's version of the weights is the policy's."""
         policy = self.mixing_config.updated
-        return self.tp_worker.guest.weight_version if policy == "teacher" else get_serving().weight_version
+        return self.weight_updater.student_version if policy == "teacher" else get_serving().weight_version
 
     def get_internal_state(self, recv_req):
         """SGLang's, with a section ``mixing``."""
         output = super().get_internal_state(recv_req)
-        host, tree = self.token_to_kv_pool_allocator, self.tree_cache
+        config, worker = self.mixing_config, self.tp_worker
+        allocator, tree = self.token_to_kv_pool_allocator, self.tree_cache
+        host_pool = {
+            "size": allocator.size,
+            "free": allocator.available_size(),
+            "evictable": tree.evictable_size(),
+            "protected": tree.protected_size(),
+        }
+        runners = {config.host: worker.model_runner, config.guest: worker.guest_runner}
         output.internal_state["mixing"] = {
-            "teacher_model_path": self.tp_worker.model_config.model_path,
-            "student_model_path": self.tp_worker.guest.weights_path,
-            "student_revision": self.mixing_config.student_revision,
+            "teacher_model_path": runners["teacher"].model_config.model_path,
+            "student_model_path": runners["student"].model_config.model_path,
+            "student_revision": config.student_revision,
             "student_weight_version": self.student_weight_version,
-            "policy": self.mixing_config.updated,
-            "alpha": self.mixing_config.alpha.model_dump(),
-            "teacher_pool": {
-                "size": host.size,
-                "free": host.available_size(),
-                "evictable": tree.evictable_size(),
-                "protected": tree.protected_size(),
-            },
-            "shared_weights": self.mixing_config.shared_weights,
+            "policy": config.updated,
+            "served_model": config.host,
+            "alpha": config.alpha.model_dump(),
+            f"{config.host}_pool": host_pool,
+            "shared_weights": config.shared_weights,
             "self_check": self.self_check_report,
-            "equal_sides_tokens": self.tp_worker.model_runner.sampling_observer.equal_sides.tokens,
-            "student_pool": self.tp_worker.guest_kv.stats(),
+            "equal_sides_tokens": worker.model_runner.sampling_observer.equal_sides.tokens,
+            f"{config.guest}_pool": worker.guest_kv.stats(),
         }
         return output
 

@@ -28,6 +28,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang_optimal.mixing import AlphaParams, Sides, mix
 from sglang_optimal.names import SERIES
 from sglang_optimal.runtime.core import PrefillChunk
+from sglang_optimal.runtime.entrypoints.protocol import to_wire
 from sglang_optimal.runtime.managers.schedule_batch import prefill_part
 from sglang_optimal.runtime.mem_cache.guest_kv import MIN_ALIASED_PREFIX
 from sglang_optimal.runtime.sampling.sampler import make_samplable, token_values
@@ -99,6 +100,7 @@ class SelfCheck:
     def __init__(self, scheduler):
         self._scheduler = scheduler
         self._worker = scheduler.tp_worker
+        self._host, self._guest = self._worker.mixing_config.host, self._worker.mixing_config.guest
         self._observer = self._worker.model_runner.sampling_observer
         self._probes: dict[str, _Probe] = {}
 
@@ -150,7 +152,11 @@ class SelfCheck:
     def _message(self, rid: str, probe: _Probe) -> TokenizedGenerateReqInput:
         custom = None
         if probe.alpha is not None:
-            custom = {"student_input_ids": list(probe.student), "return_mixing_info": list(SERIES), **probe.alpha}
+            custom = to_wire(
+                {"return_mixing_info": list(SERIES), **probe.alpha},
+                getattr(probe, self._guest),
+                self._worker.mixing_config,
+            )
         params = SamplingParams(
             temperature=0.0,
             max_new_tokens=probe.tokens,
@@ -160,8 +166,8 @@ class SelfCheck:
         )
         params.normalize(None)
         return TokenizedGenerateReqInput(
-            rid=rid, input_text="", input_ids=probe.teacher, input_embeds=None, mm_inputs=None, token_type_ids=None,
-            sampling_params=params, return_logprob=False, logprob_start_len=-1, top_logprobs_num=0,
+            rid=rid, input_text="", input_ids=getattr(probe, self._host), input_embeds=None, mm_inputs=None,
+            token_type_ids=None, sampling_params=params, return_logprob=False, logprob_start_len=-1, top_logprobs_num=0,
             token_ids_logprob=None, stream=False,
         )  # fmt: skip
 
@@ -253,7 +259,7 @@ class SelfCheck:
             report[f"{side}_distance"] = round(self._check_side(side, mixed), 4)
         for probe in self._probes.values():
             if probe.alpha is None:
-                self._check_plain(probe, self._alone(probe, "teacher"))
+                self._check_plain(probe, self._alone(probe, self._host))
             else:
                 self._check_series(probe)
         return report
@@ -284,15 +290,15 @@ class SelfCheck:
         )
 
     def _check_plain(self, probe: _Probe, expected: torch.Tensor) -> None:
-        """The tokens of a plain request must be (about) the most likely ones of the teacher alone."""
+        """The tokens of a plain request must be (about) the most likely ones of the host alone."""
         ids = torch.tensor(list(probe.output_ids), device=expected.device).unsqueeze(-1)
         below = (expected.amax(-1) - expected.gather(-1, ids).squeeze(-1)) / expected.std(-1).clamp(min=1e-9)
         wrong = below > 6.0 * ROUNDED
         if bool(wrong.any()):
             step = "prefill" if bool(wrong[0]) else "decode"
             raise SelfCheckError(
-                f"a plain request beside mixed ones got a token that the teacher alone finds unlikely, after a {step} "
-                f"step. {self._advice('teacher', step)}"
+                f"a plain request beside mixed ones got a token that the {self._host} alone finds unlikely, after a "
+                f"{step} step. {self._advice(self._host, step)}"
             )
 
     def _check_series(self, probe: _Probe) -> None:
@@ -363,7 +369,7 @@ class SelfCheck:
         """Logits [n, V] of the last token of each context, by one eager forward into slots of their own."""
         runner, kv = self._runner(side), self._worker.guest_kv
         table, allocator, offset = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool_allocator, 0
-        if side == "student":
+        if side == self._guest:
             req, offset = kv.as_guest(req), kv.req_pool_offset
         slots = allocator.alloc(sum(map(len, contexts)))
         chunks, start = [], 0
@@ -382,7 +388,7 @@ class SelfCheck:
             allocator.free(slots)
 
     def _runner(self, side: str):
-        return self._worker.model_runner if side == "teacher" else self._worker.guest_runner
+        return self._worker.model_runner if side == self._host else self._worker.guest_runner
 
     def _idle_batch(self) -> ScheduleBatch:
         scheduler = self._scheduler

@@ -19,7 +19,7 @@ from sglang_optimal.config import MixingConfig
 from sglang_optimal.names import STUDENT_ADAPTER
 from sglang_optimal.platforms.torch_cpu import ignore_pinned_memory
 from sglang_optimal.runtime.core import DecodePlan, PrefillPlan
-from sglang_optimal.runtime.managers.guest_tp_worker import SharedGuest, kept
+from sglang_optimal.runtime.managers.guest_tp_worker import kept
 from sglang_optimal.runtime.managers.schedule_batch import (
     decode_part,
     joined,
@@ -51,7 +51,6 @@ class SharedTpModelWorker(MixedTpModelWorker):
         super().__init__(config, **worker_kwargs)
 
     def init_guest(self, **worker_kwargs) -> None:
-        self.guest = SharedGuest(self)
         self._lora_id = None
         adapter = self.mixing_config.student_lora_path
         if adapter is not None:
@@ -67,11 +66,13 @@ class SharedTpModelWorker(MixedTpModelWorker):
         return self.model_runner
 
     @functools.cached_property
+    def _model(self) -> UpdatedModel:
+        return self._updated("model", self.model_runner, get_model().model_path, get_model().revision)
+
+    @property
     def updated_models(self) -> list[UpdatedModel]:
         """The one model, unless the policy is the adapter alone."""
-        if self.mixing_config.updated == "student":
-            return []
-        return [self._updated("model", self.model_runner, get_model().model_path, get_model().revision)]
+        return [] if self.mixing_config.updated == "student" else [self._model]
 
     def runners_by_side(self) -> list[tuple[str, ModelRunner]]:
         """The one model's."""

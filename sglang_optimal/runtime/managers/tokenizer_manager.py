@@ -27,7 +27,7 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.names import ALL_SERIES, SIDES, TOP_K
-from sglang_optimal.runtime.configs.model_config import student_model_config
+from sglang_optimal.runtime.configs.model_config import guest_model_config
 from sglang_optimal.runtime.entrypoints.openai.chat_side import ChatSide
 from sglang_optimal.runtime.entrypoints.openai.stream_series import (
     SERIES_RECORDER,
@@ -46,6 +46,7 @@ from sglang_optimal.runtime.entrypoints.protocol import (
     mixing_fields,
     take_carried,
     take_teacher_messages,
+    to_wire,
 )
 from sglang_optimal.runtime.managers.dead_ends import blame_request
 from sglang_optimal.runtime.managers.request_checks import (
@@ -132,20 +133,18 @@ class MixedTokenizerManager(TokenizerManager):
         super().__init__(*args, **kwargs)
 
     def init_tokenizer_and_processor(self) -> None:
-        """SGLang's, and how the student reads."""
+        """SGLang's, and how both sides read."""
         super().init_tokenizer_and_processor()
         config = self.mixing_config
-        self.student_tokenizer = None
-        self.teacher_max_chars = 0
+        self.guest_tokenizer = None
         if config.student_model_path is None:
             return
-        model_config = student_model_config(self.server_args, config.student_model_path, config.student_revision)
-        self.student_model_config = model_config
+        model_config = guest_model_config(self.server_args, config.guest_path, config.guest_revision)
+        self.guest_model_config = model_config
         if self.tokenizer is not None:
-            self.student_tokenizer = self.tokenizer if self._one_tokenizer() else self._student_s_own_tokenizer()
-        self.teacher_max_chars = _max_chars(self.tokenizer, self.model_config.context_len)
+            self.guest_tokenizer = self.tokenizer if self._one_tokenizer() else self._guest_s_own_tokenizer()
         vocab_size = min(self.model_config.vocab_size, model_config.vocab_size)
-        lengths = {"teacher": self.model_config.context_len, "student": model_config.context_len}
+        lengths: dict[str, int] = {config.host: self.model_config.context_len, config.guest: model_config.context_len}
         self.side_readers = {
             side: SideReader(
                 encode_text=functools.partial(self._encode_text, side),
@@ -159,19 +158,19 @@ class MixedTokenizerManager(TokenizerManager):
         }
 
     def _tokenizer_of(self, side: str):
-        return self.tokenizer if side == "teacher" else self.student_tokenizer
+        return self.tokenizer if side == self.mixing_config.host else self.guest_tokenizer
 
     def _one_tokenizer(self) -> bool:
         config, model = self.mixing_config, get_model()
-        one_model = (config.student_model_path, config.student_revision) == (model.model_path, model.revision)
+        one_model = (config.guest_path, config.guest_revision) == (model.model_path, model.revision)
         return config.shared_weights or one_model
 
-    def _student_s_own_tokenizer(self):
+    def _guest_s_own_tokenizer(self):
         return get_tokenizer(
-            self.mixing_config.student_model_path,
+            self.mixing_config.guest_path,
             tokenizer_mode=get_serving().tokenizer_mode,
             trust_remote_code=get_model().trust_remote_code,
-            revision=self.mixing_config.student_revision,
+            revision=self.mixing_config.guest_revision,
             tokenizer_backend=get_serving().tokenizer_backend,
         )
 
@@ -180,12 +179,10 @@ class MixedTokenizerManager(TokenizerManager):
         config = self.mixing_config
         if config.student_model_path is None or self.tokenizer is None:
             return
-        teacher = student = ChatSide.of_teacher(self, templates)
-        if self.student_tokenizer is not self.tokenizer:
-            student = ChatSide.of_student(
-                self, self.student_tokenizer, self.student_model_config, config.student_model_path
-            )
-        self.chat_sides = ChatSides(teacher, student)
+        host = guest = ChatSide.of_host(self, templates)
+        if self.guest_tokenizer is not self.tokenizer:
+            guest = ChatSide.of_guest(self, self.guest_tokenizer, self.guest_model_config, config.guest_path)
+        self.chat_sides = ChatSides(**{config.host: host, config.guest: guest})
 
     @property
     def serving_chat_class(self):
@@ -335,12 +332,11 @@ class MixedTokenizerManager(TokenizerManager):
             raise ValueError(message)
 
     async def _wait_for_model_update_from_disk(self, obj: UpdateWeightFromDiskReqInput):
-        """SGLang's; what is served by name stays the teacher when the student is updated."""
-        # What SGLang serves by name is the teacher.
-        teacher = self.model_path, self.served_model_name
+        """SGLang's; what is served by name stays the host when the guest is updated."""
+        host = self.model_path, self.served_model_name
         result = await super()._wait_for_model_update_from_disk(obj)
-        if is_for_student(obj):
-            self.model_path, self.served_model_name = teacher
+        if is_for_student(obj) and self.mixing_config.guest == "student":
+            self.model_path, self.served_model_name = host
         return result
 
     async def init_weights_send_group_for_remote_instance(self, obj, request=None) -> tuple[bool, str]:
@@ -374,7 +370,8 @@ class MixedTokenizerManager(TokenizerManager):
         batch = isinstance(obj.sampling_params, list)
         params = obj.sampling_params if batch else [obj.sampling_params]
         customs = [p.get("custom_params") if isinstance(p, dict) else None for p in params]
-        config, limit = self.mixing_config, self.teacher_max_chars
+        config = self.mixing_config
+        limit = self.side_readers["teacher"].max_chars if self._mixes else 0
         parts = [take_teacher_messages(c, config, limit) if isinstance(c, dict) else None for c in customs]
         given = [part for part in parts if part is not None]
         if not given:
@@ -447,7 +444,7 @@ class MixedTokenizerManager(TokenizerManager):
             raise ValueError(f"{route}: not supported beside a student with weights of its own.")
 
     def _prepare_mixing(self, obj: GenerateReqInput, input_text: str | None, input_ids: list[int]) -> list[int]:
-        """Check and complete a mixed request; returns what the teacher reads."""
+        """Check and complete a mixed request; returns what the served model reads."""
         params = obj.sampling_params or {}
         custom = params.get("custom_params")
         if self.mixing_config.student_lora_path is not None and params.get("beam_width") not in (None, 1):
@@ -473,14 +470,16 @@ class MixedTokenizerManager(TokenizerManager):
                 )
         if params.get("beam_width") not in (None, 1):
             raise ValueError("beam_width: beam search is not supported in a mixed request; remove one of the two.")
-        if contexts.own == "student" and obj.return_logprob and _starts_in_prompt(obj.logprob_start_len):
+        host, guest = self.mixing_config.host, self.mixing_config.guest
+        if contexts.own != host and obj.return_logprob and _starts_in_prompt(obj.logprob_start_len):
             raise ValueError(
-                "logprob_start_len: the prompt is the student's, and the teacher's is read in its place; leave it out, "
-                "and score what you want to know of it as a completion."
+                f"logprob_start_len: the prompt is the {contexts.own}'s, and the served model reads the {host}'s; leave "
+                "it out, and score what you want to know of it as a completion."
             )
         # A new dict: the requests of one batch may share theirs.
-        obj.sampling_params = {**params, "custom_params": {**contexts.wire, "student_input_ids": contexts.student}}
-        if contexts.own == "student":
+        wire = to_wire(contexts.wire, contexts.of(guest), self.mixing_config)
+        obj.sampling_params = {**params, "custom_params": wire}
+        if contexts.own != host:
             obj.mixing_prompt_tokens = contexts.own_length
         length = contexts.completion_length
         if fields.get("return_prompts"):
@@ -488,13 +487,13 @@ class MixedTokenizerManager(TokenizerManager):
             obj.mixing_prompts = self._prompts(*prompts)
         if length:
             self._check_scored(obj)
-        return contexts.teacher
+        return contexts.of(host)
 
     def _own_ids(self, fields: dict[str, Any], text: str | None, input_ids: list[int]) -> list[int]:
-        """Of the request's own prompt, as its side's tokenizer reads it; SGLang has asked the teacher's."""
-        own_is_the_student_s = any(fields.get(name) is not None for name in TEACHER_FIELDS)
-        if own_is_the_student_s and text is not None and self.student_tokenizer is not self.tokenizer:
-            return list(self.side_readers["student"].encode_text(text))
+        """Of the request's own prompt, as its side's tokenizer reads it; SGLang has asked the served model's."""
+        own = "student" if any(fields.get(name) is not None for name in TEACHER_FIELDS) else "teacher"
+        if text is not None and self._tokenizer_of(own) is not self.tokenizer:
+            return list(self.side_readers[own].encode_text(text))
         return list(input_ids)
 
     def _check_scored(self, obj: GenerateReqInput) -> None:
@@ -525,8 +524,8 @@ class MixedTokenizerManager(TokenizerManager):
 
     def _prompts(self, teacher: list[int], student: list[int]) -> dict[str, list[int] | str]:
         prompts: dict[str, list[int] | str] = {"teacher_prompt_ids": teacher, "student_prompt_ids": student}
-        if self.tokenizer is not None and self.student_tokenizer is not None:
-            for side, tokenizer in (("teacher", self.tokenizer), ("student", self.student_tokenizer)):
+        if self.tokenizer is not None and self.guest_tokenizer is not None:
+            for side, tokenizer in (("teacher", self.tokenizer), ("student", self.guest_tokenizer)):
                 prompts[f"{side}_prompt_text"] = tokenizer.decode(prompts[f"{side}_prompt_ids"])
         return prompts
 
@@ -536,8 +535,9 @@ class MixedTokenizerManager(TokenizerManager):
         if _is_health_check(obj):
             return
         raise ValueError(
-            f"a mixed request needs one of {', '.join(STUDENT_FIELDS)} in custom_params (behind sglang-router, in "
-            "session_params.mixing); this server takes no plain requests (--plain-requests refuse)."
+            f"a mixed request needs one of {', '.join(STUDENT_FIELDS)} or {', '.join(TEACHER_FIELDS)} in custom_params "
+            "(behind sglang-router, in session_params.mixing); this server takes no plain requests (--plain-requests "
+            "refuse)."
         )
 
     def _encode_text(self, side: str, text: str) -> list[int]:
@@ -547,9 +547,9 @@ class MixedTokenizerManager(TokenizerManager):
         return tokenizer.encode(text)
 
     def _encode_completion(self, text: str) -> list[int]:
-        if self.student_tokenizer is None:
+        if self.guest_tokenizer is None:
             raise ValueError("completion_text: the server runs with --skip-tokenizer-init; send completion_input_ids.")
-        return self.student_tokenizer.encode(text, add_special_tokens=False)
+        return self.guest_tokenizer.encode(text, add_special_tokens=False)
 
     def _encode_messages(self, side: str, messages: list[dict], kwargs: dict) -> list[int]:
         sides = self.sides_of_a_chat(f"{side}_messages", f"send {side}_input_ids")
@@ -578,7 +578,7 @@ class MixedTokenizerManager(TokenizerManager):
         super().update_request_meta_info(meta_info, state, own, index, finish_reason)
         if finish_reason is not None:
             meta_info.update(getattr(state.obj, "mixing_prompts", {}))
-        # Where the request's own prompt is the student's, SGLang has counted the teacher's.
+        # Where the request's own prompt is not the served model's, SGLang has counted the other.
         meta_info["prompt_tokens"] = getattr(state.obj, "mixing_prompt_tokens", meta_info["prompt_tokens"])
 
     async def _handle_abort_finish_reason(self, out, state, *args, **kwargs):

@@ -26,7 +26,7 @@ from sglang.srt.runtime_context import (
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.core import PrefillPlan
-from sglang_optimal.runtime.managers.guest_tp_worker import GuestTpModelWorker, SharedGuest
+from sglang_optimal.runtime.managers.guest_tp_worker import GuestTpModelWorker
 from sglang_optimal.runtime.mem_cache.guest_kv import GuestKV, SeparateGuestKV
 from sglang_optimal.runtime.model_executor.graph_runners import fence_plans, prepare_graphs, resized_buffers
 from sglang_optimal.runtime.model_executor.guest_failure import guest_failure, no_logits
@@ -49,11 +49,9 @@ class MixedTpModelWorker(TpModelWorker):
         **worker_kwargs: of SGLang's worker.
 
     Attributes:
-        guest: the guest's worker; a stand-in for it where host and guest are one model.
         vocab_size: number of ids that both models have.
     """
 
-    guest: GuestTpModelWorker | SharedGuest
     vocab_size: int
     rows_per_request: int
     """Rows of a request in the decode batches of the host's runner, at most."""
@@ -104,7 +102,7 @@ class MixedTpModelWorker(TpModelWorker):
         """The student, where its weights can be updated alone."""
         return None
 
-    @functools.cached_property
+    @property
     def updated_models(self) -> list[UpdatedModel]:
         """The policy; empty where it is an adapter."""
         raise NotImplementedError
@@ -170,9 +168,6 @@ class SeparateTpModelWorker(MixedTpModelWorker):
     def init_guest(self, **worker_kwargs) -> None:
         with _settings_of_the_host():
             self.guest = GuestTpModelWorker(self.mixing_config, random_seed=self.random_seed, **worker_kwargs)
-        self._student_model = self._updated(
-            "student", self.guest.model_runner, self.mixing_config.student_path, self.mixing_config.student_revision
-        )
         self.vocab_size = min(self.model_config.vocab_size, self.guest.model_config.vocab_size)
         self.rows_per_request = 1 + self.mixing_config.longest_draft
 
@@ -182,30 +177,35 @@ class SeparateTpModelWorker(MixedTpModelWorker):
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def models(self) -> dict[str, UpdatedModel]:
+        """{side: its model}."""
+        config = self.mixing_config
+        host = self._updated(config.host, self.model_runner, get_model().model_path, get_model().revision)
+        guest = self._updated(config.guest, self.guest_runner, config.guest_path, config.guest_revision)
+        return {config.host: host, config.guest: guest}
+
     @property
     def student_model(self) -> UpdatedModel:
         """The student's weights, which are its own."""
-        return self._student_model
+        return self.models["student"]
 
-    @functools.cached_property
+    @property
     def updated_models(self) -> list[UpdatedModel]:
         """The policy."""
         updated = self.mixing_config.updated
-        teacher = self._updated("teacher", self.model_runner, get_model().model_path, get_model().revision)
-        return {"student": [self.student_model], "teacher": [teacher], "both": [teacher, self.student_model]}[updated]
+        return [self.models[side] for side in (("teacher", "student") if updated == "both" else (updated,))]
 
     def weight_update_runners(self) -> list[tuple[str, ModelRunner]]:
         """The policy's."""
-        sides = [("target", self.model_runner), ("student", self.guest_runner)]
-        updated = self.mixing_config.updated
-        return {"student": [("target", self.guest_runner)], "teacher": sides[:1], "both": sides}[updated]
+        first, *rest = self.updated_models
+        return [("target", first.runner), *((model.side, model.runner) for model in rest)]
 
     def runners_by_side(self) -> list[tuple[str, ModelRunner]]:
         """The policy's, and the other model's under its name."""
-        own = self.weight_update_runners()
-        if self.mixing_config.updated == "student":
-            return [*own, ("teacher", self.model_runner)]
-        return [*own[:1], ("student", self.guest_runner)]
+        policy = self.updated_models[0]
+        others = [model for model in self.models.values() if model is not policy]
+        return [("target", policy.runner), *((model.side, model.runner) for model in others)]
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class SeparateTpModelWorker(MixedTpModelWorker):
         runner = self.model_runner
         # The guest shares the scheduler's rows, so its row table must have the host's size.
         get_context().override("sglang_optimal.kv_split", max_running_requests=runner.max_running_requests)
-        guest_limit = self.mixing_config.student_max_total_tokens
+        guest_limit = self.mixing_config.guest_max_total_tokens
         if guest_limit is not None:
             get_context().override("sglang_optimal.kv_split", max_total_tokens=min(tokens, guest_limit))
         self.guest.alloc_memory_pool()
@@ -232,8 +232,8 @@ class SeparateTpModelWorker(MixedTpModelWorker):
         pool, allocator = self.guest.get_memory_pool()
         if pool.size < runner.req_to_token_pool.size:
             raise RuntimeError(
-                f"the student's KV pool of {allocator.size} tokens serves {pool.size} requests, the teacher's "
-                f"{runner.req_to_token_pool.size}; raise --mem-fraction-static or lower --max-running-requests."
+                f"the {self.mixing_config.guest}'s KV pool of {allocator.size} tokens serves {pool.size} requests, the "
+                f"other's {runner.req_to_token_pool.size}; raise --mem-fraction-static or lower --max-running-requests."
             )
         kv = SeparateGuestKV(
             pool,
@@ -244,8 +244,10 @@ class SeparateTpModelWorker(MixedTpModelWorker):
         self._pools_are_there(kv)
         if get_parallel().tp_rank == 0:
             logger.info(
-                "KV pools: teacher %d tokens, student %d tokens (one budget, split for equal tokens)",
+                "KV pools: %s %d tokens, %s %d tokens (one budget, split for equal tokens)",
+                self.mixing_config.host,
                 runner.max_total_num_tokens,
+                self.mixing_config.guest,
                 allocator.size,
             )
 

@@ -19,11 +19,12 @@ def guest_failure(error: Exception, rows: MixedRows) -> str:
     """
     if get_parallel().tp_size > 1 or isinstance(error, torch.AcceleratorError):
         raise error
-    logger.error("student forward", exc_info=error)
+    side = rows.reqs[0].mixing.guest.model
+    logger.error("%s forward", side, exc_info=error)
     for req in rows.reqs:
         if req.mixing.guest.kv is not None:  # else it has just ended
             req.mixing.guest.kv.failed = True
-    return f"the student's forward failed: {type(error).__name__}: {error}"
+    return f"the {side}'s forward failed: {type(error).__name__}: {error}"
 
 
 def no_logits(rows: MixedRows, vocab_size: int, device: torch.device | str) -> torch.Tensor:

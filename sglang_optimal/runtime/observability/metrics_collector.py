@@ -29,9 +29,10 @@ class MixingMetrics:
         labels: the labels of SGLang's own scheduler metrics.
         guest_kv: the guest's KV, for its pool and radix cache.
         equal_sides: of the worker's observer.
+        guest: its side, for the names.
     """
 
-    def __init__(self, labels: dict[str, Any], guest_kv: GuestKV, equal_sides: EqualSides):
+    def __init__(self, labels: dict[str, Any], guest_kv: GuestKV, equal_sides: EqualSides, guest: str):
         names = list(labels)
         self._kv = guest_kv
         self._equal_sides = equal_sides
@@ -47,11 +48,11 @@ class MixingMetrics:
         self._equal_tokens = counter(
             "equal_sides_tokens", "Those of them with the same distribution on both sides although the contexts differ."
         )
-        self._prompt_tokens = counter("student_prompt_tokens", "Tokens of the student contexts that were prefilled.")
-        self._cached_tokens = counter("student_cached_tokens", "Those of them that the student's radix cache had.")
+        self._prompt_tokens = counter(f"{guest}_prompt_tokens", f"Tokens of the {guest} contexts that were prefilled.")
+        self._cached_tokens = counter(f"{guest}_cached_tokens", f"Those of them that the {guest}'s radix cache had.")
         self._mean_alpha = gauge("mean_alpha", "Mean alpha of the tokens sampled in about the last second.")
-        self._hit_rate = gauge("student_cache_hit_rate", "Share of student prompt tokens found in its radix cache.")
-        self._pool_usage = gauge("student_pool_usage", "Share of the student's KV pool that requests hold.")
+        self._hit_rate = gauge(f"{guest}_cache_hit_rate", f"Share of {guest} prompt tokens found in its radix cache.")
+        self._pool_usage = gauge(f"{guest}_pool_usage", f"Share of the {guest}'s KV pool that requests hold.")
         alpha = Histogram("sglang_optimal:alpha", "Alpha of each token.", names, buckets=ALPHA_BUCKETS)
         kl = Histogram(
             "sglang_optimal:kl", "KL(mixture, side) of each token, in nats.", [*names, "side"], buckets=KL_BUCKETS

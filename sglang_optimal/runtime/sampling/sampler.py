@@ -90,17 +90,17 @@ class MixingStep:
         """
         v = self.vocab_size
         width = logits.shape[-1]
-        teacher = self.rows.select(logits)
-        student, self.guest_logits = self._guest_logits()[:, :v], None
+        guest, self.guest_logits = self._guest_logits()[:, :v], None
+        teacher, student = self.rows.by_role(self.rows.select(logits)[:, :v], guest)
         temperature = self.rows.select(info.temperatures)
         # Where only one model knows an id, it stays masked.
         mixed = torch.empty((len(teacher), width), dtype=torch.float32, device=logits.device)
         mixed[:, v:] = -torch.inf
         wanted = self.rows.wanted
         ess_ratio = "ess_ratio" in wanted.series
-        mixture = mix(teacher[:, :v], student, temperature, self.rows.alpha, ess_ratio=ess_ratio, out=mixed[:, :v])
+        mixture = mix(teacher, student, temperature, self.rows.alpha, ess_ratio=ess_ratio, out=mixed[:, :v])
         filters = filters_of(info, self.rows) if BEHAVIOUR in wanted.series else None
-        self.mixed = MixedLogits(teacher[:, :v], student, temperature, mixture, filters)
+        self.mixed = MixedLogits(teacher, student, temperature, mixture, filters)
         make_samplable(mixed, mixture)
         if self.rows.device_row_ids is None:
             return mixed.to(logits.dtype)

@@ -156,7 +156,8 @@ def _score_one(req: Req, given: Score, host: ModelRunner, guest: ModelRunner, v:
     done = []
     for i in range(0, given.length, size):
         block = slice(i, i + size)
-        t, s = head(host, states[0][block])[:, :v], head(guest, states[1][block])[:, :v]
+        logits = (head(runner, own[block])[:, :v] for runner, own in zip((host, guest), states, strict=True))
+        t, s = req.mixing.by_role(*logits)
         if bias is not None:
             t, s = t.float() + bias, s.float() + bias
         temperature = torch.full((len(t),), params.temperature, device=device)

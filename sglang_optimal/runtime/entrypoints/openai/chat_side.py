@@ -19,7 +19,7 @@ from sglang.srt.runtime_context import get_serving
 _REFUSALS = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, jinja2.TemplateError)
 
 
-class _StudentView:
+class _GuestView:
     """The tokenizer manager as SGLang's chat handler sees it, with the student's tokenizer and model in it."""
 
     processor = None
@@ -43,21 +43,21 @@ class ChatSide:
         self.serving = serving
 
     @classmethod
-    def of_teacher(cls, manager: Any, templates: TemplateManager) -> ChatSide:
+    def of_host(cls, manager: Any, templates: TemplateManager) -> ChatSide:
         """Args: SGLang's tokenizer manager and its templates."""
         return cls(OpenAIServingChat(manager, templates))
 
     @classmethod
-    def of_student(cls, manager: Any, tokenizer: Any, model_config: Any, model_path: str) -> ChatSide:
-        """The side of a student with a tokenizer of its own; the server's flags about templates hold for it too.
+    def of_guest(cls, manager: Any, tokenizer: Any, model_config: Any, model_path: str) -> ChatSide:
+        """The side of the other model, with a tokenizer of its own; the server's flags about templates hold for it too.
 
         Raises:
             ValueError: it has no template of the name that --hf-chat-template-name gives.
         """
-        view = _StudentView(manager, tokenizer, model_config, model_path)
+        view = _GuestView(manager, tokenizer, model_config, model_path)
         wanted, named = get_serving().hf_chat_template_name, tokenizer.chat_template
         if wanted is not None and isinstance(named, dict) and wanted not in named:
-            raise ValueError(f"--hf-chat-template-name: the student has no template {wanted!r}: {', '.join(named)}.")
+            raise ValueError(f"--hf-chat-template-name: {model_path} has no template {wanted!r}: {', '.join(named)}.")
         templates = TemplateManager()
         templates.load_chat_template(view, get_serving().chat_template, model_path)
         return cls(OpenAIServingChat(view, templates))

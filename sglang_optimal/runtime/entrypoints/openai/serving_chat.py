@@ -44,9 +44,11 @@ from sglang_optimal.runtime.entrypoints.protocol import (
     take_carried,
 )
 
-_OF_THE_TEACHER = ("teacher_only_messages", "teacher_system_prompt")
-_OF_THE_STUDENT = ("student_system_prompt", "student_chat_template_kwargs")
-"""Beside messages that both read."""
+_OF = {
+    "teacher": ("teacher_only_messages", "teacher_system_prompt", "teacher_chat_template_kwargs"),
+    "student": ("student_system_prompt", "student_chat_template_kwargs"),
+}
+"""{side: its fields beside messages that both read}."""
 
 
 class MixedOpenAIServingChat(OpenAIServingChat):
@@ -62,102 +64,99 @@ class MixedOpenAIServingChat(OpenAIServingChat):
         return super()._convert_to_internal_request(request, raw_request)
 
     def _split_sides(self, request: ChatCompletionRequest) -> ChatCompletionRequest:
-        """A copy whose ``messages`` are the teacher's and whose ``custom_params`` hold the student's token ids.
+        """A copy whose ``messages`` are the served model's, and whose ``custom_params`` hold the other's token ids.
 
         Raises:
             ValueError: names the field and the fix.
         """
         fields = _fields_of(request)
-        check_has_student(fields, self.tokenizer_manager.mixing_config)
+        config = self.tokenizer_manager.mixing_config
+        check_has_student(fields, config)
         students, teachers = (_given(fields, names) for names in (STUDENT_FIELDS, TEACHER_FIELDS))
         if teachers and (students or len(teachers) > 1):
             raise ValueError(f"{', '.join([*students, *teachers])}: give one of them; messages are the other side's.")
         if request.chat_template_kwargs:
             _checked_variables(request.chat_template_kwargs, "chat_template_kwargs")
-        shared = [message.model_dump(exclude_none=True) for message in request.messages]
-        student = None
-        if teachers and request.input_ids is not None:
-            for name in _given(fields, _OF_THE_STUDENT):
-                raise ValueError(f"input_ids: takes the place of the student's messages; remove it or {name}.")
-            student = RenderedPrompt(request.input_ids, "input_ids", is_own=True)
-            request = request.model_copy(update={"input_ids": None})
+        of_one = {"teacher": [*teachers, *_given(fields, _OF["teacher"])]}
+        of_one["student"] = [*students, *_given(fields, _OF["student"])]
+        # Whose prompt the messages are, where both read them: the side's that has no field of its own.
+        own: str = config.host
+        if of_one["teacher"] or of_one["student"]:
+            own = "teacher" if of_one["student"] and not teachers else "student"
+        other = {"teacher": "student", "student": "teacher"}[own]
+        whole = teachers or students
+        custom = {name: value for name, value in request.custom_params.items() if name not in fields}
+        custom |= {name: value for name, value in fields.items() if not name.startswith(("student_", "teacher_"))}
+        if len(whole) > 1:
+            return request  # `contexts_of` refuses several
+        if request.input_ids is not None:
+            self._check_input_ids(fields, own, whole)
+        sides = {}
+        for side in (own, other):
+            if side == other and whole and not whole[0].endswith("_messages"):
+                for name in _given(fields, _OF[side]):
+                    raise ValueError(
+                        f"{name}: is beside messages that both sides read; {whole[0]} takes the place of those."
+                    )
+                sides[side] = whole[0], ids_of_side(fields, whole[0], self.tokenizer_manager.side_readers[side])
+            elif side == own and request.input_ids is not None:
+                reader = self.tokenizer_manager.side_readers[side]
+                sides[side] = "input_ids", ids_of_side({"input_ids": request.input_ids}, "input_ids", reader)
+            else:
+                sides[side] = self._chat_of(request, fields, side)
+        name, host = sides[config.host]
+        if isinstance(host, list):
+            update: dict[str, Any] = {"input_ids": host}
         else:
-            self._check_input_ids(request, fields, students)
-            if students in ([], ["student_messages"]):  # else `contexts_of` reads the one, or refuses several
-                of_one_side = _given(fields, (*TEACHER_FIELDS, *_OF_THE_TEACHER)) and not _given(
-                    fields, _OF_THE_STUDENT
-                )
-                student = self._student_ids(request, shared, fields, is_own=not students and bool(of_one_side))
-        gone = {*TEACHER_FIELDS, *_OF_THE_TEACHER}
-        if student is not None:
-            gone |= {"student_messages", *_OF_THE_STUDENT}
-        custom = {name: value for name, value in request.custom_params.items() if name not in gone}
-        if student is not None:
-            custom["student_input_ids"] = student
-        return request.model_copy(
-            update={**self._teacher_s(request, shared, fields, teachers), "custom_params": custom}
-        )
-
-    def _teacher_s(
-        self, request: ChatCompletionRequest, shared: list[dict], fields: dict[str, Any], whole: list[str]
-    ) -> dict[str, Any]:
-        """What of the request is the teacher's: its messages, or token ids in their place."""
-        if not whole:
-            return {"messages": self._teacher_messages(request, shared, fields)}
-        (name,) = whole
-        for other in ("teacher_only_messages", *(() if name == "teacher_messages" else ("teacher_system_prompt",))):
-            if fields.get(other) is not None:
-                raise ValueError(f"{other}: is beside messages that both sides read; {name} takes the place of those.")
-        if name == "teacher_messages":
-            messages = with_system_prompt(checked_messages(fields[name], name), fields, "teacher_system_prompt")
-            return {"messages": as_request({"messages": messages}, name).messages}
-        return {"input_ids": ids_of_side(fields, name, self.tokenizer_manager.side_readers["teacher"])}
+            update = {
+                "messages": host.messages, "chat_template_kwargs": host.chat_template_kwargs, "input_ids": None
+            }  # fmt: skip
+        name, guest = sides[config.guest]
+        if not isinstance(guest, list):
+            sides_of_chats = self.tokenizer_manager.sides_of_a_chat("messages", "use /generate with token ids")
+            guest = getattr(sides_of_chats, config.guest).ids_of(guest, name)
+        custom[f"{config.guest}_input_ids"] = RenderedPrompt(guest, name, is_own=own == config.guest)
+        return request.model_copy(update={**update, "custom_params": custom})
 
     @staticmethod
-    def _check_input_ids(request: ChatCompletionRequest, fields: dict[str, Any], own: list[str]) -> None:
-        """SGLang takes token ids in place of ``messages``; those are the teacher's alone."""
-        if request.input_ids is None:
-            return
-        for name in _OF_THE_TEACHER:
-            if fields.get(name) is not None:
-                raise ValueError(f"input_ids: takes the place of the teacher's messages; remove it or {name}.")
-        if not own:
+    def _check_input_ids(fields: dict[str, Any], own: str, whole: list[str]) -> None:
+        """SGLang takes token ids in place of ``messages``; those are the request's own prompt, and one side's alone."""
+        for name in _given(fields, _OF[own]):
+            raise ValueError(f"input_ids: takes the place of the {own}'s messages; remove it or {name}.")
+        if not whole:
             raise ValueError(
                 "input_ids: would be read by the teacher alone; say what the student reads as well, with "
                 f"{', '.join(STUDENT_FIELDS)}, or remove it."
             )
 
-    def _teacher_messages(self, request: ChatCompletionRequest, shared: list[dict], fields: dict[str, Any]) -> list:
-        messages = shared
-        if fields.get("teacher_only_messages") is not None:
-            own = checked_messages(fields["teacher_only_messages"], "teacher_only_messages")
-            messages = joined(own, checked_messages(shared, "messages"))
-        messages = with_system_prompt(messages, fields, "teacher_system_prompt")
-        if messages is shared:
-            return request.messages
-        return as_request({"messages": messages}, "teacher_only_messages").messages
-
-    def _student_ids(
-        self, request: ChatCompletionRequest, shared: list[dict], fields: dict[str, Any], is_own: bool
-    ) -> RenderedPrompt:
-        """What the student reads of the chat: as the teacher would, but for its own messages, system prompt and
-        template variables."""
-        manager, name = self.tokenizer_manager, "messages"
-        sides = manager.sides_of_a_chat("messages", "use /generate with token ids")
-        messages = shared
-        if fields.get("student_messages") is not None:
-            name = "student_messages"
+    def _chat_of(
+        self, request: ChatCompletionRequest, fields: dict[str, Any], side: str
+    ) -> tuple[str, ChatCompletionRequest]:
+        """(the field with its messages, the request as one side reads it): its own messages, system prompt and template
+        variables in place of what both read."""
+        shared = [message.model_dump(exclude_none=True) for message in request.messages]
+        name, messages = "messages", shared
+        if fields.get(f"{side}_messages") is not None:
+            name = f"{side}_messages"
             messages = checked_messages(fields[name], name)
-        messages = with_system_prompt(messages, fields, "student_system_prompt")
-        student = request.model_copy(deep=True, update={"stream": False, "custom_params": None, "input_ids": None})
+            if fields.get("teacher_only_messages") is not None and side == "teacher":
+                raise ValueError(
+                    f"teacher_only_messages: is beside messages that both sides read; {name} takes the place of those."
+                )
+        elif side == "teacher" and fields.get("teacher_only_messages") is not None:
+            name = "teacher_only_messages"
+            messages = joined(checked_messages(fields[name], name), checked_messages(shared, "messages"))
+        messages = with_system_prompt(messages, fields, f"{side}_system_prompt")
+        chat = request.model_copy(deep=True, update={"stream": False, "custom_params": None, "input_ids": None})
         if messages is not shared:
-            student.messages = as_request({"messages": messages}, name).messages
-        check_size_of(student.messages, manager.side_readers["student"].max_chars, name)
-        own = fields.get("student_chat_template_kwargs")
+            chat.messages = as_request({"messages": messages}, name).messages
+        check_size_of(chat.messages, self.tokenizer_manager.side_readers[side].max_chars, name)
+        kwargs_name = f"{side}_chat_template_kwargs"
+        own = fields.get(kwargs_name)
         if own is not None:
-            own = _checked_variables(own, "student_chat_template_kwargs")
-            student.chat_template_kwargs = {**(student.chat_template_kwargs or {}), **own}
-        return RenderedPrompt(sides.student.ids_of(student, name), name, is_own=is_own)
+            own = _checked_variables(own, kwargs_name)
+            chat.chat_template_kwargs = {**(chat.chat_template_kwargs or {}), **own}
+        return name, chat
 
     def _build_chat_response(self, request, ret, created):
         """SGLang's answer, with the series in ``sglext.mixing``."""

@@ -58,11 +58,13 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
     Attributes:
         config: the student, and whose weights are updated.
         version_before: of the weights when the session began.
+        student_version: of a student that is not the policy.
         every_side: whether both models are meant for the time of a call.
     """
 
     config: MixingConfig
     version_before: str | None = None
+    student_version: str | None = None
     every_side: bool = False
     # SGLang's: what lies between begin and end; None outside.
     _session: Any = None
@@ -166,7 +168,9 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
             source: SGLang's word for it in metrics and messages.
             alone: whether it needs no session around it.
         """
-        refusal = self._refusal(getattr(recv_req, "selector", "all")) or self._still_held(recv_req)
+        refusal = self._refusal(getattr(recv_req, "selector", "all")) or self._still_held(recv_req, self._models())
+        if alone:
+            refusal = self._in_a_session() or refusal
         if refusal is not None:
             return False, refusal
         if alone:
@@ -236,21 +240,28 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
             return "selector: there is no draft model; 'all' and 'target' are the policy's weights (--policy)."
         return None
 
-    def _still_held(self, recv_req: Any) -> str | None:
+    def _still_held(self, recv_req: Any, models: list[UpdatedModel]) -> str | None:
         """Why the caches that the old weights filled cannot be emptied, so that nothing is loaded at all."""
         if not recv_req.flush_cache:
             return None
-        if self.config.updated == "student":
-            held = self.tp_worker.guest_kv.num_active_reqs
+        if self._are_the_guest(models):
+            held = self.tp_worker.guest_kv.num_active_reqs > 0
         else:
-            held = 0 if self.is_fully_idle(ignore_waiting=self.scheduler._engine_paused) else 1
+            held = not self.is_fully_idle(ignore_waiting=self.scheduler._engine_paused)
         if not held:
             return None
         return f"{HELD}. Let them finish, abort or retract them, or update with flush_cache=false."
 
+    def _are_the_guest(self, models: list[UpdatedModel]) -> bool:
+        """Whether they are the guest alone, whose caches are its own."""
+        return [model.side for model in models] == [self.config.guest]
+
     def flush_cache_after_weight_update(self, recv_req: Any, success: bool, message: str) -> _Loaded:
-        """SGLang's, of the policy's side alone."""
-        if self.config.updated != "student":
+        """SGLang's, where the policy is the guest of its caches alone."""
+        return self._flush(recv_req, self._models(), success, message)
+
+    def _flush(self, recv_req: Any, models: list[UpdatedModel], success: bool, message: str) -> _Loaded:
+        if not self._are_the_guest(models):
             return SchedulerWeightUpdaterManager.flush_cache_after_weight_update(self, recv_req, success, message)
         if recv_req.flush_cache:
             self.tp_worker.guest_kv.reset()
@@ -260,35 +271,32 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
 
     def update_weights_from_disk(self, recv_req: UpdateWeightFromDiskReqInput) -> UpdateWeightFromDiskReqOutput:
         """SGLang's, on the policy or, so marked, on the student."""
-        student = is_for_student(recv_req)
-        if student and self.tp_worker.student_model is None:
-            return _from_disk(False, self.tp_worker.guest.no_updates)
-        if student and self.config.updated != "student":  # the policy is the teacher
-            return self._student_beside_the_policy(recv_req)
-        refusal = self._refusal("all") or self._still_held(recv_req)
+        student, student_alone = is_for_student(recv_req), self.tp_worker.student_model
+        if student and student_alone is None:
+            return _from_disk(
+                False,
+                "the student shares the teacher's weights; start the server with --student-weights separate to update "
+                "it.",
+            )
+        models = [student_alone] if student else self._models()
+        refusal = (
+            self._in_a_session() or (None if student else self._refusal("all")) or self._still_held(recv_req, models)
+        )
         if refusal is not None:
             return _from_disk(False, refusal)
         with self._observe_weight_load("disk"):
-            success, message = self._from_disk(self._models(), recv_req)
+            success, message = self._from_disk(models, recv_req)
             if success:
-                self.tp_worker.guest.weights_path = recv_req.model_path
                 version = student_version(recv_req) if student else recv_req.weight_version
-                self.record_weight_version_after_update(version)
-                success, message = self.flush_cache_after_weight_update(recv_req, success, message)
+                if student and self.config.updated == "teacher":
+                    self.student_version = version
+                else:
+                    self.record_weight_version_after_update(version)
+                success, message = self._flush(recv_req, models, success, message)
         return _from_disk(success, message)
 
-    def _student_beside_the_policy(self, recv_req: UpdateWeightFromDiskReqInput) -> UpdateWeightFromDiskReqOutput:
-        worker, kv = self.tp_worker, self.tp_worker.guest_kv
-        if recv_req.flush_cache and kv.num_active_reqs:
-            return _from_disk(
-                False, f"{HELD}. Let them finish, abort or retract them, or update with flush_cache=false."
-            )
-        success, message = self._from_disk([worker.student_model], recv_req)
-        if success:
-            worker.guest.weights_path, worker.guest.weight_version = recv_req.model_path, student_version(recv_req)
-            if recv_req.flush_cache:
-                kv.reset()
-        return _from_disk(success, message)
+    def _in_a_session(self) -> str | None:
+        return None if self._session is None else "a weight-update session is open; call end_weight_update() first."
 
     def _from_disk(self, models: list[UpdatedModel], recv_req: UpdateWeightFromDiskReqInput) -> _Loaded:
         for model in models:
