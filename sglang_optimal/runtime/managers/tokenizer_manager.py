@@ -473,8 +473,8 @@ class MixedTokenizerManager(TokenizerManager):
         host, guest = self.mixing_config.host, self.mixing_config.guest
         if contexts.own != host and obj.return_logprob and _starts_in_prompt(obj.logprob_start_len):
             raise ValueError(
-                f"logprob_start_len: the prompt is the {contexts.own}'s, and the served model reads the {host}'s; leave "
-                "it out, and score what you want to know of it as a completion."
+                f"logprob_start_len: the prompt is the {contexts.own}'s, and the served model reads the {host}'s; "
+                "leave it out, and score what you want to know of it as a completion."
             )
         # A new dict: the requests of one batch may share theirs.
         wire = to_wire(contexts.wire, contexts.of(guest), self.mixing_config)
