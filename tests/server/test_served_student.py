@@ -67,13 +67,12 @@ def test_logprobs_of_the_prompt_are_the_student_s(setup):
 def test_scores_and_chats(setup):
     client, _, _ = setup
     scored = {"completion_input_ids": [20, 21, 22], "return_mixing_info": True}
-    mine, usual = (
-        client.post("/score_mixture", json={"input_ids": own, "sampling_params": {"custom_params": {**other, **scored}}})
-        .json()["meta_info"]
-        for own, other in (
-            ([12, 13], {"teacher_input_ids": [9, 10, 11]}), ([9, 10, 11], {"student_input_ids": [12, 13]}),
-        )
-    )  # fmt: skip
+
+    def score(own: list[int], **other) -> dict:
+        body = {"input_ids": own, "sampling_params": {"custom_params": {**other, **scored}}}
+        return client.post("/score_mixture", json=body).json()["meta_info"]
+
+    mine, usual = score([12, 13], teacher_input_ids=[9, 10, 11]), score([9, 10, 11], student_input_ids=[12, 13])
     for name in ("alpha", "teacher_logprob", "student_logprob"):
         assert mine[name] == pytest.approx(usual[name], abs=1e-5)
     generated = generate(
