@@ -38,7 +38,7 @@ def check_known(keys, allowed, where: str) -> None:
         if key not in allowed:
             near = difflib.get_close_matches(str(key), list(allowed), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            if not near and len(allowed) <= 20:  # SGLang's hundreds of arguments would bury the message
+            if not near and len(allowed) <= 30:  # SGLang's hundreds of arguments would bury the message
                 hint = f" Known: {', '.join(sorted(allowed))}."
             raise ValueError(f"{where}: unknown key {key!r}.{hint}")
 

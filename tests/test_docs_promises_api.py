@@ -86,11 +86,15 @@ def flags() -> set[str]:
     return {flag for parser in parsers for flag in parser._option_string_actions}
 
 
+OF_OTHERS = {"--custom-generate-function-path", "--use-tis", "--no-deps"}
+"""Flags of trainers and of pip."""
+
+
 @every_page
 def test_flags_exist(page):
     lines = [line for line in page.read_text().splitlines() if "sglang_router" not in line]
     # A name that ends in … is a family of flags.
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*+(?!…)", "\n".join(lines)))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*+(?!…)", "\n".join(lines))) - OF_OTHERS
     assert named <= flags(), named - flags()
 
 
@@ -180,7 +184,7 @@ def test_metrics(monkeypatch):
     monkeypatch.setattr(metrics, "Counter", type("Counter", (Metric,), {"ending": "_total"}))
     monkeypatch.setattr(metrics, "Gauge", Metric)
     monkeypatch.setattr(metrics, "Histogram", Metric)
-    metrics.MixingMetrics({}, None, None)
+    metrics.MixingMetrics({}, None, None, "student")
     listed = names(section(API, "### Metrics"))
     assert sorted(listed) == sorted(["sglang_optimal:", *made])
 
@@ -204,8 +208,9 @@ def test_requests_of_the_self_check(pool, count):
     runner = SimpleNamespace(sampling_observer=None, token_to_kv_pool_allocator=sized)
     model = SimpleNamespace(context_len=1024)
     worker = SimpleNamespace(
-        model_runner=runner, guest_kv=sized, model_config=model, guest_context_len=1024, vocab_size=64
-    )
+        model_runner=runner, guest_kv=sized, model_config=model, guest_context_len=1024, vocab_size=64,
+        mixing_config=MixingConfig(),
+    )  # fmt: skip
     probes = SelfCheck(SimpleNamespace(tp_worker=worker))._requests()
     assert len(probes) == count
     assert {probe.alpha is None for probe in probes} == {True, False}
@@ -357,11 +362,11 @@ def test_a_multimodal_model_for_text_alone(models, tmp_path):
 def test_what_applies_to_both_models(models):
     from sglang.srt.configs.model_config import ModelConfig
 
-    from sglang_optimal.runtime.configs.model_config import student_model_config
+    from sglang_optimal.runtime.configs.model_config import guest_model_config
 
     argv = ["--dtype", "float16", "--context-length", "77", "--json-model-override-args", '{"rope_theta": 123.0}']
     server_args, config = launch_server.parse([*models, *argv])
-    student = student_model_config(server_args, config.student_model_path, config.student_revision)
+    student = guest_model_config(server_args, config.guest_path, config.guest_revision)
     for model in (ModelConfig.from_server_args(server_args), student):
         assert (str(model.dtype), model.context_len, model.hf_config.rope_theta) == ("torch.float16", 77, 123.0)
     assert student.hf_config.num_hidden_layers == 1

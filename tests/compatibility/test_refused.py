@@ -371,29 +371,31 @@ def test_our_own_pin():
 
 def test_a_failed_registration_is_said_again(monkeypatch):
     """SGLang logs what a plugin raises and goes on; whoever registers next must hear of it, and may repair it."""
-    from sglang.srt.mem_cache import registry
+    from sglang.srt.mem_cache import registry as sglang_s
+
+    from sglang_optimal.runtime import registry
 
     done: list[str] = []
-    monkeypatch.setattr(plugin, "_registered", set())
+    monkeypatch.setattr(registry, "_registered", set())
     monkeypatch.setattr("sglang.srt.layers.sampler.register_sampler_backend", lambda name, _: done.append("sampler"))
     monkeypatch.setattr("sglang_optimal.runtime.speculative.spec_info.register", lambda: done.append("speculation"))
     with monkeypatch.context() as broken:
-        broken.delattr(registry, "register_radix_cache_backend")
+        broken.delattr(sglang_s, "register_radix_cache_backend")
         for _ in range(2):
             with pytest.raises(ImportError, match="register_radix_cache_backend"):
-                plugin.register()
+                registry.register()
 
     def refuse(name, factory):
         raise ValueError("no")
 
     with monkeypatch.context() as refusing:
-        refusing.setattr(registry, "register_radix_cache_backend", refuse)
+        refusing.setattr(sglang_s, "register_radix_cache_backend", refuse)
         for _ in range(2):
             with pytest.raises(ValueError, match="^no$"):
-                plugin.register()
-    monkeypatch.setattr(registry, "register_radix_cache_backend", lambda name, _: done.append("radix cache"))
-    plugin.register()
-    plugin.register()
+                registry.register()
+    monkeypatch.setattr(sglang_s, "register_radix_cache_backend", lambda name, _: done.append("radix cache"))
+    registry.register()
+    registry.register()
     assert done == ["sampler", "radix cache", "speculation"]
 
 

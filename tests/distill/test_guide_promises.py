@@ -229,7 +229,9 @@ def ranks(monkeypatch, module, count: int) -> None:
 def failed_rows():
     state = types.SimpleNamespace(failed=False)
     return state, types.SimpleNamespace(
-        reqs=[types.SimpleNamespace(mixing=types.SimpleNamespace(guest=types.SimpleNamespace(kv=state)))]
+        reqs=[
+            types.SimpleNamespace(mixing=types.SimpleNamespace(guest=types.SimpleNamespace(kv=state, model="student")))
+        ]
     )
 
 

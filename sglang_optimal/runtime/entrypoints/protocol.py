@@ -359,13 +359,18 @@ def to_wire(settings: dict[str, Any], guest_ids: Sequence[int], config: MixingCo
     return {**settings, GUEST_IDS: list(guest_ids), HOST: config.host}
 
 
+def is_on_the_wire(custom_params: Any) -> bool:
+    """Whether they are a mixed request's, after `to_wire`."""
+    return isinstance(custom_params, dict) and custom_params.get(GUEST_IDS) is not None
+
+
 def from_wire(custom_params: Any, host_ids: array) -> MixedRequest | None:
     """What `contexts_of` has checked and `to_wire` has sent; None for a plain request.
 
     Args:
         host_ids: token ids of the request there.
     """
-    if not isinstance(custom_params, dict) or custom_params.get(GUEST_IDS) is None:
+    if not is_on_the_wire(custom_params):
         return None
     settings: dict[str, Any] = {name: custom_params.get(name) for name in ALPHA_KEYS}
     host = custom_params[HOST]

@@ -18,6 +18,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_device, get_serving
 
 from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime import registry
 from sglang_optimal.runtime.core import guest_of
 from sglang_optimal.runtime.entrypoints.protocol import from_wire
 from sglang_optimal.runtime.managers.schedule_batch import Planner
@@ -250,9 +251,7 @@ def run_mixed_scheduler_process(config: MixingConfig, *args, **kwargs) -> None:
     """Scheduler process with a guest; the arguments after ``config`` are SGLang's ``run_scheduler_process``'s."""
     from sglang.srt.managers import scheduler
 
-    from sglang_optimal.runtime import plugin
-
-    plugin.register()
+    registry.register()  # again: SGLang logs what its plugins raise
     # SGLang applies these when the process loads its plugins, before it builds the scheduler.
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", configured_scheduler(config), HookType.REPLACE)
     HookRegistry.register(

@@ -36,13 +36,13 @@ from sglang_optimal.runtime.entrypoints.openai.stream_series import (
     with_scores,
 )
 from sglang_optimal.runtime.entrypoints.protocol import (
-    CONTEXT_FIELDS,
     STUDENT_FIELDS,
     TEACHER_FIELDS,
     Contexts,
     SideReader,
     check_has_student,
     contexts_of,
+    is_on_the_wire,
     mixing_fields,
     take_carried,
     take_teacher_messages,
@@ -215,26 +215,7 @@ class MixedTokenizerManager(TokenizerManager):
             await self._no_session.wait()
         async with contextlib.aclosing(outputs):
             async for output in outputs:
-                yield self._with_student_version(obj, output)
-
-    def _with_student_version(self, obj, output):
-        """SGLang's versions of the weights are the policy's; those of the student of a mixed request are said."""
-        if not isinstance(obj, GenerateReqInput) or not isinstance(output, dict) or not self._is_mixed(obj):
-            return output
-        meta = output["meta_info"]
-        if self.mixing_config.updated == "teacher":
-            meta["student_weight_version"] = self._student_version
-        else:
-            meta["student_weight_version"] = meta["weight_version"]
-            if "weight_versions" in meta:
-                meta["student_weight_versions"] = meta["weight_versions"]
-        return output
-
-    def _is_mixed(self, obj: GenerateReqInput) -> bool:
-        params = obj.sampling_params
-        customs = [p.get("custom_params") for p in (params if isinstance(params, list) else [params]) if p]
-        names = {name for fields in CONTEXT_FIELDS.values() for name in fields}
-        return any(isinstance(custom, dict) and custom.keys() & names for custom in customs)
+                yield output
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -580,6 +561,15 @@ class MixedTokenizerManager(TokenizerManager):
             meta_info.update(getattr(state.obj, "mixing_prompts", {}))
         # Where the request's own prompt is not the served model's, SGLang has counted the other.
         meta_info["prompt_tokens"] = getattr(state.obj, "mixing_prompt_tokens", meta_info["prompt_tokens"])
+        if is_on_the_wire((state.obj.sampling_params or {}).get("custom_params")):
+            meta_info |= self._student_versions(meta_info)
+
+    def _student_versions(self, meta_info: dict[str, Any]) -> dict[str, Any]:
+        """Of the weights that the tokens came from; SGLang's versions are the policy's."""
+        if self.mixing_config.updated == "teacher":
+            return {"student_weight_version": self._student_version}
+        names = [name for name in ("weight_version", "weight_versions") if name in meta_info]
+        return {f"student_{name}": meta_info[name] for name in names}
 
     async def _handle_abort_finish_reason(self, out, state, *args, **kwargs):
         """SGLang's; a request that left itself nothing to sample is a bad one."""
