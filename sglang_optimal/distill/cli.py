@@ -44,11 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--samples", type=int, default=200, help="Samples to browse. Default: %(default)s.")
 
-    from sglang_optimal.distill.export import FORMATS, ON_MISMATCH
+    from sglang_optimal.distill.export import FORMATS, ON_MISMATCH, PROBLEMS
 
     export = commands.add_parser(
         "export",
-        help="the accepted records for a trainer",
+        help="the accepted records, or their problems, for a trainer",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="formats:\n" + "\n".join(f"  {name:9} {meaning}" for name, meaning in FORMATS.items()),
     )
@@ -56,7 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--output", required=True, help="A .jsonl or .parquet file.")
     export.add_argument("--format", default="trl-sft", help=f"{', '.join(FORMATS)}. Default: %(default)s.")
     export.add_argument("--columns", nargs="+", default=[], help="Columns of the run to keep beside the format's.")
-    export.add_argument("--rejected", action="store_true", help="The rejected records instead.")
+    export.add_argument(
+        "--rejected",
+        action="store_true",
+        help=f"The rejected records instead; with {', '.join(PROBLEMS)}: the problems of both.",
+    )
     export.add_argument(
         "--tokenizer",
         help="Folder or id of the trainer's: what it makes of each row is compared with what was sampled, and its chat "
@@ -70,6 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
         "it, or write nothing. Another prompt is refused, unless kept. Default: %(default)s.",
     )
     export.add_argument("--no-check", action="store_true", help="Do not compare.")
+    export.add_argument(
+        "--answer-field",
+        metavar="NAME",
+        help=f"The problem's field with the expected answer, for {', '.join(PROBLEMS)}. Default: answer.",
+    )
 
     schema = commands.add_parser("schema", help="JSON schema of the run's file, for editors")
     schema.add_argument("--output", help="Default: stdout.")
@@ -183,16 +192,21 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from sglang_optimal.distill.export import described, export
+    from sglang_optimal.distill.export import PROBLEMS, described, export
 
     done = export(
         Path(args.folder), Path(args.output), args.format,
         columns=args.columns, rejected=args.rejected, tokenizer=args.tokenizer,
-        check=not args.no_check, on_mismatch=args.on_mismatch,
+        check=not args.no_check, on_mismatch=args.on_mismatch, answer_field=args.answer_field,
     )  # fmt: skip
-    print(f"{args.output}: {done.written} records{', compared with what was sampled' if done.checked else ''}")
+    unit = "problems" if args.format in PROBLEMS else "records"
+    print(f"{args.output}: {done.written} {unit}{', compared with what was sampled' if done.checked else ''}")
     if done.differing:
         print(f"  {'kept' if args.on_mismatch == 'keep' else 'left out'}: {described(done.differing)}")
+    if done.left_out:
+        print(f"  left out: {described(done.left_out)}")
+    if done.with_others:
+        print(f"  {done.with_others} problems were sampled with other contexts too; these are of the first sample")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A run's records in the forms that trainers read."""
+"""A run's records, or its problems, in the forms that trainers read."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sglang_optimal.config import check_known
+from sglang_optimal.distill.card import public_name
 from sglang_optimal.distill.export_check import KINDS, PROMPT, ExportCheck, load_tokenizer
+from sglang_optimal.distill.manifests import read_manifests
 from sglang_optimal.distill.records import COLUMNS, OPTIONAL_COLUMNS, schema
 from sglang_optimal.distill.store import batch_size, find_shards, optional_columns, read_rows
+from sglang_optimal.distill.tables import WrittenFloat, written_json
 
 IGNORED = -100
 """Label of a token that no loss is taken of, as PyTorch's cross entropy has it."""
@@ -25,9 +28,20 @@ FORMATS = {
     "trl-gkd": "TRL's GKD: {messages} as in sft; its teacher reads what the student reads, and no more",
     "text": "{text}: prompt and sample as one text, for language modelling; chats need --tokenizer",
     "records": "every column, the series and most likely tokens among them; the others have those that --columns names",
+    "verl": "verl's RLHF dataset, a row a problem: {data_source, prompt, ability, reward_model, extra_info}",
+    "sdft": "TRL's SDFT and SDPO, a row a problem: {prompt, privileged_context}",
+    "slime": "slime's prompt data, a row a problem: {prompt, label, metadata}",
 }
 """Name: what it holds."""
 
+PROBLEMS = ("verl", "sdft", "slime")
+"""Formats of problems, for trainers that sample themselves: no sample is in them."""
+TURN, ANSWER = "turn", "answer"
+UNFIT = {
+    TURN: "what the student read does not end with a user's turn, after which such a trainer opens the answer's",
+    ANSWER: "there is no expected answer",
+}
+"""Why a problem has no row in a format of `PROBLEMS`: what it means."""
 
 CHECKED = ("sft", "trl-sft", "trl-gkd", "text")
 """Formats that a trainer renders and tokenizes itself."""
@@ -42,11 +56,15 @@ class Exported:
         written: number of records in the file.
         checked: whether they were compared with the tokens that were read and sampled.
         differing: number of records that were left out (or kept) for each kind of difference in `export_check.KINDS`.
+        left_out: number of problems without a row for each reason in `UNFIT`, in a format of `PROBLEMS`.
+        with_others: number of problems of which other records have other contexts than the row.
     """
 
     written: int
     checked: bool
     differing: dict[str, int]
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    with_others: int = 0
 
 
 def export(
@@ -59,28 +77,32 @@ def export(
     tokenizer: str | None = None,
     check: bool = True,
     on_mismatch: str = "skip",
+    answer_field: str | None = None,
 ) -> Exported:
     """Write the accepted records of a run to one file, and check that a trainer would read the sampled tokens in it.
 
     Rows of chats and texts are rendered as TRL's trainers do, and compared with the ids that the student read and that
     were sampled (`sglang_optimal.distill.export_check`); ``trl-tokens`` holds those ids, and ``records`` the stored
-    columns. The file appears when it is complete; an error leaves an older one as it was.
+    columns. The formats of `PROBLEMS` have one row for each problem that has a record, with the contexts of its first
+    accepted sample. The file appears when it is complete; an error leaves an older one as it was.
 
     Args:
         folder: of the run, or of one that is still going on.
-        output: ``.jsonl`` or ``.parquet``, replaced if it exists; missing folders are made.
+        output: ``.jsonl`` or ``.parquet`` (``verl``: the latter), replaced if it exists; missing folders are made.
         format: one of `FORMATS`.
         columns: stored columns to keep beside the format's own, such as ``log_weight_student``.
-        rejected: write the rejected records in place of the accepted ones.
+        rejected: write the rejected records in place of the accepted ones; with a format of `PROBLEMS`, write the
+            problems of both.
         tokenizer: folder or id of the trainer's tokenizer, whose chat template ``text`` uses as well; by default that
             of the records' student, where it is a folder here.
         check: compare. Rejected records are never compared.
         on_mismatch: how to treat a sample whose text has other tokens than were sampled, or that was cut where the
             trainer would see an end: ``skip`` leaves it out, ``keep`` writes it, ``refuse`` writes nothing at all. A
             row with another prompt is refused, unless ``on_mismatch`` is ``keep``.
+        answer_field: the problem's field with the expected answer, for a format of `PROBLEMS`; by default ``answer``.
 
     Returns:
-        How many records were written, and how many differed.
+        How many records or problems were written, and how many differed or were left out.
 
     Raises:
         ValueError: an unknown format or column, no records, contexts that do not fit the format, no tokenizer to
@@ -92,8 +114,13 @@ def export(
     check_known(extra, [*COLUMNS, *OPTIONAL_COLUMNS], "--columns")
     if output.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output: {output} must end in .jsonl or .parquet.")
-    shape = _shape(format, tokenizer)
-    shards = find_shards(folder, "rejected" if rejected else "accepted")
+    of_problems = format in PROBLEMS
+    if format == "verl" and output.suffix != ".parquet":
+        raise ValueError(f"--output: {output} must end in .parquet, which every version of verl reads.")
+    if answer_field is not None and not of_problems:
+        raise ValueError(f"--answer-field: is only read with --format {', '.join(PROBLEMS)}.")
+    kinds = ["accepted", "rejected"] if rejected and of_problems else ["rejected" if rejected else "accepted"]
+    shards = [path for kind in kinds for path in find_shards(folder, kind)]
     optional = optional_columns(shards)
     if shards and (absent := [name for name in extra if name in OPTIONAL_COLUMNS and name not in optional]):
         raise ValueError(
@@ -101,14 +128,17 @@ def export(
             f"(output.{'return_top_k' if absent[0].startswith('top_k_') else 'series'})."
         )
     kept = optional if format == "records" else [name for name in optional if name in extra]
-    rows = read_rows(shards, [*COLUMNS, *kept])
     comparing = ExportCheck(tokenizer) if check and format in CHECKED and not rejected else None
     differing: Counter[str] = Counter()
-    shaped = (
-        {**fitting, **{name: row.get(name) for name in extra}}
-        for row in rows
-        if (fitting := _checked(row, shape(row), comparing, on_mismatch, differing)) is not None
-    )
+    problems = _Problems(folder, answer_field or "answer") if of_problems else None
+    if problems is not None:
+        rows = read_rows(shards, list(dict.fromkeys([*_PROBLEM_COLUMNS, *extra])))
+        made = problems.shaped(rows, format)
+    else:
+        shape = _shape(format, tokenizer)
+        rows = read_rows(shards, [*COLUMNS, *kept])
+        made = ((row, _checked(row, shape(row), comparing, on_mismatch, differing)) for row in rows)
+    shaped = ({**fitting, **{name: row.get(name) for name in extra}} for row, fitting in made if fitting is not None)
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(output.name + ".part")
     try:
@@ -120,11 +150,18 @@ def export(
             raise ValueError(
                 f"--on-mismatch: no record is left; {described(differing)}. Take --format trl-tokens, or keep them."
             )
+        if count == 0 and problems is not None and problems.left_out:
+            raise ValueError(
+                f"--format: no problem is left for {format}; {described(problems.left_out)}. Name the field with the "
+                "answer (--answer-field), or sample without the beginning of an answer in the student's context."
+            )
         if count == 0:
-            raise ValueError(f"{folder}: has no {'rejected' if rejected else 'accepted'} records.")
+            raise ValueError(f"{folder}: has no {' or '.join(kinds)} records.")
         os.replace(part, output)
     finally:
         part.unlink(missing_ok=True)
+    if problems is not None:
+        return Exported(count, False, {}, dict(problems.left_out), problems.with_others)
     return Exported(count, comparing is not None, dict(differing))
 
 
@@ -145,8 +182,10 @@ def _checked(
 
 
 def described(differing: Mapping[str, int]) -> str:
-    """Return the counts of `Exported.differing` as a sentence."""
-    return "; ".join(f"{count} records: {KINDS[kind]}" for kind, count in differing.items())
+    """Return the counts of `Exported.differing`, or of `Exported.left_out`, as a sentence."""
+    meanings = {kind: f"records: {meaning}" for kind, meaning in KINDS.items()}
+    meanings |= {kind: f"problems: {meaning}" for kind, meaning in UNFIT.items()}
+    return "; ".join(f"{count} {meanings[kind]}" for kind, count in differing.items())
 
 
 def _shape(format: str, tokenizer: str | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -224,6 +263,107 @@ def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
         *messages, last = messages
         prefix = last["content"]
     return [*messages, {"role": "assistant", "content": prefix + row["text"]}]
+
+
+_PROBLEM_COLUMNS = (
+    "problem_id", "strategy", "sample_index", "fields", "accepted", "student_messages", "student_text",
+    "teacher_messages", "teacher_text", "student_context_sha256", "teacher_context_sha256",
+)  # fmt: skip
+
+
+class _Problems:
+    """One row for each problem of a run.
+
+    Args:
+        folder: of the run.
+        answer_field: the problem's field with the expected answer.
+
+    Attributes:
+        left_out, with_others: see `Exported`.
+    """
+
+    def __init__(self, folder: Path, answer_field: str):
+        manifests = read_manifests(folder)
+        config: dict[str, Any] = next((manifest["config"] for manifest in manifests if manifest.get("config")), {})
+        data = config.get("data", {})
+        self._source = public_name(data.get("path") or folder.resolve().name)
+        self._split = (data.get("split") or "train").partition("[")[0]
+        self._strategies = [strategy["name"] for strategy in config.get("contexts", {}).get("strategies", [])]
+        self._answer_field = answer_field
+        self.left_out: Counter[str] = Counter()
+        self.with_others = 0
+
+    def shaped(
+        self, rows: Iterable[dict[str, Any]], format: str
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+        """(record, row in one of `PROBLEMS`) of each problem. The record is that of the first accepted sample, or else
+        of the first rejected one; of two strategies', that of the one which the run's file names first."""
+        best: dict[str, dict[str, Any]] = {}
+        contexts: dict[str, set[tuple[str, str]]] = {}
+        unfit: dict[str, str] = {}
+        for row in rows:
+            name = row["problem_id"]
+            if reason := self._unfit(row):
+                unfit[name] = reason
+                continue
+            contexts.setdefault(name, set()).add((row["student_context_sha256"], row["teacher_context_sha256"]))
+            if name not in best or self._rank(row) < self._rank(best[name]):
+                best[name] = row
+        self.left_out.update(reason for name, reason in unfit.items() if name not in best)
+        self.with_others = sum(len(read) > 1 for read in contexts.values())
+        for index, row in enumerate(best.values()):
+            yield row, self._shaped(row, format, index)
+
+    def _shaped(self, row: dict[str, Any], format: str, index: int) -> dict[str, Any]:
+        prompt, teacher_prompt = (
+            row[f"{side}_text"] if row[f"{side}_messages"] is None else row[f"{side}_messages"]
+            for side in ("student", "teacher")
+        )
+        answer, fields = self._answer(row), _fields(row)
+        if format == "sdft":
+            return {"prompt": prompt, "privileged_context": answer}
+        source = _written(fields.get("data_source")) or self._source
+        known = {"problem_id": row["problem_id"], "strategy": row["strategy"], "teacher_prompt": teacher_prompt}
+        if format == "slime":
+            return {"prompt": prompt, "label": answer, "metadata": {"source_name": source, **known}}
+        if isinstance(prompt, str):
+            raise ValueError("--format: the run has plain-text contexts, and verl reads chats; use slime or sdft.")
+        return {
+            "data_source": source,
+            "prompt": prompt,
+            "ability": _written(fields.get("ability")) or "general",
+            "reward_model": {"style": "rule", "ground_truth": answer},
+            "extra_info": {"split": self._split, "index": index, **known},
+        }
+
+    def _answer(self, row: dict[str, Any]) -> str:
+        fields = _fields(row)
+        if self._answer_field not in fields:
+            raise ValueError(
+                f"--answer-field: the run's problems have no field {self._answer_field!r}. Name the one with the "
+                f"expected answer: {', '.join(sorted(fields))}."
+            )
+        return _written(fields[self._answer_field])
+
+    def _unfit(self, row: dict[str, Any]) -> str | None:
+        if not self._answer(row).strip():
+            return ANSWER
+        messages = row["student_messages"]
+        return TURN if messages is not None and messages[-1]["role"] != "user" else None
+
+    def _rank(self, row: dict[str, Any]) -> tuple[bool, int, int, str]:
+        name = row["strategy"]
+        place = self._strategies.index(name) if name in self._strategies else len(self._strategies)
+        return not row["accepted"], row["sample_index"], place, name
+
+
+def _fields(row: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(row["fields"], parse_float=WrittenFloat)
+
+
+def _written(value: Any) -> str:
+    """As text; nothing of None."""
+    return "" if value is None else value if isinstance(value, str) else written_json(value, sort_keys=True)
 
 
 def _write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> int:
