@@ -76,7 +76,13 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry
 import sglang.srt.entrypoints.engine as engine
 load_plugins()
-assert HookRegistry._hooks == {} and HookRegistry._patched == set(), HookRegistry._hooks
+ours = [
+    target
+    for target, hooks in HookRegistry._hooks.items()
+    for _, _, source in hooks
+    if source is None or source.dist_name == "sglang-optimal"
+]
+assert ours == [], ours
 assert engine.TokenizerManager.__module__ == "sglang.srt.managers.tokenizer_manager"
 print(*sorted(name for name in set(sys.modules) - before if name.startswith("sglang_optimal")))
 """
@@ -149,11 +155,10 @@ def test_sglang_s_server(tiny_pair, tiny_oracle, tmp_path):
         chat = {
             "model": "m",
             "messages": [{"role": "user", "content": "a b"}],
-            "teacher_only_messages": [{"role": "system", "content": "c"}],
             "max_tokens": 4,
-            "return_mixing_info": True,
+            "custom_params": {"teacher_only_messages": [{"role": "system", "content": "c"}]},
         }
-        mixing = client.post("/v1/chat/completions", json=chat).json()["choices"][0]["sglext"]["mixing"]
+        (mixing,) = client.post("/v1/chat/completions", json=chat).json()["sglext"]["mixing"]
         assert len(mixing["alpha"]) == 4
 
 
@@ -161,16 +166,17 @@ def test_sglang_s_server(tiny_pair, tiny_oracle, tmp_path):
 @pytest.mark.parametrize(
     "module,more",
     [
-        ("sglang.cli.main", []),
+        ("sglang_command", []),
         ("sglang.launch_server", ["--dp-size", "2"]),
         ("sglang.launch_server", ["--tp-size", "2"]),
     ],
     ids=["sglang serve", "dp", "tp"],
 )
 def test_sglang_s_other_servers(tiny_pair, tiny_oracle, tmp_path, module, more):
-    argv = ["serve"] if module == "sglang.cli.main" else []
+    argv = ["serve"] if module == "sglang_command" else []
     argv += ["--model-path", str(tiny_pair[0]), *as_argv(ARGUMENTS), *more]
-    with serve(module, argv, tmp_path / "log", environment=configured(tiny_pair)) as client:
+    environment = {**configured(tiny_pair), "PYTHONPATH": os.pathsep.join(sys.path)}
+    with serve(module, argv, tmp_path / "log", environment=environment) as client:
         check_server(client, tiny_oracle, 4)
 
 
