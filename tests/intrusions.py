@@ -145,7 +145,7 @@ def registered() -> set[str]:
                 continue
             chain = _chain(node.func) or [""]
             registers = chain[-1].startswith(REGISTERING) or chain == ["SpeculativeAlgorithm", "register"]
-            if registers or (chain[0] == "app" and chain[-1] in ("add_api_route", "append")):
+            if registers or (chain[0] == "app" and chain[-1] in ("add_api_route", "add_exception_handler", "append")):
                 found.add(".".join(chain))
     return found
 

@@ -31,10 +31,10 @@ class MixtureAgentLoop(AgentLoopBase):
         extra = kwargs.get("extra_info") or {}
         if not extra.get("teacher_prompt"):
             raise ValueError("extra_info: has no teacher_prompt; export the data with --format verl.")
-        prompt_ids, teacher_ids = (
+        prompt_ids, teacher_ids = [
             await self.loop.run_in_executor(None, self._ids, list(messages))
             for messages in (kwargs["raw_prompt"], extra["teacher_prompt"])
-        )
+        ]
         custom = {**(extra.get("mixing") or {}), "teacher_input_ids": teacher_ids}
         output = await self.server_manager.generate(
             request_id=uuid4().hex,

@@ -35,7 +35,7 @@ def subprocesses(arguments: dict, requests: list[dict]) -> list[dict]:
     async def all_of_them() -> list[dict]:
         return [await anext(manager.generate_request(GenerateReqInput(**request), None)) for request in requests]
 
-    answers = asyncio.get_event_loop_policy().get_event_loop().run_until_complete(all_of_them())
+    answers = asyncio.new_event_loop().run_until_complete(all_of_them())
     print(json.dumps(answers), flush=True)
     kill_process_tree(os.getpid(), include_parent=False)
     os._exit(0)  # a trainer ends such a process so: its tokenizer manager has sockets that wait

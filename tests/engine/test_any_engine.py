@@ -108,6 +108,7 @@ def test_without_the_variable_nothing_is_patched():
         "sglang_optimal.runtime.entrypoints",
         "sglang_optimal.runtime.entrypoints.any_engine",
         "sglang_optimal.runtime.plugin",
+        "sglang_optimal.runtime.registry",
         "sglang_optimal.runtime.speculative",
         "sglang_optimal.runtime.speculative.spec_info",
     }, ours

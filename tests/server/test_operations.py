@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from serving import as_argv, generate, serve, server_info, wait_until_free
 from tiny_models import build_tiny_tokenizer_model
 
-from sglang_optimal.config import AlphaSettings
+from sglang_optimal.config import AlphaSettings, MixingConfig
 
 API_KEY = "a-key-for-this-test"
 
@@ -82,7 +82,7 @@ def test_api_key_on_every_route(client):
 
     from sglang_optimal.runtime.entrypoints import http_server as routes
 
-    routes.install()
+    routes.install(MixingConfig())
     paths = [
         (method, route.path.replace("{", "").replace("}", "").replace(":path", ""))
         for route in app.routes
@@ -266,15 +266,16 @@ def test_bad_update_requests(client, body, message):
     assert message in response.text
 
 
-def test_the_teacher_s_own_update_still_works(client, tiny_pair, tiny_oracle, tmp_path):
-    shutil.copytree(tiny_pair[0], tmp_path / "teacher")
-    file = tmp_path / "teacher" / "model.safetensors"
-    save_file({name: tensor.flip(0).contiguous() for name, tensor in load_file(file).items()}, file)
+def test_sglang_s_own_route_updates_the_policy(client, tiny_pair, tiny_oracle, new_student, old_student_back):
+    """Which is the student; the teacher's weights do not fit it, and are refused."""
     case = Case(random_ids(random.Random(8), 20), random_ids(random.Random(9), 20), 12)
-    response = client.post("/update_weights_from_disk", json={"model_path": str(tmp_path / "teacher")})
-    assert response.status_code == 200, response.text
-    oracle = MixedOracle(tmp_path / "teacher", tiny_pair[1])
-    assert check_greedy(oracle, case, ask(client, case)) == 12
     response = client.post("/update_weights_from_disk", json={"model_path": str(tiny_pair[0])})
-    assert response.status_code == 200, response.text
+    assert response.status_code == 400 and "The student's old weights are in place" in response.json()["message"]
     assert check_greedy(tiny_oracle, case, ask(client, case)) == 12
+    body = {"model_path": str(new_student), "weight_version": "step-2"}
+    response = client.post("/update_weights_from_disk", json=body)
+    assert response.status_code == 200, response.text
+    output = ask(client, case)
+    assert check_greedy(MixedOracle(tiny_pair[0], new_student), case, output) == 12
+    assert output["meta_info"]["student_weight_version"] == output["meta_info"]["weight_version"] == "step-2"
+    assert client.get("/get_model_info").json()["model_path"] == str(tiny_pair[0])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,10 +21,20 @@ OURS = {"/mixing", "/score_mixture", "/update_student_weights_from_disk"}
 OF_FASTAPI = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
 
 
+def _all(routes) -> Iterator[Any]:
+    """Also those of routers that are part of an application."""
+    for route in routes:
+        inner = getattr(route, "original_router", None) or getattr(route, "router", None)
+        if hasattr(route, "path") and inner is None:
+            yield route
+        elif inner is not None:
+            yield from _all(inner.routes)
+
+
 def test_every_route_has_a_row():
     from sglang.srt.entrypoints.http_server import app
 
-    routes = {route.path for route in app.routes} - OURS - OF_FASTAPI
+    routes = {route.path for route in _all(app.routes)} - OURS - OF_FASTAPI
     assert TABLE.keys() == routes, TABLE.keys() ^ routes
     assert set(TABLE.values()) == {"mixes", "plain", "policy", "server", "refused"}
 

@@ -17,6 +17,7 @@ from sglang_optimal.names import CARRIER
 from sglang_optimal.runtime.entrypoints import body_guard
 from sglang_optimal.runtime.entrypoints.openai import serving_chat as openai_api
 from sglang_optimal.runtime.entrypoints.protocol import COMPLETION_FIELDS
+from sglang_optimal.runtime.managers.tokenizer_manager import RouteRefused
 
 
 async def mixing_page() -> HTMLResponse:
@@ -52,6 +53,10 @@ async def score_mixture(obj: Annotated[GenerateReqInput, Body()], request: Reque
     return await http_server.serve_generate_request(obj, request)
 
 
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"error": {"message": str(error)}}, status_code=HTTPStatus.BAD_REQUEST)
+
+
 def install(config: MixingConfig) -> None:
     """Add the routes, the series in SGLang's own, and the guard of their bodies.
 
@@ -62,4 +67,5 @@ def install(config: MixingConfig) -> None:
     app.add_api_route("/mixing", mixing_page, methods=["GET"], include_in_schema=False)
     app.add_api_route("/score_mixture", score_mixture, methods=["POST"])
     app.add_api_route("/update_student_weights_from_disk", update_student_weights_from_disk, methods=["POST"])
+    app.add_exception_handler(RouteRefused, _refused)
     body_guard.install(app, config)

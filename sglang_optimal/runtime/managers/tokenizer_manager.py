@@ -69,6 +69,13 @@ from sglang_optimal.runtime.model_executor.weight_updater import (
 from sglang_optimal.scores import SCORED
 from sglang_optimal.wanted import wanted_by
 
+PLAIN = "--student-weights none serves without mixing"
+
+
+class RouteRefused(ValueError):
+    """A route or call of SGLang's that this server cannot honour; HTTP 400."""
+
+
 _NOT_OF_A_COMPLETION: dict[str, Any] = {
     "n": 1,
     "regex": None,
@@ -335,12 +342,27 @@ class MixedTokenizerManager(TokenizerManager):
 
     async def set_internal_state(self, obj):
         """SGLang's; refused beside a student, where nothing reads what it sets."""
-        if self._mixes:
-            raise ValueError(
-                "set_internal_state: what it sets is for pipelines and for SGLang's own drafting, which this server "
-                "has not."
-            )
+        self._refuse("set_internal_state", "what it sets is for pipelines and SGLang's own drafting")
         return await super().set_internal_state(obj)
+
+    async def start_expert_distribution_record(self):
+        """SGLang's; refused beside a student, where one record would be of two models."""
+        self._refuse("start_expert_distribution_record", "one record would be of two models")
+        return await super().start_expert_distribution_record()
+
+    async def stop_expert_distribution_record(self):
+        """SGLang's; refused as its start is."""
+        self._refuse("stop_expert_distribution_record", "one record would be of two models")
+        return await super().stop_expert_distribution_record()
+
+    async def dump_expert_distribution_record(self):
+        """SGLang's; refused as its start is."""
+        self._refuse("dump_expert_distribution_record", "one record would be of two models")
+        return await super().dump_expert_distribution_record()
+
+    def _refuse(self, route: str, why: str) -> None:
+        if self._mixes:
+            raise RouteRefused(f"{route}: not supported beside a student: {why}; {PLAIN}.")
 
     @property
     def _mixes(self) -> bool:
@@ -419,10 +441,10 @@ class MixedTokenizerManager(TokenizerManager):
     def _check_memory_saver(self, route: str) -> None:
         """Refuse what would end the scheduler, or take the buffers of one of two models."""
         if get_device().device == "cpu":
-            raise ValueError(f"{route}: the models are on the CPU, where there is nothing to release.")
+            raise RouteRefused(f"{route}: the models are on the CPU, where there is nothing to release.")
         config = self.mixing_config
         if config.student_model_path is not None and not config.shared_weights:
-            raise ValueError(f"{route}: not supported beside a student with weights of its own.")
+            raise RouteRefused(f"{route}: not supported beside a student with weights of its own.")
 
     def _prepare_mixing(self, obj: GenerateReqInput, input_text: str | None, input_ids: list[int]) -> list[int]:
         """Check and complete a mixed request; returns what the served model reads."""
@@ -461,7 +483,7 @@ class MixedTokenizerManager(TokenizerManager):
         wire = to_wire(contexts.wire, contexts.of(guest), self.mixing_config)
         obj.sampling_params = {**params, "custom_params": wire}
         if contexts.own != host:
-            obj.mixing_prompt_tokens = contexts.own_length
+            obj.mixing_prompt_tokens = contexts.own_length + contexts.completion_length
         length = contexts.completion_length
         if fields.get("return_prompts"):
             prompts = (ids[: len(ids) - length] for ids in (contexts.teacher, contexts.student))
