@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 from ledger import Ledger
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 
 
 class Weights:
@@ -67,7 +71,13 @@ class Operator:
             self._look,
         ]
         if len(self._weights.folders) > 1:
-            choices += [self._update, self._update, self._update_while_paused, self._corrupt_update]
+            choices += [self._update, self._update_while_paused, self._corrupt_update]
+            choices += [
+                self._update_in_memory,
+                self._update_in_memory_while_paused,
+                self._failed_session,
+                self._left_session,
+            ]
         action = self._rng.choice(choices)
         self._ledger.faults[action.__name__.lstrip("_").replace("_", " ")] += 1
         try:
@@ -121,6 +131,47 @@ class Operator:
             await self._update(paused=True)
         finally:
             await self._post("/continue_generation", {})
+
+    def _parts(self, version: str) -> list[dict[str, Any]]:
+        """The bodies of a session's parts."""
+        tensors = sorted(load_file(self._weights.folders[version] / "model.safetensors").items())
+        cut = self._rng.randrange(1, len(tensors))
+        payloads = [safetensors_bytes(dict(part)) for part in (tensors[:cut], tensors[cut:])]
+        return [
+            {"serialized_named_tensors": [base64.b64encode(payload).decode()], "load_format": "safetensors"}
+            for payload in payloads
+        ]
+
+    async def _update_in_memory(self, paused: bool = False) -> None:
+        version = self._other()
+        begin = asyncio.get_running_loop().time()
+        await self._post("/begin_weight_update", {})
+        for body in self._parts(version):
+            await self._post("/update_weights_from_tensor", body)
+        await self._post("/end_weight_update", {})
+        self._weights.changed(begin, asyncio.get_running_loop().time(), version, paused)
+
+    async def _update_in_memory_while_paused(self) -> None:
+        await self._post("/pause_generation", {"mode": "retract"})
+        try:
+            await self._update_in_memory(paused=True)
+        finally:
+            await self._post("/continue_generation", {})
+
+    async def _failed_session(self) -> None:
+        """The first part is loaded, the second is refused: the weights stay what they were."""
+        await self._post("/begin_weight_update", {})
+        first, _ = self._parts(self._other())
+        await self._post("/update_weights_from_tensor", first)
+        wrong = {**first, "serialized_named_tensors": [base64.b64encode(b"no tensors").decode()]}
+        await self._post("/update_weights_from_tensor", wrong, (400,))
+
+    async def _left_session(self) -> None:
+        """A trainer that died in the middle, and the next one, which sends nothing."""
+        await self._post("/begin_weight_update", {})
+        await self._post("/update_weights_from_tensor", self._parts(self._other())[0])
+        await self._post("/begin_weight_update", {})
+        await self._post("/end_weight_update", {})
 
     async def _corrupt_update(self) -> None:
         folder = self._weights.folders[self._weights.current]
