@@ -186,7 +186,10 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
                 if success:
                     message = "Another rank could not load the weights; see its log."
                 return False, f"{message} {self._after_failure()} {CLOSED}"
-            if not alone:
+            if alone:
+                for model in self._models():
+                    model.whole = True
+            else:
                 self._session = msgspec.structs.replace(self._session, loaded_weights=True)
             self.record_weight_version_after_update(recv_req.weight_version)
             return self.flush_cache_after_weight_update(recv_req, success, message)
