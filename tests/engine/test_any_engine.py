@@ -185,8 +185,12 @@ def test_sglang_s_other_servers(tiny_pair, tiny_oracle, tmp_path, module, more):
     "way,mixing,arguments,message",
     [
         ("engine", {"alpha_min": 2}, {}, "SGLANG_OPTIMAL_CONFIG: alpha_min, alpha_max: must lie in [0, 1]"),
-        ("engine", {}, {"page_size": 16}, "--page-size: only 1 is supported beside a student"),
-        ("subprocesses", {}, {"enable_mixed_chunk": True}, "--enable-mixed-chunk: "),
+        pytest.param(
+            "engine", {}, {"page_size": 16}, "--page-size: only 1 is supported beside a student", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "subprocesses", {}, {"enable_mixed_chunk": True}, "--enable-mixed-chunk: ", marks=pytest.mark.slow
+        ),
         (
             "subprocesses",
             {"mixing_mode": "speculative"},

@@ -245,7 +245,7 @@ def test_versions_and_spans(sampler, new_student):
     assert sampler.engine.flush_cache().success
 
 
-@pytest.mark.parametrize("policy", ["teacher", "both"])
+@pytest.mark.parametrize("policy", ["teacher", pytest.param("both", marks=pytest.mark.slow)])
 def test_another_policy(tiny_pair, same_vocabulary_pair, tmp_path, policy):
     """The teacher's weights change; those of a student of the same shape with them, if it is asked for."""
     pair = tiny_pair if policy == "teacher" else (tiny_pair[0], tiny_pair[0])
@@ -278,6 +278,7 @@ def test_one_model_in_both_places(tiny_pair, tmp_path):
         check(sampler, MixedOracle(new, new))
 
 
+@pytest.mark.slow
 def test_without_rollback(tiny_pair, new_student, new_oracle):
     """Nothing is kept; half new weights answer nothing."""
     with start(tiny_pair, weight_rollback="off") as sampler:

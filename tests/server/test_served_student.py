@@ -17,7 +17,7 @@ from tiny_models import build_tiny_tokenizer_model
 GREEDY = {"temperature": 0.0, "max_new_tokens": 10, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module", params=["two models", "one model"])
+@pytest.fixture(scope="module", params=["two models", pytest.param("one model", marks=pytest.mark.slow)])
 def setup(request, tiny_pair, tiny_oracle, self_oracle, tmp_path_factory):
     """(client, oracle, the student alone)"""
     shared = request.param == "one model"
