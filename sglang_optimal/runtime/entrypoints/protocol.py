@@ -274,7 +274,10 @@ def contexts_of(
     own = {"teacher": "student", "student": "teacher"}[side]
     tail = completion or []
     both = {side: ids + tail, own: [*own_ids, *tail]}
-    for of, what in ((side, name), (own, "the prompt")):
+    checked = [(side, name)]
+    if tail or own != config.host:  # else SGLang has
+        checked.append((own, "the prompt"))
+    for of, what in checked:
         if len(both[of]) + max(new, 1) > readers[of].context_length:
             raise ValueError(
                 f"{what}: the {of} context is too long: {len(both[of])} tokens and {new} new ones exceed the "
