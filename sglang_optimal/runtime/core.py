@@ -161,6 +161,7 @@ class MixedRows:
         offsets, offsets_cpu: [n] int64, guest length minus host length.
         alpha: per-row settings.
         wanted: what any row asked for.
+        host_is_student: whose the host's logits are; of the server, and so of all rows.
     """
 
     reqs: list[Req]
@@ -171,6 +172,7 @@ class MixedRows:
     offsets_cpu: torch.Tensor
     alpha: AlphaParams
     wanted: Wanted
+    host_is_student: bool = False
 
     @classmethod
     def build(cls, batch: ScheduleBatch, row_ids: list[int], as_guest: Callable[[Req], Req]) -> MixedRows:
@@ -189,11 +191,12 @@ class MixedRows:
             offsets_cpu=offsets_cpu,
             alpha=alpha_params(settings, device),
             wanted=Wanted.by_all(req.mixing.wanted for req in reqs),
+            host_is_student=reqs[0].mixing.host.model == "student",
         )
 
     def by_role(self, host: Of, guest: Of) -> tuple[Of, Of]:
         """(the teacher's, the student's) of what both models have."""
-        return self.reqs[0].mixing.by_role(host, guest)
+        return (guest, host) if self.host_is_student else (host, guest)
 
     def select(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mixed rows of a tensor [B, …]; the tensor itself when all are."""
