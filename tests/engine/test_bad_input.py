@@ -166,7 +166,9 @@ def test_a_completion_that_cannot_be_scored(sampler, completion, more, message):
 
 def test_a_completion_too_long_for_the_teacher(sampler):
     custom = {**IDS, "completion_input_ids": [10] * 100}
-    with pytest.raises(ValueError, match="the teacher context is too long: 300 tokens and 1 new ones exceed the teacher's"):
+    with pytest.raises(
+        ValueError, match="the teacher context is too long: 300 tokens and 1 new ones exceed the teacher's"
+    ):
         sampler.engine.generate(input_ids=[10] * 200, sampling_params={"max_new_tokens": 0, "custom_params": custom})
     with pytest.raises(ValueError, match="return_logprob: not supported where a completion is scored"):
         sampler.engine.generate(

@@ -70,6 +70,9 @@ class Manager(SimpleNamespace):
         return None
 
 
+LARGE = SimpleNamespace(max_chars=10**6, vocab_size=10**6, context_length=10**6)
+
+
 def build(tokenizer, source: str, *, chat_template=None, two_models: bool) -> MixedOpenAIServingChat:
     """A handler of chats whose teacher and student are one model, loaded once or twice."""
 
@@ -88,7 +91,7 @@ def build(tokenizer, source: str, *, chat_template=None, two_models: bool) -> Mi
     manager = Manager(
         tokenizer=with_template(), model_config=model, server_args=None, served_model_name="m", model_path="/m/model",
         processor=None, mixing_config=MixingConfig(student_model_path="/m/model"),
-        side_readers={"student": SimpleNamespace(max_chars=10**6)},
+        side_readers=dict.fromkeys(("teacher", "student"), LARGE),
     )  # fmt: skip
     templates = template_manager.TemplateManager()
     templates.load_chat_template(manager, chat_template, "/m/model")
@@ -284,5 +287,5 @@ def test_a_named_template_that_the_student_lacks_ends_the_start(tokenizer, flags
     flags(hf_chat_template_name="rag")
     student = copy.deepcopy(tokenizer)
     student.chat_template = {"default": "x"}
-    with pytest.raises(ValueError, match="--hf-chat-template-name: the student has no template 'rag': default"):
+    with pytest.raises(ValueError, match="--hf-chat-template-name: /m has no template 'rag': default"):
         ChatSide.of_guest(Manager(), student, None, "/m")
