@@ -86,7 +86,8 @@ def flags() -> set[str]:
     return {flag for parser in parsers for flag in parser._option_string_actions}
 
 
-OF_OTHERS = {"--custom-generate-function-path", "--use-tis", "--no-deps"}
+OF_OTHERS = {"--custom-generate-function-path", "--use-tis", "--no-deps", "--input-key", "--label-key"}
+OF_OTHERS |= {"--apply-chat-template", "--apply-chat-template-kwargs"}
 """Flags of trainers and of pip."""
 
 

@@ -64,7 +64,7 @@ def test_the_reward_rises(pair, tmp_path, loss_type):
     trainer = trainer_of(pair, sampler, tmp_path, loss_type=loss_type)
     trainer.train()
     seen = rewards(trainer)
-    assert len(seen) == 12 and sum(seen[-3:]) / 3 > sum(seen[:3]) / 3 + 0.1, seen
+    assert len(seen) == 12 and sum(seen[-3:]) > 2.5 * sum(seen[:3]), seen
     assert sampler.updates == 1 + 12
     for name, weight in sampler.student.state_dict().items():
         torch.testing.assert_close(weight, trainer.model.state_dict()[name], rtol=0, atol=0)
@@ -75,7 +75,7 @@ def test_the_old_policy_is_what_drew_the_tokens(pair, tmp_path):
     sampler = FakeSampler(*pair)
     trainer = trainer_of(pair, sampler, tmp_path)
     trainer.update_sampler()
-    rows = list(ROWS)[:4]
+    rows = [ROWS[0]] * 16
     output = trainer._generate_and_score_completions(rows)
     drawn = sampler.generate(
         [row["teacher_prompt"] for row in rows], [row["prompt"] for row in rows], max_new_tokens=6, temperature=0.8,
@@ -111,7 +111,7 @@ def test_with_an_engine(pair, tmp_path):
         trainer._compute_loss = watched
         trainer.train()
         seen = rewards(trainer)
-        assert sum(seen[-3:]) / 3 > sum(seen[:3]) / 3 + 0.1, seen
+        assert sum(seen[-3:]) > 2.5 * sum(seen[:3]), seen
         assert len(ratios) == 10 and max(ratios) < 1e-3, ratios
 
 
