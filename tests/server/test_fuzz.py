@@ -36,6 +36,8 @@ plausible = {
     "student_text": any_text,
     "student_input_ids": st.lists(st.integers(-2, 70), max_size=6),
     "student_messages": st.one_of(messages, good_messages),
+    "teacher_text": any_text,
+    "teacher_input_ids": st.lists(st.integers(-2, 70), max_size=6),
     "teacher_messages": st.one_of(messages, good_messages),
     "teacher_only_messages": st.one_of(messages, good_messages),
     "teacher_system_prompt": any_text,
@@ -72,7 +74,10 @@ def fields(names) -> st.SearchStrategy[dict]:
 custom_params = st.one_of(
     fields(MIXING_FIELDS),
     # Fewer fields, so that some requests are good.
-    st.fixed_dictionaries({"student_text": st.just("hello")}, optional={name: plausible[name] for name in ALPHA_KEYS}),
+    *(
+        st.fixed_dictionaries({name: st.just("hello")}, optional={name: plausible[name] for name in ALPHA_KEYS})
+        for name in ("student_text", "teacher_text")
+    ),
     st.dictionaries(st.sampled_from(["student", "alpha", "student_txt", "alpha_maxx"]), anything, max_size=2),
     anything,
 )

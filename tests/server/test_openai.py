@@ -230,8 +230,11 @@ def test_logprobs_are_the_mixture_s(ai):
         ({"teacher_only_messages": [{"role": "wizard", "content": "x"}]}, "teacher_only_messages[0].role: 'role' must"),
         ({"teacher_system_prompt": ""}, "teacher_system_prompt: must be a non-empty string"),
         ({"student_system_prompt": 7}, "student_system_prompt: must be a non-empty string"),
-        ({"student_system_prompt": "x", "student_text": "y"}, "student_system_prompt: only read with student_messages"),
-        ({"teacher_messages": [USER]}, "teacher_messages: only read by /generate"),
+        (
+            {"student_system_prompt": "x", "student_text": "y"},
+            "student_system_prompt: is beside messages that both sides",
+        ),
+        ({"teacher_messages": [USER], "student_text": "y"}, "student_text, teacher_messages: give one of them"),
         ({"student_messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content[0]: only text parts"),
         ({"student_messages": [USER], "student_text": "x"}, "exactly one of student_text"),
         ({"student_chat_template_kwargs": {"chat_template": "x"}}, "'chat_template' may not be set by a request"),

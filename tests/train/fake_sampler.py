@@ -31,10 +31,18 @@ class Result:
 class FakeSampler:
     """Has the two methods of `OptimalSampler` that `RolloutTrainer` uses; in float32, ``top_k`` arrays on request."""
 
-    def __init__(self, teacher: str | Path, student: str | Path, *, top_k: int = 8, returns_prompts: bool = True):
+    def __init__(
+        self,
+        teacher: str | Path,
+        student: str | Path,
+        *,
+        top_k: int = 8,
+        returns_prompts: bool = True,
+        tells_behaviour: bool = True,
+    ):
         self.teacher, self.student = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (teacher, student))
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(teacher)
-        self.top_k, self.returns_prompts = top_k, returns_prompts
+        self.top_k, self.returns_prompts, self.tells_behaviour = top_k, returns_prompts, tells_behaviour
         self.updates = 0
         self.calls: list[dict[str, Any]] = []
 
@@ -77,7 +85,9 @@ class FakeSampler:
                 logprobs = {name: (values / temperature).log_softmax(-1) for name, values in logits.items()}
                 tokens.append(torch.multinomial(logprobs["mixture"].exp(), 1, generator=generator))
                 found = step(logprobs, tokens[-1], self.top_k)
-                for name, values in {**found, "behaviour_logprob": found["mixture_logprob"]}.items():
+                if self.tells_behaviour:
+                    found["behaviour_logprob"] = found["mixture_logprob"]
+                for name, values in found.items():
                     series.setdefault(name, []).append(values)
                 series.setdefault("alpha", []).append(made.alpha)
                 series.setdefault("kl_to_student", []).append(made.kl_to_student)

@@ -387,8 +387,8 @@ def test_a_sample_that_was_aborted(pair, tmp_path):
 
 def test_rollouts_that_were_cut_need_the_behaviour(pair, tmp_path):
     trainer = RolloutTrainer(
-        student(pair), config(tmp_path, loss="policy_gradient", max_steps=1), FakeSampler(*pair), PROMPTS,
-        sampling={"top_p": 0.9},
+        student(pair), config(tmp_path, loss="policy_gradient", max_steps=1),
+        FakeSampler(*pair, tells_behaviour=False), PROMPTS, sampling={"top_p": 0.9},
     )  # fmt: skip
     with pytest.raises(ValueError, match="^behaviour: row 0 of the batch was drawn with top_p 0.9"):
         trainer.train()
