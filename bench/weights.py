@@ -54,7 +54,7 @@ def main() -> None:
     files = sorted(Path(args.student_model_path).glob("*.safetensors"))
     weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
     size = sum(tensor.nbytes for tensor in weights.values()) / 1e9
-    defaults = {"dtype": args.dtype, "max_total_tokens": 2048, "mem_fraction_static": 0.3}
+    defaults = {"dtype": args.dtype, "max_total_tokens": 2048, "mem_fraction_static": 0.3, "sleep_on_idle": True}
     own = {"student_weights": "separate", **server_arguments(args.server_args, defaults)}
     with (
         OptimalSampler(args.model_path, args.student_model_path, **own) as keeping,
