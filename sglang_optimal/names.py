@@ -31,10 +31,16 @@ ALL_SERIES = SERIES + MORE_SERIES
 SIDES = ("teacher", "student", "mixture")
 """The distributions of a token: both models' and q*."""
 
+OTHER_MODEL = {"teacher": "student", "student": "teacher"}
+"""{a model's side: the other's}."""
+
 TOP_K = "top_k"
 """The most likely tokens of sides, in ``meta_info`` with ``return_top_k``."""
 
 MAX_TOP_K = 1024
+
+WIRE = "sglang_optimal_request"
+"""Key of ``custom_params`` for what the tokenizer manager tells the scheduler of a mixed request; no client's."""
 
 CARRIER = "mixing"
 """Key of a request's ``session_params`` under which its mixing fields may come instead of in ``custom_params``:

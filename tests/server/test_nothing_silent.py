@@ -169,6 +169,22 @@ def test_parameters_of_a_client_s_own_processor(client):
     assert "custom_params: unknown key 'alpha'" in message_of(response)
 
 
+def test_parameters_with_the_names_of_what_a_mixed_request_has_in_the_scheduler(client):
+    names = {"host": "x", "guest": "x", "guest_ids": [1], "guest_input_ids": [1], "token_ids": [5]}
+    body = {"text": "a", "custom_logit_processor": _OwnProcessor.text()}
+    output = generate(client, sampling_params={**PARAMS, "custom_params": names}, **body)
+    assert "alpha" not in output["meta_info"] and output["meta_info"]["completion_tokens"] == PARAMS["max_new_tokens"]
+    mixed = {**names, "student_text": "b", "return_mixing_info": ["alpha"], "alpha_method": "fixed", "fixed_alpha": 1.0}
+    output = generate(client, sampling_params={**PARAMS, "custom_params": mixed}, **body)
+    assert output["meta_info"]["alpha"] == [1.0] * PARAMS["max_new_tokens"]
+    for more in ({}, {"custom_logit_processor": _OwnProcessor.text()}):
+        for value in ({}, {"guest": "student", "guest_ids": [5], "completion_length": 0}, None):
+            own = {"text": "a", "sampling_params": {"custom_params": {"sglang_optimal_request": value}}, **more}
+            response = client.post("/generate", json=own)
+            assert response.status_code == 400
+            assert "'sglang_optimal_request' is this server's own; remove it" in message_of(response)
+
+
 # -- 2: both sides read the same -------------------------------------------------------------------------------------
 
 READ = "<|user|>hello there\n(kind)<|assistant|>"

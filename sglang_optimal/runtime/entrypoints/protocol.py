@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_optimal.config import ALPHA_KEYS, AlphaSettings, MixingConfig, check_known
-from sglang_optimal.names import CARRIER
+from sglang_optimal.names import CARRIER, OTHER_MODEL, WIRE
 from sglang_optimal.runtime.core import MixedRequest, Score, Side
 from sglang_optimal.runtime.entrypoints.messages import (
     characters,
@@ -89,6 +89,8 @@ def mixing_fields(custom_params: Any, *, others_read: bool = False) -> dict[str,
         return {}
     if not isinstance(custom_params, dict):
         raise ValueError(f"custom_params: must be a mapping with the fields, got {type(custom_params).__name__}.")
+    if WIRE in custom_params:
+        raise ValueError(f"custom_params: {WIRE!r} is this server's own; remove it.")
     names = [name for name in custom_params if isinstance(name, str)]
     ours = [name for name in names if name in MIXING_FIELDS]
     if others_read:
@@ -208,8 +210,9 @@ class Contexts:
 
     Attributes:
         teacher, student: token ids, a completion to score among them.
-        own: the side whose prompt is the request's own, and how long it is without a completion.
-        wire: the request's new custom_params, with every setting filled in.
+        own: the side whose prompt is the request's own. own_length: of it, without a completion.
+        completion_length: of the completion to score; 0 where one is generated.
+        settings: the request's new custom_params, with every setting filled in.
     """
 
     teacher: list[int]
@@ -217,7 +220,7 @@ class Contexts:
     own: str
     own_length: int
     completion_length: int
-    wire: dict[str, Any]
+    settings: dict[str, Any]
 
     def of(self, side: str) -> list[int]:
         """What a side reads."""
@@ -271,7 +274,7 @@ def contexts_of(
         raise ValueError(f"{name}: the {side} context has no tokens.")
     completion = completion_of(fields, reader, max_new_tokens)
     new = 1 if completion is not None else max_new_tokens or 1
-    own = {"teacher": "student", "student": "teacher"}[side]
+    own = OTHER_MODEL[side]
     tail = completion or []
     both = {side: ids + tail, own: [*own_ids, *tail]}
     checked = [(side, name)]
@@ -288,9 +291,8 @@ def contexts_of(
     of_tokens = wanted_by(fields)
     check_amount(of_tokens, len(completion) if completion is not None else max_new_tokens or reader.context_length)
     alpha = config.alpha.updated({k: fields[k] for k in ALPHA_KEYS if k in fields})
-    wire = {
+    settings = {
         **{k: v for k, v in custom_params.items() if k not in fields},
-        "completion_length": None if completion is None else len(completion),
         "return_mixing_info": list(of_tokens.series),
         "return_top_k": of_tokens.top_k,
         "top_k_of": list(of_tokens.sides) or None,
@@ -304,7 +306,7 @@ def contexts_of(
         own=side if rendered_own else own,
         own_length=len(ids if rendered_own else own_ids),
         completion_length=len(tail),
-        wire=wire,
+        settings=settings,
     )
 
 
@@ -350,21 +352,22 @@ def completion_of(fields: dict[str, Any], reader: SideReader, max_new_tokens: in
     return ids
 
 
-GUEST_IDS, HOST = "guest_input_ids", "host"
-
-
-def to_wire(settings: dict[str, Any], guest_ids: Sequence[int], config: MixingConfig) -> dict[str, Any]:
+def to_wire(
+    settings: dict[str, Any], guest_ids: Sequence[int], config: MixingConfig, completion_length: int = 0
+) -> dict[str, Any]:
     """A mixed request's custom_params on the way to the scheduler; its own ids there are what the host reads.
 
     Args:
         settings: every one filled in. guest_ids: what the guest reads.
+        completion_length: of the completion to score behind both contexts; 0 where one is generated.
     """
-    return {**settings, GUEST_IDS: list(guest_ids), HOST: config.host}
+    request = {"guest": config.guest, "guest_ids": list(guest_ids), "completion_length": completion_length}
+    return {**settings, WIRE: request}
 
 
 def is_on_the_wire(custom_params: Any) -> bool:
     """Whether they are a mixed request's, after `to_wire`."""
-    return isinstance(custom_params, dict) and custom_params.get(GUEST_IDS) is not None
+    return isinstance(custom_params, dict) and WIRE in custom_params
 
 
 def from_wire(custom_params: Any, host_ids: array) -> MixedRequest | None:
@@ -376,13 +379,13 @@ def from_wire(custom_params: Any, host_ids: array) -> MixedRequest | None:
     if not is_on_the_wire(custom_params):
         return None
     settings: dict[str, Any] = {name: custom_params.get(name) for name in ALPHA_KEYS}
-    host = custom_params[HOST]
-    guest = "teacher" if host == "student" else "student"
+    request = custom_params[WIRE]
+    guest, length = request["guest"], request["completion_length"]
     return MixedRequest(
-        sides=[Side(host, host_ids), Side(guest, array("q", custom_params[GUEST_IDS]))],
+        sides=[Side(OTHER_MODEL[guest], host_ids), Side(guest, array("q", request["guest_ids"]))],
         alpha=AlphaSettings(**settings),
         wanted=wanted_by(custom_params),
-        score=Score(custom_params["completion_length"]) if custom_params.get("completion_length") else None,
+        score=Score(length) if length else None,
     )
 
 

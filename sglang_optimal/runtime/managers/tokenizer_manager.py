@@ -26,7 +26,7 @@ from sglang.srt.runtime_context import get_device, get_model, get_serving
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_optimal.config import MixingConfig
-from sglang_optimal.names import ALL_SERIES, SIDES, TOP_K
+from sglang_optimal.names import ALL_SERIES, OTHER_MODEL, SIDES, TOP_K
 from sglang_optimal.runtime.configs.model_config import guest_model_config
 from sglang_optimal.runtime.entrypoints.openai.chat_side import ChatSide
 from sglang_optimal.runtime.entrypoints.openai.stream_series import (
@@ -38,7 +38,6 @@ from sglang_optimal.runtime.entrypoints.openai.stream_series import (
 from sglang_optimal.runtime.entrypoints.protocol import (
     STUDENT_FIELDS,
     TEACHER_FIELDS,
-    Contexts,
     SideReader,
     check_has_student,
     contexts_of,
@@ -468,9 +467,8 @@ class MixedTokenizerManager(TokenizerManager):
         )  # fmt: skip
         for name in _UNSUPPORTED:
             if _is_given(getattr(obj, name, None)):
-                raise ValueError(
-                    f"{name}: not supported in a mixed request; remove it or the {_other(contexts)} context."
-                )
+                other = OTHER_MODEL[contexts.own]
+                raise ValueError(f"{name}: not supported in a mixed request; remove it or the {other} context.")
         if params.get("beam_width") not in (None, 1):
             raise ValueError("beam_width: beam search is not supported in a mixed request; remove one of the two.")
         host, guest = self.mixing_config.host, self.mixing_config.guest
@@ -480,11 +478,11 @@ class MixedTokenizerManager(TokenizerManager):
                 "leave it out, and score what you want to know of it as a completion."
             )
         # A new dict: the requests of one batch may share theirs.
-        wire = to_wire(contexts.wire, contexts.of(guest), self.mixing_config)
+        length = contexts.completion_length
+        wire = to_wire(contexts.settings, contexts.of(guest), self.mixing_config, length)
         obj.sampling_params = {**params, "custom_params": wire}
         if contexts.own != host:
-            obj.mixing_prompt_tokens = contexts.own_length + contexts.completion_length
-        length = contexts.completion_length
+            obj.mixing_prompt_tokens = contexts.own_length + length
         if fields.get("return_prompts"):
             prompts = (ids[: len(ids) - length] for ids in (contexts.teacher, contexts.student))
             obj.mixing_prompts = self._prompts(*prompts)
@@ -527,8 +525,9 @@ class MixedTokenizerManager(TokenizerManager):
 
     def _prompts(self, teacher: list[int], student: list[int]) -> dict[str, list[int] | str]:
         prompts: dict[str, list[int] | str] = {"teacher_prompt_ids": teacher, "student_prompt_ids": student}
-        if self.tokenizer is not None and self.guest_tokenizer is not None:
-            for side, tokenizer in (("teacher", self.tokenizer), ("student", self.guest_tokenizer)):
+        for side in SIDES[:2]:
+            tokenizer = self._tokenizer_of(side)
+            if tokenizer is not None:
                 prompts[f"{side}_prompt_text"] = tokenizer.decode(prompts[f"{side}_prompt_ids"])
         return prompts
 
@@ -602,10 +601,6 @@ class MixedTokenizerManager(TokenizerManager):
 
 def _starts_in_prompt(start: Any) -> bool:
     return start not in (None, -1)
-
-
-def _other(contexts: Contexts) -> str:
-    return "student" if contexts.own == "teacher" else "teacher"
 
 
 def _is_health_check(obj) -> bool:

@@ -19,6 +19,7 @@ from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_serving
 
+from sglang_optimal.names import OTHER_MODEL
 from sglang_optimal.runtime.entrypoints.messages import (
     checked_messages,
     checked_template_kwargs,
@@ -83,7 +84,7 @@ class MixedOpenAIServingChat(OpenAIServingChat):
         own: str = config.host
         if of_one["teacher"] or of_one["student"]:
             own = "teacher" if of_one["student"] and not teachers else "student"
-        other = {"teacher": "student", "student": "teacher"}[own]
+        other = OTHER_MODEL[own]
         whole = teachers or students
         custom = {name: value for name, value in request.custom_params.items() if name not in fields}
         custom |= {name: value for name, value in fields.items() if not name.startswith(("student_", "teacher_"))}
