@@ -14,6 +14,9 @@ from safetensors.torch import save as safetensors_bytes
 from serving import as_argv, generate, message_of, serve, server_info, wait_until_free
 from tiny_models import build_tiny_tokenizer_model
 
+from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime.managers.tokenizer_manager import MixedTokenizerManager
+
 GREEDY = {"temperature": 0.0, "max_new_tokens": 10, "ignore_eos": True}
 
 
@@ -140,6 +143,33 @@ def test_new_weights_of_the_served_student(setup, tiny_pair, tmp_path):
     check_all(oracle, [case], [generate(client, input_ids=case.teacher, sampling_params=case.params())])
     refused = client.post("/update_weights_from_tensor", json={"serialized_named_tensors": ["gASVCgAAAAAAAAB9lC4="]})
     assert refused.status_code == 400 and "load_format: send 'safetensors'" in refused.json()["message"]
+
+
+class _Tokenizer:
+    """One that says whose it is."""
+
+    def __init__(self, mark: int):
+        self.mark = mark
+
+    def encode(self, text: str, **_) -> list[int]:
+        return [self.mark, *map(ord, text)]
+
+    def decode(self, ids: list[int]) -> str:
+        return f"{self.mark}: {ids}"
+
+
+@pytest.mark.parametrize("served", ["teacher", "student"])
+def test_each_side_s_own_tokenizer(served):
+    """Also where the served model's is not the teacher's."""
+    other = {"teacher": "student", "student": "teacher"}[served]
+    manager = MixedTokenizerManager.__new__(MixedTokenizerManager)
+    manager.mixing_config = MixingConfig(**{f"{other}_model_path": "x"})
+    tokenizers = {"teacher": _Tokenizer(1), "student": _Tokenizer(2)}
+    manager.tokenizer, manager.guest_tokenizer = tokenizers[served], tokenizers[other]
+    prompts = manager._prompts([5], [6])
+    assert (prompts["teacher_prompt_text"], prompts["student_prompt_text"]) == ("1: [5]", "2: [6]")
+    assert (manager._encode_text("teacher", "a"), manager._encode_text("student", "a")) == ([1, 97], [2, 97])
+    assert manager._encode_completion("a") == [2, 97]
 
 
 @pytest.mark.parametrize(

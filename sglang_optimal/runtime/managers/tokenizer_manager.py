@@ -549,9 +549,10 @@ class MixedTokenizerManager(TokenizerManager):
         return tokenizer.encode(text)
 
     def _encode_completion(self, text: str) -> list[int]:
-        if self.guest_tokenizer is None:
+        tokenizer = self._tokenizer_of("student")
+        if tokenizer is None:
             raise ValueError("completion_text: the server runs with --skip-tokenizer-init; send completion_input_ids.")
-        return self.guest_tokenizer.encode(text, add_special_tokens=False)
+        return tokenizer.encode(text, add_special_tokens=False)
 
     def _encode_messages(self, side: str, messages: list[dict], kwargs: dict) -> list[int]:
         sides = self.sides_of_a_chat(f"{side}_messages", f"send {side}_input_ids")
