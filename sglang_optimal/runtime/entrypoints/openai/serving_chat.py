@@ -60,17 +60,20 @@ class MixedOpenAIServingChat(OpenAIServingChat):
         custom, session = take_carried(request.custom_params, request.session_params)
         if custom is not request.custom_params:
             request = request.model_copy(update={"custom_params": custom, "session_params": session})
-        if _fields_of(request):
-            request = self._split_sides(request)
+        fields = _fields_of(request)
+        if fields:
+            request = self._split_sides(request, fields)
         return super()._convert_to_internal_request(request, raw_request)
 
-    def _split_sides(self, request: ChatCompletionRequest) -> ChatCompletionRequest:
+    def _split_sides(self, request: ChatCompletionRequest, fields: dict[str, Any]) -> ChatCompletionRequest:
         """A copy whose ``messages`` are the served model's, and whose ``custom_params`` hold the other's token ids.
+
+        Args:
+            fields: its mixing fields; not empty.
 
         Raises:
             ValueError: names the field and the fix.
         """
-        fields = _fields_of(request)
         config = self.tokenizer_manager.mixing_config
         check_has_student(fields, config)
         students, teachers = (_given(fields, names) for names in (STUDENT_FIELDS, TEACHER_FIELDS))
@@ -86,12 +89,11 @@ class MixedOpenAIServingChat(OpenAIServingChat):
             own = "teacher" if of_one["student"] and not teachers else "student"
         other = OTHER_MODEL[own]
         whole = teachers or students
-        custom = {name: value for name, value in request.custom_params.items() if name not in fields}
-        custom |= {name: value for name, value in fields.items() if not name.startswith(("student_", "teacher_"))}
         if len(whole) > 1:
             return request  # `contexts_of` refuses several
         if request.input_ids is not None:
             self._check_input_ids(fields, own, whole)
+        messages = [message.model_dump(exclude_none=True) for message in request.messages]
         sides = {}
         for side in (own, other):
             if side == other and whole and not whole[0].endswith("_messages"):
@@ -104,7 +106,7 @@ class MixedOpenAIServingChat(OpenAIServingChat):
                 reader = self.tokenizer_manager.side_readers[side]
                 sides[side] = "input_ids", ids_of_side({"input_ids": request.input_ids}, "input_ids", reader)
             else:
-                sides[side] = self._chat_of(request, fields, side)
+                sides[side] = self._chat_of(request, messages, fields, side)
         name, host = sides[config.host]
         if isinstance(host, list):
             update: dict[str, Any] = {"input_ids": host}
@@ -115,7 +117,10 @@ class MixedOpenAIServingChat(OpenAIServingChat):
         name, guest = sides[config.guest]
         if not isinstance(guest, list):
             sides_of_chats = self.tokenizer_manager.sides_of_a_chat("messages", "use /generate with token ids")
-            guest = getattr(sides_of_chats, config.guest).ids_of(guest, name)
+            # Rendering may change a request, and the host's has the same messages.
+            guest = getattr(sides_of_chats, config.guest).ids_of(guest.model_copy(deep=True), name)
+        custom = {name: value for name, value in request.custom_params.items() if name not in fields}
+        custom |= {name: value for name, value in fields.items() if not name.startswith(("student_", "teacher_"))}
         custom[f"{config.guest}_input_ids"] = RenderedPrompt(guest, name, is_own=own == config.guest)
         return request.model_copy(update={**update, "custom_params": custom})
 
@@ -131,11 +136,14 @@ class MixedOpenAIServingChat(OpenAIServingChat):
             )
 
     def _chat_of(
-        self, request: ChatCompletionRequest, fields: dict[str, Any], side: str
+        self, request: ChatCompletionRequest, shared: list[dict], fields: dict[str, Any], side: str
     ) -> tuple[str, ChatCompletionRequest]:
         """(the field with its messages, the request as one side reads it): its own messages, system prompt and template
-        variables in place of what both read."""
-        shared = [message.model_dump(exclude_none=True) for message in request.messages]
+        variables in place of what both read.
+
+        Args:
+            shared: the request's messages.
+        """
         name, messages = "messages", shared
         if fields.get(f"{side}_messages") is not None:
             name = f"{side}_messages"
@@ -148,7 +156,7 @@ class MixedOpenAIServingChat(OpenAIServingChat):
             name = "teacher_only_messages"
             messages = joined(checked_messages(fields[name], name), checked_messages(shared, "messages"))
         messages = with_system_prompt(messages, fields, f"{side}_system_prompt")
-        chat = request.model_copy(deep=True, update={"stream": False, "custom_params": None, "input_ids": None})
+        chat = request.model_copy(update={"stream": False, "custom_params": None, "input_ids": None})
         if messages is not shared:
             chat.messages = as_request({"messages": messages}, name).messages
         check_size_of(chat.messages, self.tokenizer_manager.side_readers[side].max_chars, name)
