@@ -278,8 +278,10 @@ class OptimalSampler:
             return self._update_student_in_memory(weights, version)
         from safetensors.torch import save_file
 
+        from sglang_optimal.runtime.model_executor.weight_updater import for_safetensors
+
         with tempfile.TemporaryDirectory(prefix="sglang-optimal-weights-") as folder:
-            save_file(_separate(weights), Path(folder) / "model.safetensors")
+            save_file(for_safetensors(weights), Path(folder) / "model.safetensors")
             self._update_student_from_disk(folder, version)
 
     def _update_student_from_disk(self, path: str, version: str | None) -> None:
@@ -484,11 +486,6 @@ def _as_batch(prompts: Any, name: str) -> tuple[bool, list]:
         if any(type(item) not in kinds for item in prompt):
             raise ValueError(f"{where}: must be text, or all token ids, or all messages.")
     return single, batch
-
-
-def _separate(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the host: safetensors takes no two names for one memory, as tied embeddings have."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
 
 
 def _check_sampling(params: dict[str, Any]) -> None:

@@ -74,10 +74,6 @@ class SharedTpModelWorker(MixedTpModelWorker):
         """The one model, unless the policy is the adapter alone."""
         return [] if self.mixing_config.updated == "student" else [self._model]
 
-    def runners_by_side(self) -> list[tuple[str, ModelRunner]]:
-        """The one model's."""
-        return self.weight_update_runners()
-
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def alloc_memory_pool(self, *args, **kwargs) -> None:

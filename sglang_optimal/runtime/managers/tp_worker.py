@@ -91,11 +91,7 @@ class MixedTpModelWorker(TpModelWorker):
 
     def runners_by_side(self) -> list[tuple[str, ModelRunner]]:
         """(role, runner) of all models as SGLang's tools for weights name them: the policy is the target."""
-        raise NotImplementedError
-
-    def weight_update_runners(self) -> list[tuple[str, ModelRunner]]:
-        """SGLang's: what trainers' updates of weights are for, which is the policy."""
-        return [("target", self.model_runner)]
+        return self.weight_update_runners()
 
     @property
     def student_model(self) -> UpdatedModel | None:

@@ -155,20 +155,27 @@ def parts_of(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Te
         yield part
 
 
+def for_safetensors(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU, those copied that share memory with another: safetensors takes no two names for one, as
+    tied embeddings have."""
+    separate: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in weights.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return separate
+
+
 def tensors_request(part: dict[str, torch.Tensor], **fields: Any) -> UpdateWeightsFromTensorReqInput:
     """SGLang's request for one of `parts_of`: as safetensors, or handles of memory on an accelerator."""
+    load_format = None
     if all(tensor.device.type == "cpu" for tensor in part.values()):
-        # Copies of what has two names: safetensors takes no two for one memory, as tied embeddings have.
-        seen: set[int] = set()
-        separate = {}
-        for name, tensor in part.items():
-            again = tensor.data_ptr() in seen
-            seen.add(tensor.data_ptr())
-            separate[name] = tensor.contiguous().clone() if again else tensor.contiguous()
-        payloads, load_format = [safetensors.torch.save(separate)], SAFETENSORS
-    else:
-        payload = MultiprocessingSerializer.serialize(list(part.items()))
-        payloads, load_format = [payload] * get_parallel().tp_size, None
+        payloads, load_format = [safetensors.torch.save(for_safetensors(part))], SAFETENSORS
+    else:  # of each rank its own: memory that is sent is held until the one who read it lets go
+        named = list(part.items())
+        payloads = [MultiprocessingSerializer.serialize(named) for _ in range(get_parallel().tp_size)]
     return UpdateWeightsFromTensorReqInput(serialized_named_tensors=payloads, load_format=load_format, **fields)
 
 
@@ -257,20 +264,34 @@ class UpdatedModel:
         finally:
             del model.load_weights
 
+    def refusal_of(self, request: Any) -> str | None:
+        """What is wrong with the checkpoint of an ``UpdateWeightFromDiskReqInput``, before any weight is touched."""
+        if request.load_format not in (None, "auto", SAFETENSORS):
+            return None
+        try:
+            check_checkpoint(request.model_path, self._layout, self.side)
+        except ValueError as error:
+            return str(error)
+        except Exception as error:  # a folder that cannot be read
+            logger.exception("weights")
+            return self._failure(error)
+        return None
+
+    def _failure(self, error: Exception) -> str:
+        return f"Failed to update the {self.side}'s weights: {error}"
+
     def from_disk(self, request: Any) -> tuple[bool, str]:
         """New weights of the same shapes from a folder or the hub, in place.
 
         Args:
-            request: SGLang's ``UpdateWeightFromDiskReqInput``.
+            request: SGLang's ``UpdateWeightFromDiskReqInput``, which `refusal_of` let through.
 
         Returns:
             (success, message)
         """
         path = request.model_path
+        self.whole = False
         try:
-            if request.load_format in (None, "auto", SAFETENSORS):
-                check_checkpoint(path, self._layout, self.side)
-            self.whole = False
             success, message = self.runner.weight_updater.update_weights_from_disk(
                 path, request.load_format, recapture_cuda_graph=request.recapture_cuda_graph
             )
@@ -280,7 +301,7 @@ class UpdatedModel:
             success, message = False, str(error)
         except Exception as error:  # whatever the loader raises; the server goes on with the old weights
             logger.exception("weights")
-            success, message = False, f"Failed to update the {self.side}'s weights: {error}"
+            success, message = False, self._failure(error)
         return success, message
 
 

@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 _Loaded = tuple[bool, str]
 
+_ANOTHER_RANK = "Another rank could not load the weights; see its log."
+
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
@@ -117,13 +119,11 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
                 named, load_format = list(safetensors.torch.load(own).items()), None
             else:
                 named = self.tp_worker.deserialize_own_rank(payloads)
-            for _, runner in self._select_runners(recv_req.selector):
-                success, message = runner.weight_updater.update_weights_from_tensor(
-                    named_tensors=named, load_format=load_format
-                )
-                if not success:
-                    return success, message
-            return True, "Success"
+            return self._on_each(
+                recv_req.selector,
+                lambda updater: updater.update_weights_from_tensor(named_tensors=named, load_format=load_format),
+                "Success",
+            )
 
         success, message = self._load(recv_req, "tensor", load)
         return UpdateWeightsFromTensorReqOutput(success=success, message=message)
@@ -139,11 +139,11 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
                 group_name=recv_req.group_name,
                 load_format=recv_req.load_format,
             )
-            for _, runner in self._select_runners(recv_req.selector):
-                success, message = runner.weight_updater.load_weights_from_distributed(weights)
-                if not success:
-                    return success, message
-            return True, "Succeeded to update parameter online."
+            return self._on_each(
+                recv_req.selector,
+                lambda updater: updater.load_weights_from_distributed(weights),
+                "Succeeded to update parameter online.",
+            )
 
         success, message = self._load(recv_req, "distributed", load)
         return UpdateWeightsFromDistributedReqOutput(success=success, message=message)
@@ -152,14 +152,20 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
         """SGLang's, on the policy: a session of its own."""
 
         def load() -> _Loaded:
-            for _, runner in self._select_runners():
-                success, message = runner.weight_updater.update_weights_from_ipc(recv_req)
-                if not success:
-                    return success, message
-            return True, "Succeeded to update model weights."
+            return self._on_each(
+                "all", lambda updater: updater.update_weights_from_ipc(recv_req), "Succeeded to update model weights."
+            )
 
         success, message = self._load(recv_req, "ipc", load, alone=True)
         return UpdateWeightsFromIPCReqOutput(success=success, message=message)
+
+    def _on_each(self, selector: str, load: Callable[[Any], _Loaded], done: str) -> _Loaded:
+        """``load`` with the updater of each runner that is meant, until one fails; ``done`` says that none did."""
+        for _, runner in self._select_runners(selector):
+            success, message = load(runner.weight_updater)
+            if not success:
+                return success, message
+        return True, done
 
     def _load(self, recv_req: Any, source: str, load: Callable[[], _Loaded], *, alone: bool = False) -> _Loaded:
         """Run ``load``, and undo everything since the session began where it fails on any rank.
@@ -184,7 +190,7 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
             if not everywhere(success):
                 self._undo()
                 if success:
-                    message = "Another rank could not load the weights; see its log."
+                    message = _ANOTHER_RANK
                 return False, f"{message} {self._after_failure()} {CLOSED}"
             if alone:
                 for model in self._models():
@@ -303,10 +309,14 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
 
     def _from_disk(self, models: list[UpdatedModel], recv_req: UpdateWeightFromDiskReqInput) -> _Loaded:
         for model in models:
+            refusal = model.refusal_of(recv_req)
+            if not everywhere(refusal is None):
+                return False, f"{refusal or _ANOTHER_RANK} {model.words_of_the_old()}"
+        for model in models:
             model.keep()
             success, message = model.from_disk(recv_req)
             if not everywhere(success):
-                message = message if not success else "Another rank could not load the weights; see its log."
+                message = message if not success else _ANOTHER_RANK
                 for touched in models[: models.index(model) + 1]:
                     touched.put_back()
                 return False, f"{message} {model.words_of_the_old()}"
