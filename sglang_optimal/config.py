@@ -347,13 +347,12 @@ class MixingConfig(Settings):
         return self.student_model_path
 
     def _check_policy(self) -> None:
-        if self.shared_weights and self.policy in ("student", "teacher"):
-            adapter = self.student_lora_path is not None
-            if not (adapter and self.policy == "student"):
-                raise ValueError(
-                    f"policy: {self.policy!r} has no weights of its own where both sides share them; leave it out, or "
-                    "give student_weights 'separate'."
-                )
+        is_adapter = self.policy == "student" and self.student_lora_path is not None
+        if self.shared_weights and self.policy in ("student", "teacher") and not is_adapter:
+            raise ValueError(
+                f"policy: {self.policy!r} has no weights of its own where both sides share them; leave it out, or "
+                "give student_weights 'separate'."
+            )
 
     @property
     def updated(self) -> Literal["student", "teacher", "both"]:
@@ -391,11 +390,7 @@ class MixingConfig(Settings):
         same = self.teacher_model_path == student_path and self.teacher_revision in (None, student_revision)
         if self.student_weights == "shared" and not same:
             raise ValueError("student_weights: 'shared' needs the served model's own path as teacher_model_path.")
-        shared = same and self.student_weights != "separate"
-        if shared and self.teacher_max_total_tokens is not None:
-            if self.student_weights == "shared":
-                raise ValueError("teacher_max_total_tokens: a teacher with shared weights has no pool of its own.")
-            shared = False
+        shared = same and self._shares("teacher", self.teacher_max_total_tokens)
         served: dict[str, Any] = {"student_model_path": student_path, "student_revision": student_revision}
         revision = student_revision if same else self.teacher_revision
         return self.model_copy(update={**served, "teacher_revision": revision, "shared_weights": shared})
@@ -413,13 +408,19 @@ class MixingConfig(Settings):
                 "student_lora_path: the adapter runs on the teacher's weights and in its KV pool; give neither a "
                 "student_model_path of another model nor student_max_total_tokens."
             )
-        shared = same and self.student_weights != "separate"
-        if shared and self.student_max_total_tokens is not None:
-            if self.student_weights == "shared":
-                raise ValueError("student_max_total_tokens: a student with shared weights has no pool of its own.")
-            shared = False
+        shared = same and self._shares("student", self.student_max_total_tokens)
         revision = teacher_revision if same else self.student_revision
         return self.model_copy(update={"student_revision": revision, "shared_weights": shared})
+
+    def _shares(self, guest: str, pool: int | None) -> bool:
+        """Whether a guest of the served model's own path, with a ``pool`` of its own or None, is loaded once with it.
+
+        Raises:
+            ValueError: it is to, and has a pool.
+        """
+        if self.student_weights == "shared" and pool is not None:
+            raise ValueError(f"{guest}_max_total_tokens: a {guest} with shared weights has no pool of its own.")
+        return self.student_weights != "separate" and pool is None
 
 
 ALPHA_KEYS = tuple(AlphaSettings.model_fields)
