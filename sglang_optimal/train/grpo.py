@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import GRPOTrainer
 
-from sglang_optimal.train.rollout_trainer import Sampler, _Updates, give_weights
+from sglang_optimal.train.sampler import Sampler, SamplerUpdates, check_sample, give_weights
 
 
 class MixtureGRPOTrainer(GRPOTrainer):
@@ -53,7 +53,7 @@ class MixtureGRPOTrainer(GRPOTrainer):
             if name in self.sampling:
                 raise ValueError(f"sampling: {name} is args' ({type(self.args).__name__}); set it there.")
         self._rows: Sequence[Mapping[str, Any]] = ()
-        self.add_callback(_Updates(self, update_every))
+        self.add_callback(SamplerUpdates(self, update_every))
 
     def _of_args(self) -> dict[str, Any]:
         given = self.args
@@ -90,8 +90,7 @@ class MixtureGRPOTrainer(GRPOTrainer):
         asked["custom_params"] = {**(self.sampling.get("custom_params") or {}), "return_prompts": True}
         results = self.sampler.generate([row["teacher_prompt"] for row in self._rows], list(prompts), **asked)
         for result in results:
-            if result.finish_reason == "abort" or not result.token_ids:
-                raise RuntimeError(f"sampler: a sample ended with {result.finish_reason!r}.")
+            check_sample(result)
         return {
             "prompt_ids": [result.meta_info["student_prompt_ids"] for result in results],
             "completion_ids": [result.token_ids for result in results],

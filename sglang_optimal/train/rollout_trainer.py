@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
-
-import torch
-from transformers import TrainerCallback
+from typing import Any
 
 from sglang_optimal.names import SERIES
 from sglang_optimal.top_k import top_k_columns
 from sglang_optimal.train.config import TrainConfig
 from sglang_optimal.train.record_trainer import RecordTrainer
-
-
-class Sampler(Protocol):
-    """What is asked of a sampler; `sglang_optimal.OptimalSampler` is one."""
-
-    def generate(self, prompts: Any, student_prompts: Any, **sampling: Any) -> Any: ...
-
-    def update_student_weights(self, weights: Mapping[str, torch.Tensor]) -> None: ...
+from sglang_optimal.train.sampler import Sampler, SamplerUpdates, check_sample, give_weights
 
 
 class RolloutTrainer(RecordTrainer):
@@ -58,7 +47,7 @@ class RolloutTrainer(RecordTrainer):
         self.sampler = sampler
         self.sampling = {"temperature": 1.0, **(sampling or {})}
         super().__init__(model, args, train_dataset, **{"data_collator": list, **more})
-        self.add_callback(_Updates(self, args.update_every))
+        self.add_callback(SamplerUpdates(self, args.update_every))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Samples for the rows of the batch, then Trainer's own step."""
@@ -85,10 +74,7 @@ class RolloutTrainer(RecordTrainer):
         return [self._record(result, students[result.index]) for result in flat]
 
     def _record(self, result: Any, student_prompt: Any) -> dict[str, Any]:
-        if result.finish_reason == "abort" or not result.token_ids:
-            raise RuntimeError(
-                f"sampler: a sample ended with {result.finish_reason!r}, {len(result.token_ids)} tokens."
-            )
+        check_sample(result)
         said = {**result.meta_info, **result.mixing_info}
         ids = said.get("student_prompt_ids")
         if ids is None:
@@ -109,40 +95,6 @@ class RolloutTrainer(RecordTrainer):
     def update_sampler(self) -> None:
         """Give the sampler the student's present weights, an adapter merged."""
         give_weights(self.sampler, self.accelerator.unwrap_model(self.model))
-
-
-class _Updates(TrainerCallback):
-    """Updates the sampler before the first step and after every ``update_every``."""
-
-    def __init__(self, trainer: Any, update_every: int):
-        self.trainer, self.update_every = trainer, update_every
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.update_sampler()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.update_every == 0:
-            self.trainer.update_sampler()
-
-
-def give_weights(sampler: Sampler, model: Any) -> None:
-    """Give the sampler a model's weights, by the names that its checkpoints have.
-
-    A peft model is merged in a copy: merging and unmerging in place would round 16-bit weights anew at every step.
-    """
-    if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    sampler.update_student_weights(_as_saved(model, tensors))
-
-
-def _as_saved(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What ``save_pretrained`` would write: some models hold in one tensor what their checkpoints have in many."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers 4, where they do not
-        return tensors
-    return revert_weight_conversion(model, tensors)
 
 
 _SERIES = (*SERIES, "behaviour_logprob")

@@ -1,0 +1,58 @@
+"""The sampler of a trainer that draws its own samples: what is asked of it, and the student's new weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from transformers import TrainerCallback
+
+
+class Sampler(Protocol):
+    """What is asked of a sampler; `sglang_optimal.OptimalSampler` is one."""
+
+    def generate(self, prompts: Any, student_prompts: Any, **sampling: Any) -> Any: ...
+
+    def update_student_weights(self, weights: Mapping[str, torch.Tensor]) -> None: ...
+
+
+def check_sample(result: Any) -> None:
+    """Raise RuntimeError for a sample that was aborted, or has no tokens."""
+    if result.finish_reason == "abort" or not result.token_ids:
+        raise RuntimeError(f"sampler: a sample ended with {result.finish_reason!r}, {len(result.token_ids)} tokens.")
+
+
+class SamplerUpdates(TrainerCallback):
+    """Updates the sampler before the first step and after every ``update_every``."""
+
+    def __init__(self, trainer: Any, update_every: int):
+        self.trainer, self.update_every = trainer, update_every
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.update_sampler()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.update_every == 0:
+            self.trainer.update_sampler()
+
+
+def give_weights(sampler: Sampler, model: Any) -> None:
+    """Give the sampler a model's weights, by the names that its checkpoints have.
+
+    A peft model is merged in a copy: merging and unmerging in place would round 16-bit weights anew at every step.
+    """
+    if hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model).merge_and_unload()
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    sampler.update_student_weights(_as_saved(model, tensors))
+
+
+def _as_saved(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What ``save_pretrained`` would write: some models hold in one tensor what their checkpoints have in many."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4, where they do not
+        return tensors
+    return revert_weight_conversion(model, tensors)
