@@ -31,6 +31,13 @@ def add_output_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     )
 
 
+def add_server_arguments(parser: argparse.ArgumentParser, whose: str) -> None:
+    """``--server-args``, for `server_arguments`; the last on a command line."""
+    parser.add_argument(
+        "--server-args", nargs=argparse.REMAINDER, default=[], help=f"Everything after this is for {whose}."
+    )
+
+
 def positive_int(text: str) -> int:
     """Type of an argument that must be at least 1."""
     return _at_least(1, text)

@@ -35,6 +35,7 @@ from rich.table import Table
 
 from bench.common import (
     add_output_arguments,
+    add_server_arguments,
     append_record,
     new_figure,
     positive_int,
@@ -82,9 +83,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--distance-output-len", type=positive_int, default=48, help="At most. Default: %(default)s.")
     add_output_arguments(parser, "peers_throughput")
-    parser.add_argument(
-        "--server-args", nargs=argparse.REMAINDER, default=[], help="Everything after this is for every SGLang engine."
-    )
+    add_server_arguments(parser, "every SGLang engine")
     args = parser.parse_args()
     args.student_model_path = args.student_model_path or args.model_path
     return args

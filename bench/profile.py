@@ -34,6 +34,7 @@ from rich.table import Table
 from bench import step_timer
 from bench.common import (
     add_output_arguments,
+    add_server_arguments,
     append_record,
     new_figure,
     positive_int,
@@ -72,9 +73,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=1, help="Default: %(default)s.")
     add_output_arguments(parser, "profile")
-    parser.add_argument(
-        "--server-args", nargs=argparse.REMAINDER, default=[], help="Everything after this is for SGLang's engine."
-    )
+    add_server_arguments(parser, "SGLang's engine")
     args = parser.parse_args()
     one_model = args.student_model_path in (None, args.model_path)
     if args.modes is None:

@@ -31,6 +31,7 @@ from rich.table import Table
 
 from bench.common import (
     add_output_arguments,
+    add_server_arguments,
     append_record,
     positive_int,
     random_prompts,
@@ -65,9 +66,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=1, help="Default: %(default)s.")
     add_output_arguments(parser, "rollouts")
-    parser.add_argument(
-        "--server-args", nargs=argparse.REMAINDER, default=[], help="Everything after this is for every SGLang engine."
-    )
+    add_server_arguments(parser, "every SGLang engine")
     args = parser.parse_args()
     args.student_model_path = args.student_model_path or args.model_path
     return args

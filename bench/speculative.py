@@ -36,6 +36,7 @@ from transformers import AutoTokenizer
 from bench import drafts_control
 from bench.common import (
     add_output_arguments,
+    add_server_arguments,
     append_record,
     device_name,
     new_figure,
@@ -77,9 +78,7 @@ def parse_args() -> argparse.Namespace:
         help="What the measured costs give for these is printed as well. Default: %(default)s.",
     )
     add_output_arguments(parser, "speculative")
-    parser.add_argument(
-        "--server-args", nargs=argparse.REMAINDER, default=[], help="Everything after this is for every SGLang engine."
-    )
+    add_server_arguments(parser, "every SGLang engine")
     return parser.parse_args()
 
 

@@ -32,6 +32,7 @@ from rich.table import Table
 
 from bench.common import (
     add_output_arguments,
+    add_server_arguments,
     append_record,
     device_name,
     new_figure,
@@ -72,9 +73,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--mem-fraction-static", type=float, default=None, help="SGLang's flag, for each engine.")
     parser.add_argument("--load-format", default=None, help="SGLang's flag; 'dummy' needs no weights.")
     add_output_arguments(parser, "throughput")
-    parser.add_argument(
-        "--server-args", nargs=argparse.REMAINDER, default=[], help="Everything after this is for every SGLang engine."
-    )
+    add_server_arguments(parser, "every SGLang engine")
     return parser.parse_args()
 
 

@@ -25,7 +25,15 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from bench.common import add_output_arguments, append_record, positive_int, server_arguments, spread, with_spread
+from bench.common import (
+    add_output_arguments,
+    add_server_arguments,
+    append_record,
+    positive_int,
+    server_arguments,
+    spread,
+    with_spread,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,9 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=1, help="Default: %(default)s.")
     add_output_arguments(parser, "weights")
-    parser.add_argument(
-        "--server-args", nargs=argparse.REMAINDER, default=[], help="Everything after this is for the engine."
-    )
+    add_server_arguments(parser, "the engine")
     args = parser.parse_args()
     args.student_model_path = args.student_model_path or args.model_path
     return args

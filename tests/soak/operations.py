@@ -124,13 +124,16 @@ class Operator:
         await self._post("/update_student_weights_from_disk", body)
         self._weights.changed(begin, asyncio.get_running_loop().time(), version, paused)
 
-    async def _update_while_paused(self) -> None:
+    async def _while_retracted(self, update: Callable[..., Awaitable[None]]) -> None:
         """As an RL trainer does it: requests are put back, and go on with the new weights."""
         await self._post("/pause_generation", {"mode": "retract"})
         try:
-            await self._update(paused=True)
+            await update(paused=True)
         finally:
             await self._post("/continue_generation", {})
+
+    async def _update_while_paused(self) -> None:
+        await self._while_retracted(self._update)
 
     def _parts(self, version: str) -> list[dict[str, Any]]:
         """The bodies of a session's parts."""
@@ -152,11 +155,7 @@ class Operator:
         self._weights.changed(begin, asyncio.get_running_loop().time(), version, paused)
 
     async def _update_in_memory_while_paused(self) -> None:
-        await self._post("/pause_generation", {"mode": "retract"})
-        try:
-            await self._update_in_memory(paused=True)
-        finally:
-            await self._post("/continue_generation", {})
+        await self._while_retracted(self._update_in_memory)
 
     async def _failed_session(self) -> None:
         """The first part is loaded, the second is refused: the weights stay what they were."""
