@@ -31,16 +31,20 @@ if __name__ == "__main__":
     first = OptimalSampler(*sys.argv[1:3], **arguments)
     texts = [first.generate("ab", "b", max_new_tokens=2, temperature=0).token_ids]
     found = [parents(first)]
-    os.environ["READ_BY_NOBODY"] = "2"
-    second = OptimalSampler(*sys.argv[1:3], **arguments)
-    texts.append(second.generate("ab", "b", max_new_tokens=2, temperature=0).token_ids)
-    print(json.dumps([texts, found + [parents(second)]]), flush=True)
+    if sys.argv[3] == "two engines":
+        os.environ["READ_BY_NOBODY"] = "2"
+        second = OptimalSampler(*sys.argv[1:3], **arguments)
+        texts.append(second.generate("ab", "b", max_new_tokens=2, temperature=0).token_ids)
+        found.append(parents(second))
+    print(json.dumps([texts, found]), flush=True)
     sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("end", ["the program is killed", "a process failed"])
-def test_processes_of_two_engines(tiny_pair, tmp_path, end):
+@pytest.mark.parametrize(
+    "engines, end", [("two engines", "the program is killed"), ("one engine", "a process failed")]
+)
+def test_processes_of_engines(tiny_pair, tmp_path, engines, end):
     """The first engine's are forked; the second's, after the environment has changed, are not.
 
     None outlives the program, and the program hears of one that fails, as SGLang lets it tell its parent.
@@ -48,7 +52,7 @@ def test_processes_of_two_engines(tiny_pair, tmp_path, end):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     process = subprocess.Popen(
-        [sys.executable, str(program), *map(str, tiny_pair)],
+        [sys.executable, str(program), *map(str, tiny_pair), engines],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -56,12 +60,13 @@ def test_processes_of_two_engines(tiny_pair, tmp_path, end):
     )
     line = process.stdout.readline()
     assert line, process.communicate()[1]
-    texts, (forked, anew) = json.loads(line)
-    assert texts[0] == texts[1] and len(texts[0]) == 2
-    assert len(forked) == len(anew) == 2
+    texts, (forked, *anew) = json.loads(line)
+    assert texts == texts[:1] * (2 if engines == "two engines" else 1) and len(texts[0]) == 2
+    assert len(forked) == 2
     servers = set(forked.values())
     assert len(servers) == 1 and psutil.Process(*servers).ppid() == process.pid
-    assert set(anew.values()) == {process.pid}
+    anew = {pid: parent for found in anew for pid, parent in found.items()}
+    assert len(anew) == 2 * (len(texts) - 1) and set(anew.values()) <= {process.pid}
     everyone = [psutil.Process(int(pid)) for pid in (*forked, *anew, *servers)]
     if end == "the program is killed":
         process.send_signal(signal.SIGKILL)
