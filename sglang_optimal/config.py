@@ -361,6 +361,10 @@ class MixingConfig(Settings):
             return self.policy
         return "both" if self.shared_weights and self.student_lora_path is None else "student"
 
+    def is_updated(self, side: str) -> bool:
+        """Whether ``side`` is the policy, of a resolved configuration."""
+        return self.updated in (side, "both")
+
     @property
     def has_student(self) -> bool:
         """Whether there is to be a student."""

@@ -41,9 +41,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(
-    "engines, end", [("two engines", "the program is killed"), ("one engine", "a process failed")]
-)
+@pytest.mark.parametrize("engines, end", [("two engines", "the program is killed"), ("one engine", "a process failed")])
 def test_processes_of_engines(tiny_pair, tmp_path, engines, end):
     """The first engine's are forked; the second's, after the environment has changed, are not.
 

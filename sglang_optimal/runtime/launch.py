@@ -126,7 +126,6 @@ _REFUSED = (
     _Refusal("kv_canary", "checking the KV cache with canaries", asks=_other_than("none")),
     # SGLang gives them to the model that it knows, and to no other.
     _Refusal("startup_weight_load_mode", "overlapped loading", _OWN_WEIGHTS, _other_than("serial")),
-    _Refusal("enable_memory_saver", "releasing the models' memory", _OWN_WEIGHTS),
     _Refusal("checkpoint_engine_wait_weights_before_ready", "waiting for the teacher's weights alone", _OWN_WEIGHTS),
     # One source, place or layout of weights, which both models would use.
     _Refusal("load_format", "loading from a remote instance", _OWN_WEIGHTS, lambda value: value == "remote_instance"),

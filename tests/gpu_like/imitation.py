@@ -10,6 +10,7 @@ Imitated, with SGLang's own code wherever it runs without a GPU:
 - Poison: before a replay everything that graphs gave out (logits, hidden states) becomes NaN, and after one every
   static input is overwritten, so that whoever kept a view of a static buffer is seen. Memory from ``torch.empty`` is
   NaN (or the largest integer).
+- The memory saver, see `memory_saver`.
 - Host waits are counted, see `host_waits`. Beside the triton backend, FlashInfer's KV indices are built as well.
 
 Not imitated: streams, kernels, the memory of graphs, FlashInfer's and flash attention, prefill graphs' bodies.
@@ -34,9 +35,10 @@ def gpu_like_scheduler_process(config):
 
 def _run(config, *args, **kwargs) -> None:
     imitate()
-    from gpu_like import faults, flashinfer_indices, host_waits
+    from gpu_like import faults, flashinfer_indices, host_waits, memory_saver
 
     faults.install()
+    memory_saver.install()
     host_waits.install()
     if os.environ.get(ATTENTION) == "triton":
         flashinfer_indices.install()
@@ -51,13 +53,14 @@ def imitate() -> None:
     from sglang.srt.model_executor.model_runner_components import cuda_graph_setup
     from sglang.srt.model_executor.runner import decode_cuda_graph_runner as decode
     from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
-    from sglang.srt.platforms.interface import PlatformCapabilities
+    from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
     from sglang_optimal.platforms.cpu_attention import GroupedRowsTorchNativeAttnBackend
     from sglang_optimal.platforms.torch_cpu import TorchCpuSRTPlatform
 
     triton = os.environ.get(ATTENTION) == "triton"
     TorchCpuSRTPlatform.capabilities = PlatformCapabilities(graph_capture=True, supports_triton=triton)
+    TorchCpuSRTPlatform.get_kv_pool_cls = SRTPlatform.get_kv_pool_cls  # whose memory torch takes
     TorchCpuSRTPlatform.get_graph_runner_cls = lambda self: DecodeCudaGraphRunner
     TorchCpuSRTPlatform.get_full_graph_backend_cls = lambda self: RecordedGraphs
     # SGLang captures on a CPU only where it compiles; nothing else there asks for this flag.

@@ -17,7 +17,7 @@ from sglang_optimal.names import CARRIER
 from sglang_optimal.runtime.entrypoints import body_guard
 from sglang_optimal.runtime.entrypoints.openai import serving_chat as openai_api
 from sglang_optimal.runtime.entrypoints.protocol import COMPLETION_FIELDS
-from sglang_optimal.runtime.managers.tokenizer_manager import RouteRefused
+from sglang_optimal.runtime.managers.tokenizer_control_mixin import RouteRefused
 
 
 async def mixing_page() -> HTMLResponse:

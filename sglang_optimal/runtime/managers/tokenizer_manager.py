@@ -7,22 +7,15 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-import torch
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.entrypoints.engine import init_tokenizer_manager
-from sglang.srt.managers.io_struct import (
-    BeginWeightUpdateReqInput,
-    EndWeightUpdateReqInput,
-    GenerateReqInput,
-    LoRAUpdateOutput,
-    UpdateWeightFromDiskReqInput,
-)
+from sglang.srt.managers.io_struct import GenerateReqInput, UpdateWeightFromDiskReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
 from sglang.srt.model_executor.forward_batch_info import get_server_return_hidden_states_mode
-from sglang.srt.runtime_context import get_device, get_model, get_serving
+from sglang.srt.runtime_context import get_model, get_serving
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_optimal.config import MixingConfig
@@ -55,25 +48,16 @@ from sglang_optimal.runtime.managers.request_checks import (
     check_sampling,
     client_errors,
 )
+from sglang_optimal.runtime.managers.tokenizer_control_mixin import MixedTokenizerControlMixin
 from sglang_optimal.runtime.model_executor.weight_updater import (
-    CLOSED,
     HELD,
     LEAVING_SECONDS,
     SAFETENSORS,
     is_for_student,
     mark_for_student,
-    parts_of,
-    tensors_request,
 )
 from sglang_optimal.scores import SCORED
 from sglang_optimal.wanted import wanted_by
-
-PLAIN = "--student-weights none serves without mixing"
-
-
-class RouteRefused(ValueError):
-    """A route or call of SGLang's that this server cannot honour; HTTP 400."""
-
 
 _NOT_OF_A_COMPLETION: dict[str, Any] = {
     "n": 1,
@@ -114,7 +98,7 @@ class ChatSides:
     student: ChatSide
 
 
-class MixedTokenizerManager(TokenizerManager):
+class MixedTokenizerManager(MixedTokenizerControlMixin, TokenizerManager):
     """SGLang's tokenizer manager, for requests with two contexts.
 
     Args:
@@ -133,9 +117,7 @@ class MixedTokenizerManager(TokenizerManager):
 
     def __init__(self, *args, mixing_config: MixingConfig, **kwargs):
         self.mixing_config = mixing_config
-        self._no_session = asyncio.Event()
-        self._no_session.set()
-        self._student_version: str | None = None
+        self.init_control()
         super().__init__(*args, **kwargs)
 
     def init_tokenizer_and_processor(self) -> None:
@@ -209,6 +191,8 @@ class MixedTokenizerManager(TokenizerManager):
             _unpack_carried(obj)
             self._render_teacher_messages(obj)
             check_batch(obj)
+        if self.released and _is_health_check(obj):
+            return self._scheduler_answers()
         outputs = self._between_updates(obj, super().generate_request(obj, request))
         recorder = SERIES_RECORDER.get()
         if recorder is None:
@@ -223,40 +207,7 @@ class MixedTokenizerManager(TokenizerManager):
             async for output in outputs:
                 yield output
 
-    # -- weights ---------------------------------------------------------------------------------------------------
-
-    async def begin_weight_update(self, obj, request=None) -> tuple[bool, str]:
-        """SGLang's; requests that come wait until the session ends."""
-        result = await super().begin_weight_update(obj, request)
-        if result[0]:
-            self._no_session.clear()
-        return result
-
-    async def end_weight_update(self, obj, request=None) -> tuple[bool, str]:
-        """SGLang's; the requests that wait go on."""
-        result = await super().end_weight_update(obj, request)
-        if result[0]:
-            self._no_session.set()
-        return result
-
-    async def update_weights_from_tensor(self, obj, request=None) -> tuple[bool, str]:
-        """SGLang's; what came over HTTP is not unpickled unless the server was told to."""
-        pickled = obj.load_format != SAFETENSORS
-        if pickled and request is not None and self.mixing_config.pickled_weights == "refuse" and self._mixes:
-            return False, (
-                "load_format: send 'safetensors', with safetensors' bytes in serialized_named_tensors; other formats "
-                "are unpickled, which --pickled-weights allow lets them be."
-            )
-        return self._heeded(await super().update_weights_from_tensor(obj, request))
-
-    async def update_weights_from_distributed(self, obj, request=None) -> tuple[bool, str]:
-        """SGLang's; where it fails, the session is over."""
-        return self._heeded(await super().update_weights_from_distributed(obj, request))
-
-    def _heeded(self, result: tuple[bool, str]) -> tuple[bool, str]:
-        if not result[0] and CLOSED in result[1]:
-            self._no_session.set()
-        return result
+    # -- weights, and memory: the rest is in tokenizer_control_mixin.py ---------------------------------------------
 
     async def update_weights_from_disk(self, obj: UpdateWeightFromDiskReqInput, request=None) -> tuple[bool, str, int]:
         """SGLang's, for the policy."""
@@ -293,31 +244,6 @@ class MixedTokenizerManager(TokenizerManager):
             self._student_version = version
         return success, message, paused
 
-    async def update_student_weights_in_memory(self, weights: Mapping[str, torch.Tensor], version: str | None) -> None:
-        """A session of its own with some of the policy's tensors, a part of them at a time.
-
-        Raises:
-            ValueError: they do not fit; the old weights stay.
-        """
-        await self._step_of_session(self.begin_weight_update(BeginWeightUpdateReqInput()))
-        try:
-            for number, part in enumerate(parts_of(weights)):
-                # The first empties the caches, or is refused; meanwhile nothing fills them.
-                request = tensors_request(part, flush_cache=number == 0, weight_version=version)
-                await self._step_of_session(self.update_weights_from_tensor(request))
-            await self._step_of_session(self.end_weight_update(EndWeightUpdateReqInput()))
-        except BaseException:
-            if not self._no_session.is_set():  # the next session begins with the weights from before this one
-                await self.begin_weight_update(BeginWeightUpdateReqInput())
-                await self.end_weight_update(EndWeightUpdateReqInput())
-            raise
-
-    @staticmethod
-    async def _step_of_session(step: Coroutine[Any, Any, tuple[bool, str]]) -> None:
-        success, message = await step
-        if not success:
-            raise ValueError(message)
-
     async def _wait_for_model_update_from_disk(self, obj: UpdateWeightFromDiskReqInput):
         """SGLang's; what is served by name stays the host when the guest is updated."""
         host = self.model_path, self.served_model_name
@@ -326,46 +252,12 @@ class MixedTokenizerManager(TokenizerManager):
             self.model_path, self.served_model_name = host
         return result
 
-    async def init_weights_send_group_for_remote_instance(self, obj, request=None) -> tuple[bool, str]:
-        """SGLang's; refused beside a student with weights of its own, which the other instance would not get."""
-        return self._no_sending() or await super().init_weights_send_group_for_remote_instance(obj, request)
+    async def continue_generation(self, obj):
+        """SGLang's; requests that wait in the scheduler need the memory."""
+        self.check_awake("continue_generation")
+        return await super().continue_generation(obj)
 
-    async def send_weights_to_remote_instance(self, obj, request=None) -> tuple[bool, str]:
-        """SGLang's; refused as its group is."""
-        return self._no_sending() or await super().send_weights_to_remote_instance(obj, request)
-
-    def _no_sending(self) -> tuple[bool, str] | None:
-        if self._mixes and not self.mixing_config.shared_weights:
-            return False, "sending weights to another instance is not supported beside a student with its own."
-        return None
-
-    async def set_internal_state(self, obj):
-        """SGLang's; refused beside a student, where nothing reads what it sets."""
-        self._refuse("set_internal_state", "what it sets is for pipelines and SGLang's own drafting")
-        return await super().set_internal_state(obj)
-
-    async def start_expert_distribution_record(self):
-        """SGLang's; refused beside a student, where one record would be of two models."""
-        self._refuse("start_expert_distribution_record", "one record would be of two models")
-        return await super().start_expert_distribution_record()
-
-    async def stop_expert_distribution_record(self):
-        """SGLang's; refused as its start is."""
-        self._refuse("stop_expert_distribution_record", "one record would be of two models")
-        return await super().stop_expert_distribution_record()
-
-    async def dump_expert_distribution_record(self):
-        """SGLang's; refused as its start is."""
-        self._refuse("dump_expert_distribution_record", "one record would be of two models")
-        return await super().dump_expert_distribution_record()
-
-    def _refuse(self, route: str, why: str) -> None:
-        if self._mixes:
-            raise RouteRefused(f"{route}: not supported beside a student: {why}; {PLAIN}.")
-
-    @property
-    def _mixes(self) -> bool:
-        return self.mixing_config.student_model_path is not None
+    # -- requests ------------------------------------------------------------------------------------------------
 
     def _render_teacher_messages(self, obj: GenerateReqInput) -> None:
         """``teacher_messages`` become the request's token ids, before SGLang looks at its text."""
@@ -392,6 +284,7 @@ class MixedTokenizerManager(TokenizerManager):
 
     def _create_tokenized_object(self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, *args, **kwargs):
         """SGLang's, after the request has been checked and its student context tokenized."""
+        self.check_awake("the models sleep")  # under SGLang's lock for updates, as releasing is
         vocab_size = self.model_config.vocab_size
         with client_errors():
             if input_embeds is None and mm_inputs is None:  # a processor's placeholders may lie outside
@@ -407,43 +300,6 @@ class MixedTokenizerManager(TokenizerManager):
             )
             check_sampling(tokenized.sampling_params, vocab_size)
         return tokenized
-
-    async def release_memory_occupation(self, obj, request=None):
-        """SGLang's, where it acts on all there is."""
-        self._check_memory_saver("release_memory_occupation")
-        return await super().release_memory_occupation(obj, request)
-
-    async def resume_memory_occupation(self, obj, request=None):
-        """SGLang's, where it acts on all there is."""
-        self._check_memory_saver("resume_memory_occupation")
-        return await super().resume_memory_occupation(obj, request)
-
-    async def load_lora_adapter(self, obj, request=None):
-        """SGLang's; refused beside a student that is an adapter."""
-        return self._no_adapters() or await super().load_lora_adapter(obj, request)
-
-    async def load_lora_adapter_from_tensors(self, obj, request=None):
-        """SGLang's; refused beside a student that is an adapter."""
-        return self._no_adapters() or await super().load_lora_adapter_from_tensors(obj, request)
-
-    async def unload_lora_adapter(self, obj, request=None):
-        """SGLang's; refused beside a student that is an adapter."""
-        return self._no_adapters() or await super().unload_lora_adapter(obj, request)
-
-    def _no_adapters(self) -> LoRAUpdateOutput | None:
-        """A refusal beside a student that is an adapter: its rows run with that one, in one of two places."""
-        if self.mixing_config.student_lora_path is None:
-            return None
-        message = "adapters cannot be loaded or unloaded beside --student-lora-path; start another server."
-        return LoRAUpdateOutput(success=False, error_message=message)
-
-    def _check_memory_saver(self, route: str) -> None:
-        """Refuse what would end the scheduler, or take the buffers of one of two models."""
-        if get_device().device == "cpu":
-            raise RouteRefused(f"{route}: the models are on the CPU, where there is nothing to release.")
-        config = self.mixing_config
-        if config.student_model_path is not None and not config.shared_weights:
-            raise RouteRefused(f"{route}: not supported beside a student with weights of its own.")
 
     def _prepare_mixing(self, obj: GenerateReqInput, input_text: str | None, input_ids: list[int]) -> list[int]:
         """Check and complete a mixed request; returns what the served model reads."""

@@ -60,7 +60,8 @@ class MixedTpModelWorker(TpModelWorker):
         self.mixing_config = config
         self._guest_kv: GuestKV | None = None
         with sampler.beside_a_guest():
-            super().__init__(**worker_kwargs)
+            with _kept_asleep(not config.is_updated(config.host)):
+                super().__init__(**worker_kwargs)
             sampler.install(self.model_runner)
             self.init_guest(**worker_kwargs)
 
@@ -162,10 +163,11 @@ class SeparateTpModelWorker(MixedTpModelWorker):
         self.enable_spec = config.longest_draft > 0
 
     def init_guest(self, **worker_kwargs) -> None:
-        with _settings_of_the_host():
-            self.guest = GuestTpModelWorker(self.mixing_config, random_seed=self.random_seed, **worker_kwargs)
+        config = self.mixing_config
+        with _settings_of_the_host(), _kept_asleep(not config.is_updated(config.guest)):
+            self.guest = GuestTpModelWorker(config, random_seed=self.random_seed, **worker_kwargs)
         self.vocab_size = min(self.model_config.vocab_size, self.guest.model_config.vocab_size)
-        self.rows_per_request = 1 + self.mixing_config.longest_draft
+        self.rows_per_request = 1 + config.longest_draft
 
     @property
     def guest_runner(self) -> ModelRunner:
@@ -352,6 +354,17 @@ def _settings_of_the_host() -> Iterator[None]:
     without_prefix_chunks = get_schedule().disable_chunked_prefix_cache
     yield
     get_context().override(_OURS, disable_chunked_prefix_cache=without_prefix_chunks)
+
+
+@contextlib.contextmanager
+def _kept_asleep(needed: bool) -> Iterator[None]:
+    """Load a model within; ``needed``: its weights are kept while they are released, because no trainer sends them."""
+    asked = get_exec().features.enable_weights_cpu_backup
+    get_context().override(_OURS, enable_weights_cpu_backup=asked or needed)
+    try:
+        yield
+    finally:
+        get_context().override(_OURS, enable_weights_cpu_backup=asked)
 
 
 @contextlib.contextmanager

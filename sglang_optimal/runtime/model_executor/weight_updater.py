@@ -198,8 +198,8 @@ class UpdatedModel:
         keeps: whether the old weights are kept during an update.
 
     Attributes:
-        whole: whether all of its weights are of one version; false during an update, and after one that failed half
-            way where nothing was kept.
+        whole: whether all of its weights are of one version; false during an update, after one that failed half way
+            where nothing was kept, and where they were released without a backup.
     """
 
     def __init__(self, side: str, runner: Any, path: str, revision: str | None, *, keeps: bool):
@@ -210,6 +210,8 @@ class UpdatedModel:
         self._layout = checkpoint_layout(path, revision)
         self._path = path
         self._old: dict[str, torch.Tensor] = {}
+        self._is_kept = False
+        self._is_lost = False
 
     def keep(self) -> None:
         """Copy the weights to the CPU, into memory that is taken once, where they are whole."""
@@ -225,15 +227,24 @@ class UpdatedModel:
                 old.copy_(tensor, non_blocking=True)
         if pin:
             torch.accelerator.synchronize()
+        self._is_kept = True
+
+    def lose(self) -> None:
+        """The weights are gone: they were released, and nothing kept them."""
+        self.whole = self._is_kept = False
+        self._is_lost = True
+
+    def done(self) -> None:
+        """An update has ended."""
+        self.whole, self._is_lost = True, False
 
     def put_back(self) -> None:
         """The weights as they were when they were kept."""
-        if not self.keeps or not self._old:
+        if not self._is_kept:
             return
         with torch.no_grad():
             for name, tensor in self.runner.model.state_dict().items():
-                if name in self._old:
-                    tensor.copy_(self._old[name])
+                tensor.copy_(self._old[name])
         packed_linear.forget()
         self.runner.model_config.model_path = self._path
         self.whole = True
@@ -242,6 +253,11 @@ class UpdatedModel:
         """What became of the weights after a failure."""
         if self.whole:
             return f"The {self.side}'s old weights are in place."
+        if self._is_lost:
+            return (
+                f"The {self.side}'s weights were released, and nothing kept them (--enable-weights-cpu-backup would): "
+                "no request is answered until an update has ended."
+            )
         return (
             f"The {self.side}'s weights are partly new (--weight-rollback off): no request is answered until the next "
             "update has ended."

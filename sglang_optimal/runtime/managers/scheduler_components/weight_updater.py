@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import safetensors.torch
 import torch
+from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_KV_CACHE, GPU_MEMORY_TYPE_WEIGHTS
 from sglang.srt.managers.io_struct import (
     BeginWeightUpdateReqInput,
     BeginWeightUpdateReqOutput,
@@ -23,6 +24,10 @@ from sglang.srt.managers.io_struct import (
     EndWeightUpdateReqInput,
     GetWeightsByNameReqInput,
     GetWeightsByNameReqOutput,
+    ReleaseMemoryOccupationReqInput,
+    ReleaseMemoryOccupationReqOutput,
+    ResumeMemoryOccupationReqInput,
+    ResumeMemoryOccupationReqOutput,
     UpdateWeightFromDiskReqInput,
     UpdateWeightFromDiskReqOutput,
     UpdateWeightsFromDistributedReqInput,
@@ -32,8 +37,12 @@ from sglang.srt.managers.io_struct import (
     UpdateWeightsFromTensorReqInput,
     UpdateWeightsFromTensorReqOutput,
 )
-from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
-from sglang.srt.runtime_context import get_parallel, get_serving
+from sglang.srt.managers.scheduler_components.weight_updater import (
+    SchedulerWeightUpdaterManager,
+    _export_static_state,
+    _import_static_state,
+)
+from sglang.srt.runtime_context import get_exec, get_parallel, get_serving
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.model_executor.weight_updater import (
@@ -50,6 +59,7 @@ logger = logging.getLogger(__name__)
 
 _Loaded = tuple[bool, str]
 
+_RELEASED = "the weights are released; call resume_memory_occupation() first."
 _ANOTHER_RANK = "Another rank could not load the weights; see its log."
 
 
@@ -62,12 +72,14 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
         version_before: of the weights when the session began.
         student_version: of a student that is not the policy.
         every_side: whether both models are meant for the time of a call.
+        guest_static_state: the buffers of a guest with weights of its own, while they are released.
     """
 
     config: MixingConfig
     version_before: str | None = None
     student_version: str | None = None
     every_side: bool = False
+    guest_static_state: Any = None
     # SGLang's: what lies between begin and end; None outside.
     _session: Any = None
 
@@ -104,7 +116,7 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
         output = SchedulerWeightUpdaterManager.end_weight_update(self, recv_req)
         if output.success:
             for model in self._models():
-                model.whole = True
+                model.done()
         return output
 
     def update_weights_from_tensor(self, recv_req: UpdateWeightsFromTensorReqInput):
@@ -194,7 +206,7 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
                 return False, f"{message} {self._after_failure()} {CLOSED}"
             if alone:
                 for model in self._models():
-                    model.whole = True
+                    model.done()
             else:
                 self._session = msgspec.structs.replace(self._session, loaded_weights=True)
             self.record_weight_version_after_update(recv_req.weight_version)
@@ -240,6 +252,8 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
     # -- refusals and caches ---------------------------------------------------------------------------------------
 
     def _refusal(self, selector: str) -> str | None:
+        if GPU_MEMORY_TYPE_WEIGHTS in self.offload_tags:
+            return _RELEASED
         if not self._models():
             return (
                 "the student is an adapter, and the weights beneath it are the teacher's: --policy both lets them be "
@@ -289,7 +303,10 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
             )
         models = [student_alone] if student else self._models()
         refusal = (
-            self._in_a_session() or (None if student else self._refusal("all")) or self._still_held(recv_req, models)
+            self._in_a_session()
+            or (_RELEASED if GPU_MEMORY_TYPE_WEIGHTS in self.offload_tags else None)
+            or (None if student else self._refusal("all"))
+            or self._still_held(recv_req, models)
         )
         if refusal is not None:
             return _from_disk(False, refusal)
@@ -320,11 +337,51 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
                 for touched in models[: models.index(model) + 1]:
                     touched.put_back()
                 return False, f"{message} {model.words_of_the_old()}"
-            model.whole = True
+            model.done()
         return True, f"Succeeded to update the {self._word(models)}'s weights."
 
     def _word(self, models: list[UpdatedModel]) -> str:
         return models[0].side if len(models) == 1 else "models"
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def release_memory_occupation(self, recv_req: ReleaseMemoryOccupationReqInput) -> ReleaseMemoryOccupationReqOutput:
+        """SGLang's, of both models, and of what is not released yet.
+
+        Returns:
+            SGLang's answer; ``rid`` says why nothing was released, where SGLang would end its process.
+        """
+        if not self.is_fully_idle(ignore_waiting=self.scheduler._engine_paused):
+            return ReleaseMemoryOccupationReqOutput(rid="running requests hold it")
+        tags = [tag for tag in recv_req.tags or GPU_MEMORY_ALL_TYPES if tag not in self.offload_tags]
+        if not tags:
+            return ReleaseMemoryOccupationReqOutput()
+        if GPU_MEMORY_TYPE_WEIGHTS in tags and not self.config.shared_weights:
+            self.guest_static_state = _export_static_state(self.tp_worker.guest_runner.model)
+        return SchedulerWeightUpdaterManager.release_memory_occupation(self, ReleaseMemoryOccupationReqInput(tags=tags))
+
+    def resume_memory_occupation(self, recv_req: ResumeMemoryOccupationReqInput) -> ResumeMemoryOccupationReqOutput:
+        """SGLang's, of both models, and of what is released.
+
+        The policy's weights are lost then, unless ``--enable-weights-cpu-backup`` keeps them; the other model's are
+        kept always (managers/tp_worker.py).
+        """
+        tags = [tag for tag in recv_req.tags or GPU_MEMORY_ALL_TYPES if tag in self.offload_tags]
+        if not tags:
+            return ResumeMemoryOccupationReqOutput()
+        output = SchedulerWeightUpdaterManager.resume_memory_occupation(self, ResumeMemoryOccupationReqInput(tags=tags))
+        runners = (self.tp_worker.model_runner, self.tp_worker.guest_runner)
+        if GPU_MEMORY_TYPE_WEIGHTS in tags:
+            if self.guest_static_state is not None:
+                _import_static_state(self.tp_worker.guest_runner.model, self.guest_static_state)
+                self.guest_static_state = None
+            if self.memory_saver_adapter.enabled and not get_exec().features.enable_weights_cpu_backup:
+                for model in self._models():
+                    model.lose()
+        if GPU_MEMORY_TYPE_KV_CACHE in tags:
+            for runner in runners:  # padded rows of graphs read row 0
+                runner.req_to_token_pool.req_to_token.zero_()
+        return output
 
     # -- what reads weights ----------------------------------------------------------------------------------------
 
