@@ -56,7 +56,7 @@ class ImitatedMemorySaver(TorchMemorySaverAdapter):
             for storage in storages.values():
                 data = _bytes(storage)
                 _paused[tag].append((storage, data.clone() if backed_up else None))
-                data.fill_(255)  # NaN, or -1
+                data[: len(data) // 2 * 2].view(torch.int16).fill_(0x7FFF)  # NaN, or an index that is none
 
     def resume(self, tag: str) -> None:
         _forget_what_was_made_of_weights(tag)
