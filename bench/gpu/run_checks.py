@@ -121,7 +121,10 @@ def rates(args: argparse.Namespace) -> dict[str, Check]:
     shared = ["--model-path", args.student, *common]
     shared += ["--rates", "t", "m", "2t", "shared", "--repeats", 3, "--max-total-tokens", 90000]
     shared += [*records(args, summary.SHARED), "--server-args", *graphs((*SIZES, 512))]
+    sleep = ["--model-path", args.teacher, "--student-model-path", args.student]
+    sleep += ["--server-args", *DUMMY, "--mem-fraction-static", 0.6, "--max-total-tokens", 66000, *graphs(SIZES)]
     return {
+        "sleep": Check("second", 120, 60, python("bench.gpu.check_sleep", *sleep), models=True),
         "throughput": Check("second", 250, 120, python("bench.throughput", *two_models), models=True),
         "shared": Check("second", 200, 90, python("bench.throughput", *shared), models=True),
     }

@@ -23,6 +23,7 @@ from sglang.srt.managers.io_struct import (
 from test_weight_updates import cases, check, checksums, tensors
 from tiny_models import build_tiny_tokenizer_model
 
+from bench.gpu import check_sleep
 from sglang_optimal.runtime.managers.tokenizer_control_mixin import RouteRefused
 
 LOST = "released, and nothing kept them"
@@ -240,10 +241,16 @@ def test_with_a_backup(start, pair, oracle):
             wake(sampler, tag)
         check(sampler, oracle)
         assert checksums(sampler) == before
+        found = check_sleep.measure(sampler, free=iter(range(0, 80, 10)).__next__)  # what a GPU's check does
+        assert found.keys() == {*GPU_MEMORY_ALL_TYPES, "all"}
+        assert all(one["released"] == 10 and one["same_text"] for one in found.values())
+        assert check_sleep.passes(found, 14) and not check_sleep.passes(found, 15)
+        found["weights"]["same_text"] = False
+        assert not check_sleep.passes(found, 14)
         check_pools(sampler)
 
 
-@pytest.mark.parametrize("policy", ["teacher", "both"])
+@pytest.mark.parametrize("policy", ["teacher", pytest.param("both", marks=pytest.mark.slow)])
 def test_another_policy(start, pair, oracle, policy):
     """The weights that are no trainer's are kept, whichever model has them."""
     with start(pair, policy=policy) as sampler:
