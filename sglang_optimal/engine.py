@@ -254,6 +254,11 @@ class OptimalSampler:
     def clear_alpha_history(self) -> None:
         self._history.clear()
 
+    @property
+    def student_is_adapter(self) -> bool:
+        """Whether the student is the teacher with a LoRA adapter, whose weights `update_student_weights` takes then."""
+        return self._running().mixing_config.student_lora_path is not None
+
     # -- student weights -------------------------------------------------------------------------------------------
 
     def update_student_weights(
@@ -265,7 +270,8 @@ class OptimalSampler:
 
         Args:
             weights: a folder of safetensors, a Hugging Face id, or {name in the checkpoint: tensor}, on the CPU or on
-                the engine's device. Tensors that a mapping has not stay as they are.
+                the engine's device. Tensors that a mapping has not stay as they are. Of a student that is an adapter:
+                another adapter's folder, or all of its tensors by peft's names.
             version: what ``student_weight_version`` says of samples from now on.
 
         Raises:

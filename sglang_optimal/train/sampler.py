@@ -41,8 +41,18 @@ class SamplerUpdates(TrainerCallback):
 def give_weights(sampler: Sampler, model: Any) -> None:
     """Give the sampler a model's weights, by the names that its checkpoints have.
 
-    A peft model is merged in a copy: merging and unmerging in place would round 16-bit weights anew at every step.
+    A peft model is merged in a copy: merging and unmerging in place would round 16-bit weights anew at every step. Of
+    a sampler whose student is an adapter it is the adapter alone.
+
+    Raises:
+        ValueError: the model has no adapter then.
     """
+    if getattr(sampler, "student_is_adapter", False):
+        if not hasattr(model, "peft_config"):
+            raise ValueError("model: the sampler's student is an adapter of the teacher; give a peft model.")
+        from peft import get_peft_model_state_dict
+
+        return sampler.update_student_weights(get_peft_model_state_dict(model))
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
+import re
 
 import pytest
 import torch
@@ -385,13 +386,13 @@ def test_staggered_arrivals(sampler, oracle):
 
 def test_adapters_are_not_changed_beside_a_student(sampler, oracle, tmp_path):
     """One that is loaded would move the student's own, and one that is unloaded would be the student's."""
-    said = "beside --student-lora-path; start another server" if sampler.mode == "lora-" else "LoRA is not enabled"
+    said = "student's adapter|no \\*.safetensors" if sampler.mode == "lora-" else "LoRA is not enabled"
     for result in (
         sampler.engine.load_lora_adapter("other", str(tmp_path)),
         sampler.engine.unload_lora_adapter("student"),
         sampler.engine.load_lora_adapter_from_tensors("other", {"x": torch.zeros(1)}, {"r": 1}),
     ):
-        assert not result.success and said in result.error_message, result
+        assert not result.success and re.search(said, result.error_message), result
     cases = random_cases(97, 2, 1)
     check_all(oracle, cases, run(sampler, cases))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import types
 
 import datasets
 import pytest
@@ -26,6 +27,7 @@ from sglang_optimal.train import (
     reverse_kl,
     sampled_logprobs,
 )
+from sglang_optimal.train.sampler import give_weights
 
 TEACHER_PROMPTS = ["what is 2 + 3? it is 5.", "a colour? red"]
 STUDENT_PROMPTS = ["what is 2 + 3?", "a colour?"]
@@ -357,6 +359,22 @@ def test_an_adapter_is_merged(pair, tmp_path):
     assert any("q_proj" in name for name in changed)
     for name, weight in sampler.student.state_dict().items():
         torch.testing.assert_close(weight, merged[name], rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_alone(pair):
+    """Where the sampler's student is one: by the names that its file has."""
+    from peft import LoraConfig, get_peft_model
+
+    given = {}
+    sampler = types.SimpleNamespace(student_is_adapter=True, update_student_weights=given.update)
+    model = student(pair)
+    with pytest.raises(ValueError, match="^model: the sampler's student is an adapter"):
+        give_weights(sampler, model)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    give_weights(sampler, model)
+    assert len(given) == 2 * 2 * len(model.get_base_model().model.layers)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert torch.equal(given[name], dict(model.named_parameters())[name.replace(".weight", ".default.weight")])
 
 
 def test_token_ids_as_prompts(pair, tmp_path):

@@ -7,8 +7,14 @@ import logging
 import sys
 from collections.abc import Callable
 from http import HTTPStatus
+from typing import Any
 
 import torch
+from sglang.srt.managers.io_struct import (
+    LoadLoRAAdapterFromTensorsReqInput,
+    LoadLoRAAdapterReqInput,
+    LoRAUpdateOutput,
+)
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import PrefillAdder
 from sglang.srt.managers.scheduler import Scheduler
@@ -21,6 +27,7 @@ from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime import registry
 from sglang_optimal.runtime.core import guest_of
 from sglang_optimal.runtime.entrypoints.protocol import from_wire
+from sglang_optimal.runtime.lora.student_adapter import OLD_ADAPTER
 from sglang_optimal.runtime.managers.schedule_batch import Planner
 from sglang_optimal.runtime.managers.schedule_policy import MixedPrefillAdder
 from sglang_optimal.runtime.managers.scheduler_components.invariant_checker import MixedSchedulerInvariantChecker
@@ -28,6 +35,7 @@ from sglang_optimal.runtime.managers.scheduler_components.weight_updater import 
 from sglang_optimal.runtime.managers.self_check import SelfCheck, SelfCheckError
 from sglang_optimal.runtime.managers.shared_tp_worker import SharedTpModelWorker
 from sglang_optimal.runtime.managers.tp_worker import MixedTpModelWorker, SeparateTpModelWorker
+from sglang_optimal.runtime.model_executor.weight_updater import HELD
 from sglang_optimal.runtime.sampling.scoring import score_of
 
 logger = logging.getLogger(__name__)
@@ -95,6 +103,25 @@ class MixedScheduler(Scheduler):
         """SGLang's, for the policy."""
         super().init_weight_updater()
         self.weight_updater = MixedSchedulerWeightUpdaterManager.like(self.weight_updater, self.mixing_config)
+
+    def load_lora_adapter(self, recv_req: LoadLoRAAdapterReqInput) -> LoRAUpdateOutput:
+        """SGLang's; beside a student that is an adapter, another one in its place."""
+        return self._exchange_adapter(recv_req) or super().load_lora_adapter(recv_req)
+
+    def load_lora_adapter_from_tensors(self, recv_req: LoadLoRAAdapterFromTensorsReqInput) -> LoRAUpdateOutput:
+        """SGLang's; beside a student that is an adapter, another one in its place."""
+        return self._exchange_adapter(recv_req) or super().load_lora_adapter_from_tensors(recv_req)
+
+    def _exchange_adapter(self, recv_req: Any) -> LoRAUpdateOutput | None:
+        adapter = getattr(self.tp_worker, "adapter", None)
+        if adapter is None:
+            return None
+        # A plain request that asks for the adapter has its id already.
+        waits = any(req.lora_id == adapter.lora_id for req in self.waiting_queue)
+        if waits or not self.is_fully_idle(ignore_waiting=self._engine_paused):
+            message = f"{HELD}. Let them finish, or abort or retract them. {OLD_ADAPTER}"
+            return LoRAUpdateOutput(success=False, error_message=message)
+        return adapter.exchange(self.tp_worker, recv_req)
 
     def init_invariant_checker(self) -> None:
         """SGLang's, which counts the guest's slots as well."""

@@ -9,16 +9,15 @@ from collections.abc import Iterator
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
 from sglang.srt.runtime_context import get_model, get_parallel
 
 from sglang_optimal.config import MixingConfig
-from sglang_optimal.names import STUDENT_ADAPTER
 from sglang_optimal.platforms.torch_cpu import ignore_pinned_memory
 from sglang_optimal.runtime.core import DecodePlan, PrefillPlan
+from sglang_optimal.runtime.lora.student_adapter import StudentAdapter
 from sglang_optimal.runtime.managers.guest_tp_worker import kept
 from sglang_optimal.runtime.managers.schedule_batch import (
     decode_part,
@@ -51,10 +50,8 @@ class SharedTpModelWorker(MixedTpModelWorker):
         super().__init__(config, **worker_kwargs)
 
     def init_guest(self, **worker_kwargs) -> None:
-        self._lora_id = None
         adapter = self.mixing_config.student_lora_path
-        if adapter is not None:
-            self._lora_id = LoRARef.deterministic_id(STUDENT_ADAPTER, adapter)
+        self.adapter = None if adapter is None else StudentAdapter(adapter)
         self.vocab_size = self.model_config.vocab_size
         self._chunk_size = worker_kwargs["server_args"].chunked_prefill_size
         self._pending: tuple[ScheduleBatch, MixingStep] | None = None
@@ -87,7 +84,7 @@ class SharedTpModelWorker(MixedTpModelWorker):
 
         runner._init_post_memory_pool_components = with_guest_rows
         super().alloc_memory_pool(*args, **kwargs)
-        self._pools_are_there(SharedGuestKV(self._rows, runner.token_to_kv_pool_allocator, self._lora_id))
+        self._pools_are_there(SharedGuestKV(self._rows, runner.token_to_kv_pool_allocator, self.adapter))
         if get_parallel().tp_rank == 0:
             logger.info("KV pool: %d tokens for both contexts (shared weights)", runner.max_total_num_tokens)
 

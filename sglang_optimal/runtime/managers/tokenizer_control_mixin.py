@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_WEIGHTS
+from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import (
     BeginWeightUpdateReqInput,
     EndWeightUpdateReqInput,
+    LoadLoRAAdapterFromTensorsReqInput,
     LoRAUpdateOutput,
     ReleaseMemoryOccupationReqInput,
     ResumeMemoryOccupationReqInput,
+    UpdateWeightVersionReqInput,
 )
 from sglang.srt.managers.tokenizer_control_mixin import TokenizerControlMixin
-from sglang.srt.runtime_context import get_device
+from sglang.srt.runtime_context import get_device, get_parallel
+from sglang.srt.utils import normalize_serialized_named_tensor_payloads
 
 from sglang_optimal.config import MixingConfig
+from sglang_optimal.names import STUDENT_ADAPTER
 from sglang_optimal.runtime.model_executor.weight_updater import (
     CLOSED,
+    HELD,
     LEAVING_SECONDS,
     SAFETENSORS,
+    for_safetensors,
     parts_of,
     tensors_request,
 )
@@ -70,13 +80,18 @@ class MixedTokenizerControlMixin(TokenizerControlMixin):
 
     async def update_weights_from_tensor(self, obj, request=None) -> tuple[bool, str]:
         """SGLang's; what came over HTTP is not unpickled unless the server was told to."""
-        pickled = obj.load_format != SAFETENSORS
-        if pickled and request is not None and self.mixing_config.pickled_weights == "refuse" and self._mixes:
-            return False, (
-                "load_format: send 'safetensors', with safetensors' bytes in serialized_named_tensors; other formats "
-                "are unpickled, which --pickled-weights allow lets them be."
-            )
+        if request is not None and (refusal := self._unpickling(obj)) is not None:
+            return False, refusal
         return self._heeded(await super().update_weights_from_tensor(obj, request))
+
+    def _unpickling(self, obj: Any) -> str | None:
+        """Why tensors that came over HTTP are not read, if they are not."""
+        if obj.load_format == SAFETENSORS or self.mixing_config.pickled_weights == "allow" or not self._mixes:
+            return None
+        return (
+            "load_format: send 'safetensors', with safetensors' bytes in serialized_named_tensors; other formats are "
+            "unpickled, which --pickled-weights allow lets them be."
+        )
 
     async def update_weights_from_distributed(self, obj, request=None) -> tuple[bool, str]:
         """SGLang's; where it fails, the session is over."""
@@ -88,11 +103,13 @@ class MixedTokenizerControlMixin(TokenizerControlMixin):
         return result
 
     async def update_student_weights_in_memory(self, weights: Mapping[str, torch.Tensor], version: str | None) -> None:
-        """A session of its own with some of the policy's tensors, a part of them at a time.
+        """A session of its own with some of the policy's tensors, a part of them at a time; an adapter's as a whole.
 
         Raises:
             ValueError: they do not fit; the old weights stay.
         """
+        if self.mixing_config.student_lora_path is not None and self.mixing_config.updated == "student":
+            return await self._adapter_in_memory(weights, version)
         await self._step_of_session(self.begin_weight_update(BeginWeightUpdateReqInput()))
         try:
             for number, part in enumerate(parts_of(weights)):
@@ -105,6 +122,26 @@ class MixedTokenizerControlMixin(TokenizerControlMixin):
                 await self.begin_weight_update(BeginWeightUpdateReqInput())
                 await self.end_weight_update(EndWeightUpdateReqInput())
             raise
+
+    async def _adapter_in_memory(self, weights: Mapping[str, torch.Tensor], version: str | None) -> None:
+        """Raises ValueError: they do not fit; the old adapter stays."""
+        file = Path(self.mixing_config.student_lora_path or "").expanduser() / "adapter_config.json"
+        result = await self.load_lora_adapter_from_tensors(
+            LoadLoRAAdapterFromTensorsReqInput(
+                lora_name=STUDENT_ADAPTER,
+                config_dict=json.loads(file.read_text()),
+                serialized_named_tensors=[safetensors.torch.save(for_safetensors(weights))],
+                load_format=SAFETENSORS,
+            )
+        )
+        if not result.success:
+            raise ValueError(result.error_message)
+        await self.student_adapter_is(version)
+
+    async def student_adapter_is(self, version: str | None) -> None:
+        """What answers say of the student's weights from now on."""
+        if version is not None:
+            await self.update_weight_version(UpdateWeightVersionReqInput(new_version=version, abort_all_requests=False))
 
     @staticmethod
     async def _step_of_session(step: Coroutine[Any, Any, tuple[bool, str]]) -> None:
@@ -244,24 +281,57 @@ class MixedTokenizerControlMixin(TokenizerControlMixin):
 
     # -- adapters --------------------------------------------------------------------------------------------------
 
-    async def load_lora_adapter(self, obj, request=None):
-        """SGLang's; refused beside a student that is an adapter."""
-        return self._no_adapters() or await super().load_lora_adapter(obj, request)
-
-    async def load_lora_adapter_from_tensors(self, obj, request=None):
-        """SGLang's; refused beside a student that is an adapter."""
-        return self._no_adapters() or await super().load_lora_adapter_from_tensors(obj, request)
-
-    async def unload_lora_adapter(self, obj, request=None):
-        """SGLang's; refused beside a student that is an adapter."""
-        return self._no_adapters() or await super().unload_lora_adapter(obj, request)
-
-    def _no_adapters(self) -> LoRAUpdateOutput | None:
-        """A refusal beside a student that is an adapter: its rows run with that one, in one of two places."""
+    async def load_lora_adapter(self, obj, request=None) -> LoRAUpdateOutput:
+        """SGLang's; beside a student that is an adapter, another one of the same layers in its place."""
         if self.mixing_config.student_lora_path is None:
-            return None
-        message = "adapters cannot be loaded or unloaded beside --student-lora-path; start another server."
-        return LoRAUpdateOutput(success=False, error_message=message)
+            return await super().load_lora_adapter(obj, request)
+        if not any(Path(obj.lora_path).expanduser().glob("*.safetensors")):
+            return _not_loaded(f"lora_path: no *.safetensors in {obj.lora_path}; other formats are not read.")
+        return await self._exchange_adapter(obj)
+
+    async def load_lora_adapter_from_tensors(self, obj, request=None) -> LoRAUpdateOutput:
+        """SGLang's; beside a student that is an adapter, another one of the same layers in its place."""
+        if request is not None and (refusal := self._unpickling(obj)) is not None:
+            return _not_loaded(refusal)
+        if self.mixing_config.student_lora_path is None:
+            return await super().load_lora_adapter_from_tensors(obj, request)
+        obj.serialized_named_tensors = normalize_serialized_named_tensor_payloads(obj.serialized_named_tensors)
+        return await self._exchange_adapter(obj)
+
+    async def _exchange_adapter(self, obj: Any) -> LoRAUpdateOutput:
+        """Once the running requests have ended; those that come wait for it."""
+        if obj.lora_name != STUDENT_ADAPTER:
+            return _not_loaded(
+                f"lora_name: beside --student-lora-path there is the student's adapter alone, {STUDENT_ADAPTER!r}; "
+                f"got {obj.lora_name!r}."
+            )
+        if get_parallel().dp_size > 1:
+            return _not_loaded("data-parallel replicas are not supported for dynamic lora loading.")
+        self.auto_create_handle_loop()
+        adapter = LoRARef(lora_name=STUDENT_ADAPTER, lora_path=getattr(obj, "lora_path", "__tensor__"))
+        obj.lora_id = adapter.lora_id
+        async with self._without_requests(), self.lora_update_lock:
+            deadline = time.monotonic() + LEAVING_SECONDS
+            while True:
+                (result, *_) = await self.update_lora_adapter_communicator(obj)
+                if result.success or HELD not in result.error_message or time.monotonic() > deadline:
+                    break
+                await asyncio.sleep(0.05)
+            if result.success:  # for plain requests that ask for it
+                await self.lora_registry.unregister(STUDENT_ADAPTER)
+                await self.lora_registry.register(adapter)
+                self.lora_ref_cache[STUDENT_ADAPTER] = adapter
+        return result
+
+    async def unload_lora_adapter(self, obj, request=None) -> LoRAUpdateOutput:
+        """SGLang's; refused beside a student that is an adapter."""
+        if self.mixing_config.student_lora_path is None:
+            return await super().unload_lora_adapter(obj, request)
+        return _not_loaded("the student's adapter cannot be unloaded; load another one in its place.")
+
+
+def _not_loaded(message: str) -> LoRAUpdateOutput:
+    return LoRAUpdateOutput(success=False, error_message=message)
 
 
 def on_a_cpu() -> bool:

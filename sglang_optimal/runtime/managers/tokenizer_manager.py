@@ -12,14 +12,14 @@ from typing import Any
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.entrypoints.engine import init_tokenizer_manager
-from sglang.srt.managers.io_struct import GenerateReqInput, UpdateWeightFromDiskReqInput
+from sglang.srt.managers.io_struct import GenerateReqInput, LoadLoRAAdapterReqInput, UpdateWeightFromDiskReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
 from sglang.srt.model_executor.forward_batch_info import get_server_return_hidden_states_mode
 from sglang.srt.runtime_context import get_model, get_serving
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
 from sglang_optimal.config import MixingConfig
-from sglang_optimal.names import ALL_SERIES, OTHER_MODEL, SIDES, TOP_K
+from sglang_optimal.names import ALL_SERIES, OTHER_MODEL, SIDES, STUDENT_ADAPTER, TOP_K
 from sglang_optimal.runtime.configs.model_config import guest_model_config
 from sglang_optimal.runtime.entrypoints.openai.chat_side import ChatSide
 from sglang_optimal.runtime.entrypoints.openai.stream_series import (
@@ -229,6 +229,8 @@ class MixedTokenizerManager(MixedTokenizerControlMixin, TokenizerManager):
             return False, "model_path: must be a folder or a Hugging Face id.", 0
         if obj.load_format not in (None, "auto", SAFETENSORS):
             return False, "load_format: only safetensors are read; leave it out.", 0
+        if self.mixing_config.student_lora_path is not None:
+            return await self._adapter_from_disk(obj, request)
         obj.load_format = SAFETENSORS
         version = obj.weight_version
         mark_for_student(obj)
@@ -243,6 +245,13 @@ class MixedTokenizerManager(MixedTokenizerControlMixin, TokenizerManager):
                 self._update_weight_version_if_provided(version)
             self._student_version = version
         return success, message, paused
+
+    async def _adapter_from_disk(self, obj: UpdateWeightFromDiskReqInput, request=None) -> tuple[bool, str, int]:
+        adapter = LoadLoRAAdapterReqInput(lora_name=STUDENT_ADAPTER, lora_path=obj.model_path)
+        result = await self.load_lora_adapter(adapter, request)
+        if result.success:
+            await self.student_adapter_is(obj.weight_version)
+        return result.success, result.error_message or "Succeeded to load the student's adapter.", 0
 
     async def _wait_for_model_update_from_disk(self, obj: UpdateWeightFromDiskReqInput):
         """SGLang's; what is served by name stays the host when the guest is updated."""

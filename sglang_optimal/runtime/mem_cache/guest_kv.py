@@ -20,6 +20,7 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from sglang_optimal.runtime.core import GuestKVState, length_offset
+from sglang_optimal.runtime.lora.student_adapter import StudentAdapter
 from sglang_optimal.runtime.model_executor.host_copy import sent
 
 MIN_ALIASED_PREFIX = 32
@@ -326,14 +327,14 @@ class SharedGuestKV(GuestKV):
     Args:
         rows: the guest's half of the table of rows, see `GuestReqToTokenPool`.
         allocator: the host's.
-        lora_id: SGLang's id of the guest's adapter; None: the guest is the host.
+        adapter: the guest's; None: the guest is the host.
     """
 
     one_pool = True
 
-    def __init__(self, rows: GuestReqToTokenPool, allocator, lora_id: str | None = None):
+    def __init__(self, rows: GuestReqToTokenPool, allocator, adapter: StudentAdapter | None = None):
         super().__init__(rows, allocator)
-        self.lora_id = lora_id
+        self.adapter = adapter
         self.req_pool_offset = rows.offset
         self._host_rows = rows.host
         self._tree: BasePrefixCache | None = None
@@ -354,7 +355,7 @@ class SharedGuestKV(GuestKV):
 
     def _num_aliased(self, req: Req, ids: array, prefix_len: int) -> int:
         # Of an adapter the same tokens have another KV; and the hidden states of scored ones are the guest's own.
-        if self.lora_id is not None or req.mixing.score is not None:
+        if self.adapter is not None or req.mixing.score is not None:
             return 0
         host = req.origin_input_ids + req.output_ids
         longest = min(len(ids) - 1, len(host))
@@ -371,11 +372,11 @@ class SharedGuestKV(GuestKV):
         self.req_to_token_pool.write((req.kv.req_pool_idx, shared), self._host_rows[req.kv.req_pool_idx, shared])
 
     def as_guest(self, req: Req) -> Req:
-        return req if self.lora_id is None else GuestReq(req, self.lora_id)
+        return req if self.adapter is None else GuestReq(req, self.adapter.lora_id)
 
     def _extra_key(self, req: Req) -> str | None:
         # As SGLang does for the requests of an adapter.
-        return req.extra_key if self.lora_id is None else (req.extra_key or "") + self.lora_id
+        return req.extra_key if self.adapter is None else (req.extra_key or "") + self.adapter.lora_id
 
     def can_decode(self, guest: int, host: int) -> bool:
         evict_from_tree_cache(self.tree, host + guest)

@@ -36,6 +36,7 @@ HELD = "running requests hold KV of the old weights"
 """In the message of an update that came too early."""
 PART_BYTES = 1 << 28
 """Of tensors that are sent at once."""
+ANOTHER_RANK = "Another rank could not load the weights; see its log."
 CLOSED = "The session is closed; begin again."
 """In the message of a part that failed."""
 LEAVING_SECONDS = 1.0
@@ -134,10 +135,26 @@ def check_tensors(named: Sequence[tuple[str, torch.Tensor]], expected: dict[str,
             raise ValueError(f"{name}: the {side} has no tensor of this name.{hint}")
         if list(tensor.shape) != expected[name]:
             raise ValueError(f"{name}: has shape {list(tensor.shape)}, but {expected[name]} in the {side}.")
+    check_finite(named)
+
+
+def check_finite(named: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Raise ValueError for tensors with NaN or infinity, which no request could be answered with."""
     finite = [tensor.isfinite().all() for _, tensor in named if tensor.dtype in _FLOATS]
     if finite and not bool(torch.stack(finite).all()):  # one wait for all of them
         names = (name for name, tensor in named if tensor.dtype in _FLOATS and not bool(tensor.isfinite().all()))
         raise ValueError(f"{next(names)}: has NaN or infinity.")
+
+
+def own_payload(payloads: Sequence[bytes]) -> bytes:
+    """This rank's of the serialized tensors of a request: one for all, or one for each.
+
+    Raises:
+        ValueError: another number of them.
+    """
+    if len(payloads) not in (1, get_parallel().tp_size):
+        raise ValueError(f"serialized_named_tensors: {len(payloads)} for {get_parallel().tp_size} ranks.")
+    return payloads[get_parallel().tp_rank if len(payloads) > 1 else 0]
 
 
 def parts_of(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -312,17 +329,10 @@ class UpdatedModel:
                 path, request.load_format, recapture_cuda_graph=request.recapture_cuda_graph
             )
             if success:
-                _check_finite(self.runner.model, path)
+                check_finite(list(self.runner.model.state_dict().items()))
         except ValueError as error:
-            success, message = False, str(error)
+            success, message = False, f"model_path: {path}: {error}"
         except Exception as error:  # whatever the loader raises; the server goes on with the old weights
             logger.exception("weights")
             success, message = False, self._failure(error)
         return success, message
-
-
-def _check_finite(model: torch.nn.Module, path: str) -> None:
-    """Raises ValueError for weights with NaN or infinity, which no request could be answered with."""
-    for name, tensor in model.state_dict().items():
-        if tensor.dtype in _FLOATS and not bool(tensor.isfinite().all()):
-            raise ValueError(f"model_path: {name!r} has NaN or infinity in {path}.")

@@ -42,16 +42,18 @@ from sglang.srt.managers.scheduler_components.weight_updater import (
     _export_static_state,
     _import_static_state,
 )
-from sglang.srt.runtime_context import get_exec, get_parallel, get_serving
+from sglang.srt.runtime_context import get_exec, get_serving
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.runtime.model_executor.weight_updater import (
+    ANOTHER_RANK,
     CLOSED,
     HELD,
     SAFETENSORS,
     UpdatedModel,
     everywhere,
     is_for_student,
+    own_payload,
     student_version,
 )
 
@@ -60,7 +62,6 @@ logger = logging.getLogger(__name__)
 _Loaded = tuple[bool, str]
 
 _RELEASED = "the weights are released; call resume_memory_occupation() first."
-_ANOTHER_RANK = "Another rank could not load the weights; see its log."
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -124,10 +125,8 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
 
         def load() -> _Loaded:
             load_format, payloads = recv_req.load_format, recv_req.serialized_named_tensors
-            if len(payloads) not in (1, get_parallel().tp_size):
-                raise ValueError(f"serialized_named_tensors: {len(payloads)} for {get_parallel().tp_size} ranks.")
+            own = own_payload(payloads)
             if load_format == SAFETENSORS:
-                own = payloads[get_parallel().tp_rank if len(payloads) > 1 else 0]
                 named, load_format = list(safetensors.torch.load(own).items()), None
             else:
                 named = self.tp_worker.deserialize_own_rank(payloads)
@@ -202,7 +201,7 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
             if not everywhere(success):
                 self._undo()
                 if success:
-                    message = _ANOTHER_RANK
+                    message = ANOTHER_RANK
                 return False, f"{message} {self._after_failure()} {CLOSED}"
             if alone:
                 for model in self._models():
@@ -328,12 +327,12 @@ class MixedSchedulerWeightUpdaterManager(SchedulerWeightUpdaterManager):
         for model in models:
             refusal = model.refusal_of(recv_req)
             if not everywhere(refusal is None):
-                return False, f"{refusal or _ANOTHER_RANK} {model.words_of_the_old()}"
+                return False, f"{refusal or ANOTHER_RANK} {model.words_of_the_old()}"
         for model in models:
             model.keep()
             success, message = model.from_disk(recv_req)
             if not everywhere(success):
-                message = message if not success else _ANOTHER_RANK
+                message = message if not success else ANOTHER_RANK
                 for touched in models[: models.index(model) + 1]:
                     touched.put_back()
                 return False, f"{message} {model.words_of_the_old()}"
