@@ -9,7 +9,7 @@ MODEL := models/smollm2-135m-instruct
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup model demo distill-demo example-loop test test-slow fuzz soak audit lint format bench bench-drafts bench-gpu serve-demo clean
+.PHONY: help setup model demo distill-demo example-loop test test-sglang test-slow fuzz soak audit lint format bench bench-drafts bench-gpu serve-demo clean
 SOAK_SECONDS ?= 1800
 FUZZ_SECONDS ?= 3600
 # Two files at once, a core each, in the order of collection: see tests/conftest.py.
@@ -56,6 +56,9 @@ example-loop: $(MODEL)/config.json  ## generate, filter, train, update the stude
 
 test: $(READY)  ## the whole suite but the slow tests, two at a time; 15 to 20 minutes on two cores, no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' $(BESIDE)
+
+test-sglang: $(READY)  ## contract and oracle identity on another release of SGLang (VERSION=0.5.22); all else as in .venv; 10 minutes
+	$(BIN)/python tests/other_release.py $(VERSION)
 
 test-slow: $(READY)  ## minutes of random traffic, and new random examples for the property tests
 	$(BIN)/python -m pytest -m slow

@@ -8,10 +8,13 @@ import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from sglang_optimal.config import MixingConfig, check_known
 from sglang_optimal.names import ALGORITHM, SETTLED, STUDENT_ADAPTER
@@ -157,13 +160,13 @@ _REFUSED_ENVIRONMENT = (
 
 
 def check_sglang_version() -> None:
-    """Refuse another SGLang than the one this package is made for, before anything of it is imported.
+    """Refuse another SGLang than those this package is made for, before anything of it is imported.
 
     Raises:
-        ValueError: names both versions and the command that installs the right one.
+        ValueError: names what is installed, what is supported, and the command that installs it.
     """
-    pinned = _pinned_sglang()
-    if pinned is None:
+    supported = _supported_sglang()
+    if supported is None:
         return  # run from a folder of sources, without having been installed
     try:
         installed = importlib.metadata.version("sglang")
@@ -171,21 +174,20 @@ def check_sglang_version() -> None:
         if importlib.util.find_spec("sglang") is not None:
             return  # the same for SGLang
         installed = "not installed"
-    if installed.partition("+")[0] != pinned:
+    if installed == "not installed" or not supported.contains(Version(installed).public, prereleases=True):
         raise ValueError(
-            f"sglang: {installed}, but this version of sglang-optimal works with sglang {pinned} alone; "
-            f"run: pip install 'sglang=={pinned}'"
+            f"sglang: {installed}, but this version of sglang-optimal works with sglang {supported} alone; "
+            f"run: pip install 'sglang{supported}'"
         )
 
 
-def _pinned_sglang() -> str | None:
-    """SGLang's version in this package's own requirements; None where they are not known."""
+def _supported_sglang() -> SpecifierSet | None:
+    """SGLang's releases in this package's own requirements; None where they are not known."""
     try:
-        requirements = importlib.metadata.requires("sglang-optimal") or ()
+        requirements = map(Requirement, importlib.metadata.requires("sglang-optimal") or ())
     except importlib.metadata.PackageNotFoundError:
         return None
-    pins = (re.match(r"sglang(?:\[.*\])?\s*\(?==\s*([\w.!]+)", requirement) for requirement in requirements)
-    return next((pin.group(1) for pin in pins if pin is not None), None)
+    return next((one.specifier for one in requirements if one.name == "sglang"), None)
 
 
 class SelfCheckFailed(ValueError):

@@ -329,6 +329,7 @@ def pretend_installed(monkeypatch, versions: dict[str, str | None], requires: li
 
 
 REQUIRES = ["sglang-router==0.3.2; extra == 'dev'", "numba>=0.60", "sglang==0.5.23"]
+RANGE = ["numba>=0.60", "sglang<=0.5.23,>=0.5.22"]
 
 
 @pytest.mark.parametrize(
@@ -340,6 +341,8 @@ REQUIRES = ["sglang-router==0.3.2; extra == 'dev'", "numba>=0.60", "sglang==0.5.
         ("0.5.23", ["sglang[all]==0.5.23"]),
         ("0.6.0", None),  # run from a folder of sources
         ("0.6.0", ["numba>=0.60"]),
+        ("0.5.22", RANGE),
+        ("0.5.23+cu130", RANGE),
         (None, REQUIRES),  # SGLang itself is
     ],
 )
@@ -351,11 +354,18 @@ def test_the_right_sglang(monkeypatch, installed, requires):
 @pytest.mark.parametrize("installed", ["0.5.22", "0.5.23.post1", "0.6.0"])
 def test_another_sglang(monkeypatch, models, capfd, installed):
     pretend_installed(monkeypatch, {"sglang": installed}, REQUIRES)
-    message = rf"sglang: {installed}, but .* sglang 0\.5\.23 alone; run: pip install 'sglang==0\.5\.23'"
+    message = rf"sglang: {installed}, but .* sglang ==0\.5\.23 alone; run: pip install 'sglang==0\.5\.23'"
     with pytest.raises(ValueError, match=message):
         launch.checked_server_args(models[1], MixingConfig(), {}, "OptimalSampler")
     assert launch_server.main(models) == 2
     assert f"error: sglang: {installed}, but" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("installed", ["0.5.21", "0.5.23.post1", "0.5.24rc1"])
+def test_none_of_several(monkeypatch, installed):
+    pretend_installed(monkeypatch, {"sglang": installed}, RANGE)
+    with pytest.raises(ValueError, match=rf"sglang: {installed}, but .* sglang <=0\.5\.23,>=0\.5\.22 alone"):
+        launch.check_sglang_version()
 
 
 def test_no_sglang(monkeypatch):
@@ -366,7 +376,7 @@ def test_no_sglang(monkeypatch):
 
 
 def test_our_own_pin():
-    assert launch._pinned_sglang() == importlib.metadata.version("sglang")
+    assert launch._supported_sglang().contains(importlib.metadata.version("sglang"))
 
 
 def test_a_failed_registration_is_said_again(monkeypatch):

@@ -24,7 +24,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_device, get_serving
 
 from sglang_optimal.config import MixingConfig
-from sglang_optimal.runtime import registry
+from sglang_optimal.runtime import registry, releases
 from sglang_optimal.runtime.core import guest_of
 from sglang_optimal.runtime.entrypoints.protocol import from_wire
 from sglang_optimal.runtime.lora.student_adapter import OLD_ADAPTER
@@ -135,16 +135,22 @@ class MixedScheduler(Scheduler):
     def _create_generation_req(self, recv_req, *args, **kwargs) -> Req:
         """SGLang's request, with the guest's side."""
         req = super()._create_generation_req(recv_req, *args, **kwargs)
+        self.on_created(req)
+        return req
+
+    def on_created(self, req: Req) -> None:
+        """Give a new request its guest's side, once."""
         req.mixing = from_wire(req.sampling_params.custom_params, req.origin_input_ids)
         for model in self.tp_worker.updated_models:
             if not model.whole:
                 req.set_finish_with_abort(model.words_of_the_old())
         if req.mixing is not None and self.mixing_metrics is not None:
             self.mixing_metrics.requests.inc()
-        return req
 
     def init_req_max_new_tokens(self, req: Req) -> None:
         """SGLang's limit of a request's length, lowered to what the guest's context and pool allow."""
+        if not releases.CREATES_BY_A_METHOD and not hasattr(req, "mixing"):
+            self.on_created(req)
         super().init_req_max_new_tokens(req)
         # Slots that a speculative step takes ahead, beyond the one for the next token.
         ahead = get_alloc_reserve_per_decode() - 1 if self.mixing_config.longest_draft else 0

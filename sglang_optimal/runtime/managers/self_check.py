@@ -203,12 +203,11 @@ class SelfCheck:
     def _undisturbed(self) -> Iterator[None]:
         """Outputs go nowhere, nothing is counted, and what reaches the mixing is kept."""
         scheduler, observer = self._scheduler, self._observer
-        create = scheduler._create_generation_req
+        on_created = scheduler.on_created
 
-        def created(*args, **kwargs) -> Req:
-            req = create(*args, **kwargs)
+        def created(req: Req) -> None:
+            on_created(req)
             self._probes[req.rid].sent = req
-            return req
 
         senders = (scheduler.ipc_channels.send_to_tokenizer, scheduler.ipc_channels.send_to_detokenizer)
         sockets = [sender.socket for sender in senders]
@@ -217,12 +216,12 @@ class SelfCheck:
         for sender in senders:
             sender.socket = None
         scheduler.mixing_metrics = observer.on_tokens = None
-        scheduler._create_generation_req, observer.on_sides = created, self._see
+        scheduler.on_created, observer.on_sides = created, self._see
         try:
             with self._drafting():
                 yield
         finally:
-            del scheduler._create_generation_req
+            del scheduler.on_created
             observer.on_sides = None
             scheduler.mixing_metrics, observer.on_tokens = metrics, on_tokens
             for sender, socket in zip(senders, sockets, strict=True):

@@ -15,6 +15,8 @@ from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.parser.template_manager import TemplateManager
 from sglang.srt.runtime_context import get_serving
 
+from sglang_optimal.runtime.releases import python_chat_template
+
 # What a template raises, or an expression within, over messages that it was not made for.
 _REFUSALS = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, jinja2.TemplateError)
 
@@ -102,7 +104,7 @@ class ChatSide:
 
     def _check_template(self, name: str) -> None:
         serving, templates = self.serving, self.serving.template_manager
-        others = templates.chat_template_name, templates.python_chat_template, serving.chat_encoding_spec
+        others = templates.chat_template_name, python_chat_template(templates), serving.chat_encoding_spec
         if not serving.tokenizer_manager.tokenizer.chat_template and all(other is None for other in others):
             raise ValueError(f"{name}: the model has no chat template; send text or token ids.")
 
