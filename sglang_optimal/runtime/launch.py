@@ -291,7 +291,8 @@ def check_server_args(server_args, config: MixingConfig) -> None:
 def _check_features(server_args, config: MixingConfig) -> None:
     for refusal in _REFUSED:
         beside, flag = refusal.beside, _flag(refusal.field)
-        if beside.applies(config) and refusal.asks(getattr(server_args, refusal.field)):
+        # None: an older release has no such flag.
+        if beside.applies(config) and refusal.asks(getattr(server_args, refusal.field, None)):
             raise ValueError(f"{flag}: {refusal.what} is not supported {beside.words}; {beside.instead}.")
     for name in _ONLY_ONE:
         value = getattr(server_args, name)
