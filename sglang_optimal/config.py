@@ -204,6 +204,7 @@ class MixingConfig(Settings):
     Attributes:
         alpha: defaults for requests that do not say.
         shared_weights: what ``student_weights`` came to, see `resolved`.
+        tokens_of_one: {id: (side, token)} of those that the other side's tokenizer lacks, of a checked configuration.
 
     Raises:
         ValueError: names the field and the fix.
@@ -253,6 +254,7 @@ class MixingConfig(Settings):
     start where they differ; by default on wherever there is an accelerator."""
     alpha: AlphaSettings = AlphaSettings()
     shared_weights: bool = False
+    tokens_of_one: dict[int, tuple[str, str]] = {}
 
     DRAFT_TOKENS: ClassVar = {"lockstep": 0, "speculative": 4, "auto": 8}
     """``draft_tokens`` where it is not given."""
@@ -428,8 +430,9 @@ class MixingConfig(Settings):
 
 
 ALPHA_KEYS = tuple(AlphaSettings.model_fields)
+_NO_SETTINGS = ("alpha", "shared_weights", "tokens_of_one")
 SETTINGS: dict[str, FieldInfo] = {
-    **{name: field for name, field in MixingConfig.model_fields.items() if name not in ("alpha", "shared_weights")},
+    **{name: field for name, field in MixingConfig.model_fields.items() if name not in _NO_SETTINGS},
     **AlphaSettings.model_fields,
 }
 """{name: declaration} of every setting: the flat keys of the section ``mixing``, the flags, and the arguments."""

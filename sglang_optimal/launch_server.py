@@ -254,7 +254,7 @@ def _check_and_serve(argv: list[str]) -> int:
         with cpu_processes.without_gc():
             server_args, config = parse(argv)
             import sglang.srt.entrypoints.http_server  # noqa: F401
-        launch.check_models(server_args, config)
+        config = launch.check_models(server_args, config)
         launch.resolve(server_args, config)
     except ValueError as error:
         print(f"sglang_optimal.launch_server: error: {error}", file=sys.stderr)

@@ -206,9 +206,18 @@ def filter_probs(
 
 
 class MixedOracle:
-    """Mixed decoding of two Hugging Face folders (the same one twice for self-distillation)."""
+    """Mixed decoding of two Hugging Face folders (the same one twice for self-distillation).
 
-    def __init__(self, teacher_path: str | os.PathLike[str], student_path: str | os.PathLike[str]) -> None:
+    ``of_one``: ids that one tokenizer alone has, which are not in the mixture's support.
+    """
+
+    def __init__(
+        self,
+        teacher_path: str | os.PathLike[str],
+        student_path: str | os.PathLike[str],
+        of_one: Collection[int] = (),
+    ) -> None:
+        self.of_one = list(of_one)
         self.teacher = _load(teacher_path)
         same = Path(teacher_path).resolve() == Path(student_path).resolve()
         self.student = self.teacher if same else _load(student_path)
@@ -327,6 +336,8 @@ class MixedOracle:
         for token, bias in (logit_bias or {}).items():
             for logits in pair:
                 logits[token] += bias
+        for logits in pair:
+            logits[self.of_one] = -torch.inf
         return pair
 
 

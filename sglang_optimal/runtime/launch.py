@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from packaging.version import Version
 from sglang_optimal.config import MixingConfig, check_known
 from sglang_optimal.names import ALGORITHM, SETTLED, STUDENT_ADAPTER
 from sglang_optimal.platforms import cpu_ranks
+from sglang_optimal.runtime.configs.vocabularies import Vocabularies
+
+logger = logging.getLogger(__name__)
 
 OTHER_FRONT_ENDS = ("encoder_only", "grpc_mode", "smg_grpc_mode", "use_ray")
 """ServerArgs fields that start something else than SGLang's HTTP server."""
@@ -260,7 +264,7 @@ def checked_server_args(teacher: str, config: MixingConfig, arguments: dict[str,
         raise ValueError(f"incremental_streaming_output: a stream of {where} yields all there is so far; leave it out.")
     parsed = ServerArgs(model_path=teacher, **{**server_defaults(config), **arguments})
     check_server_args(parsed, config)
-    check_models(parsed, config)
+    config = check_models(parsed, config)
     resolve(parsed, config)
     return parsed, config
 
@@ -381,8 +385,11 @@ def _check_fused_all_reduces(view) -> None:
         )
 
 
-def check_models(server_args, config: MixingConfig) -> None:
-    """Check that both models exist and that both tokenizers agree on every real id.
+def check_models(server_args, config: MixingConfig) -> MixingConfig:
+    """Check that both models exist and that both tokenizers agree on every id that both have.
+
+    Returns:
+        the configuration, with the ids that one of them alone has.
 
     Raises:
         ValueError: names the field and the first disagreement.
@@ -391,7 +398,7 @@ def check_models(server_args, config: MixingConfig) -> None:
     if host_path.startswith(("/", "./", "../")) and not Path(host_path).exists():
         raise ValueError(f"--model-path: no model at {host_path}.")
     if config.student_model_path is None:
-        return
+        return config
     path, flag = config.guest_path, f"--{config.guest}-model-path"
     if path != host_path or not Path(path).is_file():  # a served model of one file (GGUF) is SGLang's to judge
         _check_folder(flag, path, "config.json")
@@ -409,12 +416,22 @@ def check_models(server_args, config: MixingConfig) -> None:
         config.host: load(server_args.tokenizer_path or host_path, "--model-path", server_args.revision),
         config.guest: load(path, flag, config.guest_revision),
     }
-    difference = tokenizer_difference(tokenizers["teacher"].get_vocab(), tokenizers["student"].get_vocab())
-    if difference is not None:
+    try:
+        found = Vocabularies.compared(tokenizers["teacher"].get_vocab(), tokenizers["student"].get_vocab())
+    except ValueError as error:
         raise ValueError(
-            f"{flag}: the {config.guest}'s tokenizer disagrees with the {config.host}'s: {difference} "
+            f"{flag}: the {config.guest}'s tokenizer disagrees with the {config.host}'s: {error} "
             "Mixing needs the same token for every id; choose models of one family."
-        )
+        ) from None
+    if not found.of_one:
+        return config
+    logger.warning(
+        "%d ids (%.2f %%) are tokens of both models; %d that one of them lacks are never sampled by a mixture.",
+        found.common,
+        100 * found.share,
+        len(found.of_one),
+    )
+    return config.model_copy(update={"tokens_of_one": found.of_one})
 
 
 def _check_folder(flag: str, path: str, file: str) -> None:
@@ -422,16 +439,3 @@ def _check_folder(flag: str, path: str, file: str) -> None:
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).is_dir()
     if looks_local and not (Path(path).expanduser() / file).is_file():
         raise ValueError(f"{flag}: no {'adapter' if 'lora' in flag else 'model'} at {path} (no {file} there).")
-
-
-def tokenizer_difference(teacher: dict[str, int], student: dict[str, int]) -> str | None:
-    """The first id that does not mean the same token in both vocabularies {token: id}; None when they agree.
-
-    A vocabulary that is longer by added tokens alone also disagrees: the shorter model cannot read them.
-    """
-    by_id = [{index: token for token, index in vocab.items()} for vocab in (teacher, student)]
-    for index in sorted(by_id[0].keys() | by_id[1].keys()):
-        t, s = by_id[0].get(index), by_id[1].get(index)
-        if t != s:
-            return f"id {index} is {t!r} for the teacher and {s!r} for the student."
-    return None

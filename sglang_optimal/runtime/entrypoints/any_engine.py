@@ -96,7 +96,8 @@ def _settle(original: Callable[[Any], None], server_args: Any) -> None:
         if not getattr(server_args, name):
             setattr(server_args, name, value)
     launch.check_server_args(server_args, config)
-    launch.check_models(server_args, config)
+    config = launch.check_models(server_args, config)
+    setattr(server_args, SETTLED, config)
     launch.resolve(server_args, config)
 
 
@@ -116,7 +117,8 @@ def _settle_late(original: Callable[[Any], None], server_args: Any) -> None:
         )
     setattr(server_args, SETTLED, config)
     launch.check_server_args(server_args, config)
-    launch.check_models(server_args, config)
+    config = launch.check_models(server_args, config)
+    setattr(server_args, SETTLED, config)
     declare_resolution(server_args, "sglang_optimal", **launch.server_defaults(config))
     launch.check_resolved(server_args, config)
     original(server_args)

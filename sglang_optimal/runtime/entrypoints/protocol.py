@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sglang_optimal.config import ALPHA_KEYS, AlphaSettings, MixingConfig, check_known
@@ -192,7 +192,8 @@ class SideReader:
     Attributes:
         encode_text, encode_messages: its tokenizer; and its chat template, with extra variables for it.
         encode_completion: the tokenizer without what it puts around a text.
-        vocab_size: number of ids both models know; ids must lie in [0, vocab_size).
+        vocab_size: number of ids it has; ids must lie in [0, vocab_size).
+        unreadable: those of them that are tokens of the other model alone, {id: token}.
         context_length: in tokens. max_chars: characters that can fit into it at the most.
     """
 
@@ -202,6 +203,18 @@ class SideReader:
     vocab_size: int
     context_length: int
     max_chars: int
+    unreadable: Mapping[int, str] = dataclasses.field(default_factory=dict)
+
+    def check_readable(self, ids: Sequence[int], field: str) -> None:
+        """Raise ValueError for an id that is no token of this model's."""
+        if not self.unreadable:
+            return
+        for position, token in enumerate(ids):
+            if token in self.unreadable:
+                raise ValueError(
+                    f"{field}[{position}]: {token} is {self.unreadable[token]!r} of the other model, which this one "
+                    "cannot read."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,9 +283,10 @@ def contexts_of(
     reader, value = readers[side], fields[given]
     name = value.source if isinstance(value, RenderedPrompt) else given
     ids = ids_of_side(fields, given, reader)
+    readers[OTHER_MODEL[side]].check_readable(own_ids, "the prompt")
     if not ids:
         raise ValueError(f"{name}: the {side} context has no tokens.")
-    completion = completion_of(fields, reader, max_new_tokens)
+    completion = completion_of(fields, reader, readers[OTHER_MODEL[side]], max_new_tokens)
     new = 1 if completion is not None else max_new_tokens or 1
     own = OTHER_MODEL[side]
     tail = completion or []
@@ -323,11 +337,13 @@ def ids_of_side(fields: dict[str, Any], name: str, reader: SideReader) -> list[i
         return list(reader.encode_messages(*messages_of(fields, name.partition("_")[0], reader.max_chars)))
     if isinstance(value, RenderedPrompt):
         return list(value)
-    return _checked_ids(value, reader.vocab_size, reader.context_length, name)
+    return _checked_ids(value, reader, name)
 
 
-def completion_of(fields: dict[str, Any], reader: SideReader, max_new_tokens: int | None) -> list[int] | None:
-    """Token ids of the completion to score; None where one is to be generated.
+def completion_of(
+    fields: dict[str, Any], reader: SideReader, other: SideReader, max_new_tokens: int | None
+) -> list[int] | None:
+    """Token ids of the completion to score, which both models read; None where one is to be generated.
 
     Raises:
         ValueError: names the field and the fix.
@@ -344,7 +360,11 @@ def completion_of(fields: dict[str, Any], reader: SideReader, max_new_tokens: in
     if name == "completion_text":
         ids = _encoded(value, reader.encode_completion, reader.max_chars, name)
     else:
-        ids = _checked_ids(value, reader.vocab_size, reader.context_length, name)
+        ids = _checked_ids(value, reader, name)
+    for one in (reader, other):
+        one.check_readable(ids, name)
+        if max(ids, default=0) >= one.vocab_size:
+            raise ValueError(f"{name}: {max(ids)} is outside the vocabulary [0, {one.vocab_size}) of one model.")
     if not ids:
         raise ValueError(f"{name}: has no tokens.")
     if len(ids) + 2 > reader.context_length:
@@ -396,12 +416,13 @@ def _encoded(value: Any, encode: Callable[[str], Sequence[int]], max_chars: int,
     return list(encode(value))
 
 
-def _checked_ids(value: Any, vocab_size: int, context_length: int, field: str = "student_input_ids") -> list[int]:
+def _checked_ids(value: Any, reader: SideReader, field: str) -> list[int]:
     if not isinstance(value, list | tuple):
         raise ValueError(f"{field}: must be a list of token ids, got {type(value).__name__}.")
-    for position, token in enumerate(value[: context_length + 1]):  # a longer one is refused for its length
+    for position, token in enumerate(value[: reader.context_length + 1]):  # a longer one is refused for its length
         if isinstance(token, bool) or not isinstance(token, int):
             raise ValueError(f"{field}[{position}]: must be an integer, got {token!r}.")
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"{field}[{position}]: {token} is outside the vocabulary [0, {vocab_size}).")
+        if not 0 <= token < reader.vocab_size:
+            raise ValueError(f"{field}[{position}]: {token} is outside the vocabulary [0, {reader.vocab_size}).")
+    reader.check_readable(value, field)
     return list(value)

@@ -141,6 +141,8 @@ class MixedScheduler(Scheduler):
     def on_created(self, req: Req) -> None:
         """Give a new request its guest's side, once."""
         req.mixing = from_wire(req.sampling_params.custom_params, req.origin_input_ids)
+        if req.mixing is not None:
+            req.eos_token_ids = self.tp_worker.eos_token_ids
         for model in self.tp_worker.updated_models:
             if not model.whole:
                 req.set_finish_with_abort(model.words_of_the_old())

@@ -136,7 +136,7 @@ class SelfCheck:
 
         def ids(length: int | None = None) -> array:
             length = length or rng.randint(2, max(longest, 2))
-            return array("q", [rng.randrange(self._worker.vocab_size) for _ in range(length)])
+            return array("q", [rng.randrange(self._worker.support.size) for _ in range(length)])
 
         middle = {"alpha_method": "kl_symmetry", "alpha_min": 0.0, "alpha_max": 1.0, "fixed_alpha": None}
         ends = [{**middle, "alpha_method": "fixed", "fixed_alpha": alpha} for alpha in (0.0, 1.0)]
@@ -267,7 +267,8 @@ class SelfCheck:
         """Compare the logits of one side at every position of some requests; returns the largest distance."""
         expected = [self._alone(probe, side) for probe in probes]
         seen = [torch.stack([pair[side == "student"] for pair in probe.sides[: probe.tokens]]) for probe in probes]
-        width = min(seen[0].shape[-1], expected[0].shape[-1], self._worker.vocab_size)
+        expected = [self._worker.support.cut(logits) for logits in expected]
+        width = min(seen[0].shape[-1], expected[0].shape[-1])
         distances = _distances(torch.cat(seen)[:, :width], torch.cat(expected)[:, :width])
         rows = distances.split([probe.tokens for probe in probes])
         # The first position comes of a prefill, the others of decode steps.
@@ -302,7 +303,7 @@ class SelfCheck:
 
     def _check_series(self, probe: _Probe) -> None:
         """Alpha, the log-probabilities and the divergences must be those of the logits that were mixed."""
-        n, v = probe.tokens, self._worker.vocab_size
+        n, v = probe.tokens, self._worker.support.size
         teacher, student = (torch.stack([pair[i][:v] for pair in probe.sides[:n]]) for i in (0, 1))
         alpha = AlphaParams.uniform(
             n, probe.settings["alpha_method"], fixed_alpha=probe.settings["fixed_alpha"] or 0.0, device=teacher.device

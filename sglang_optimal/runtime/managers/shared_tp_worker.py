@@ -31,6 +31,7 @@ from sglang_optimal.runtime.mem_cache.guest_kv import GuestReqToTokenPool, Share
 from sglang_optimal.runtime.model_executor.weight_updater import UpdatedModel
 from sglang_optimal.runtime.sampling.sampler import MixingStep
 from sglang_optimal.runtime.sampling.scoring import take_guest_states
+from sglang_optimal.runtime.sampling.support import Support
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class SharedTpModelWorker(MixedTpModelWorker):
     def init_guest(self, **worker_kwargs) -> None:
         adapter = self.mixing_config.student_lora_path
         self.adapter = None if adapter is None else StudentAdapter(adapter)
-        self.vocab_size = self.model_config.vocab_size
+        self.support = Support(self.model_config.vocab_size)
         self._chunk_size = worker_kwargs["server_args"].chunked_prefill_size
         self._pending: tuple[ScheduleBatch, MixingStep] | None = None
         self._forward_one = self.model_runner.forward
@@ -94,7 +95,7 @@ class SharedTpModelWorker(MixedTpModelWorker):
         """SGLang's; its forward adds the guest's rows that are noted here."""
         if batch is not None and batch.sampling_info is not None:
             plan = getattr(batch, "guest_plan", None)
-            step = None if plan is None else MixingStep(plan.rows, None, self.vocab_size)
+            step = None if plan is None else MixingStep(plan.rows, None, self.support)
             batch.sampling_info.mixing = step
             self._pending = None if step is None else (batch, step)
             return self._scored(batch, step, super().forward_batch_generation, *args, **kwargs)

@@ -131,22 +131,28 @@ class MixedTokenizerManager(MixedTokenizerControlMixin, TokenizerManager):
         self.guest_model_config = model_config
         if self.tokenizer is not None:
             self.guest_tokenizer = self.tokenizer if self._one_tokenizer() else self._guest_s_own_tokenizer()
-        vocab_size = min(self.model_config.vocab_size, model_config.vocab_size)
+        sizes: dict[str, int] = {config.host: self.model_config.vocab_size, config.guest: model_config.vocab_size}
         lengths: dict[str, int] = {config.host: self.model_config.context_len, config.guest: model_config.context_len}
         self.side_readers = {
             side: SideReader(
                 encode_text=functools.partial(self._encode_text, side),
                 encode_messages=functools.partial(self._encode_messages, side),
                 encode_completion=self._encode_completion,
-                vocab_size=vocab_size,
+                vocab_size=sizes[side],
                 context_length=lengths[side],
                 max_chars=_max_chars(self._tokenizer_of(side), lengths[side]),
+                unreadable=self._unreadable(side),
             )
             for side in SIDES[:2]
         }
 
     def _tokenizer_of(self, side: str):
         return self.tokenizer if side == self.mixing_config.host else self.guest_tokenizer
+
+    def _unreadable(self, side: str) -> dict[int, str]:
+        """{id: token} of those that ``side`` lacks."""
+        tokens = self.mixing_config.tokens_of_one
+        return {index: token for index, (of, token) in tokens.items() if of != side}
 
     def _one_tokenizer(self) -> bool:
         config, model = self.mixing_config, get_model()

@@ -35,6 +35,7 @@ from sglang_optimal.runtime.sampling import sampler
 from sglang_optimal.runtime.sampling.sampler import MixingStep
 from sglang_optimal.runtime.sampling.sampling_observer import MixingObserver
 from sglang_optimal.runtime.sampling.scoring import score, score_of, take_host_states, want_hidden_states
+from sglang_optimal.runtime.sampling.support import Support
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,10 @@ class MixedTpModelWorker(TpModelWorker):
         **worker_kwargs: of SGLang's worker.
 
     Attributes:
-        vocab_size: number of ids that both models have.
+        support: the ids that a mixture lives on.
     """
 
-    vocab_size: int
+    support: Support
     rows_per_request: int
     """Rows of a request in the decode batches of the host's runner, at most."""
 
@@ -66,7 +67,7 @@ class MixedTpModelWorker(TpModelWorker):
             self.init_guest(**worker_kwargs)
 
     def init_guest(self, **worker_kwargs) -> None:
-        """Set ``guest``, ``vocab_size`` and ``rows_per_request``."""
+        """Set ``guest``, ``support`` and ``rows_per_request``."""
         raise NotImplementedError
 
     @property
@@ -78,6 +79,12 @@ class MixedTpModelWorker(TpModelWorker):
     def guest_context_len(self) -> int:
         """The guest's context length, in tokens."""
         return self.guest_runner.model_config.context_len
+
+    @functools.cached_property
+    def eos_token_ids(self) -> set[int]:
+        """What ends a text of either model."""
+        configs = (self.model_config, self.guest_runner.model_config)
+        return {index for config in configs for index in config.hf_eos_token_id or ()}
 
     @property
     def guest_kv(self) -> GuestKV:
@@ -138,13 +145,13 @@ class MixedTpModelWorker(TpModelWorker):
         take_host_states(batch, output.hidden_states)
         output.hidden_states = None  # which no request asked for
         if step is not None and step.failure is None:
-            step.scoring = score(step.rows, self.model_runner, self.guest_runner, self.vocab_size)
+            step.scoring = score(step.rows, self.model_runner, self.guest_runner, self.support)
         return result
 
     def _failed(self, step: MixingStep, error: Exception, device: torch.device | str) -> None:
         """Let the step's requests end: the guest's forward raised ``error``."""
         step.failure = guest_failure(error, step.rows)
-        step.guest_logits = no_logits(step.rows, self.vocab_size, device)
+        step.guest_logits = no_logits(step.rows, self.support.size, device)
 
 
 class SeparateTpModelWorker(MixedTpModelWorker):
@@ -166,7 +173,8 @@ class SeparateTpModelWorker(MixedTpModelWorker):
         config = self.mixing_config
         with _settings_of_the_host(), _kept_asleep(not config.is_updated(config.guest)):
             self.guest = GuestTpModelWorker(config, random_seed=self.random_seed, **worker_kwargs)
-        self.vocab_size = min(self.model_config.vocab_size, self.guest.model_config.vocab_size)
+        size = min(self.model_config.vocab_size, self.guest.model_config.vocab_size)
+        self.support = Support.of_ids(size, list(config.tokens_of_one), self.model_runner.device)
         self.rows_per_request = 1 + config.longest_draft
 
     @property
@@ -337,7 +345,7 @@ class SeparateTpModelWorker(MixedTpModelWorker):
         plan = getattr(batch, "guest_plan", None)
         if plan is None:
             return None
-        step = MixingStep(rows=plan.rows, guest_logits=None, vocab_size=self.vocab_size)
+        step = MixingStep(rows=plan.rows, guest_logits=None, support=self.support)
         forward = self.guest.forward_prefill if isinstance(plan, PrefillPlan) else self.guest.forward_decode
         try:
             step.guest_logits = forward(batch, plan)

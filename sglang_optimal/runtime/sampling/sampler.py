@@ -26,6 +26,7 @@ from sglang_optimal.mixing import (
 from sglang_optimal.runtime.core import MixedRows
 from sglang_optimal.runtime.managers.dead_ends import DeadRows, unmask_dead_rows
 from sglang_optimal.runtime.sampling.filters import filters_of
+from sglang_optimal.runtime.sampling.support import Support
 from sglang_optimal.wanted import Wanted
 
 BACKEND = "optimal"
@@ -56,7 +57,7 @@ class MixingStep:
     Attributes:
         rows: which rows of the batch, and their settings.
         guest_logits: [n, V_guest], once the guest's forward was launched and until they are mixed.
-        vocab_size: number of ids both models have; the mixture's support is [0, vocab_size).
+        support: the ids that the mixture lives on.
         mixed: once they are mixed, and until the token is sampled.
         failure: why there are no guest logits (they are NaN then, and the rows end with this message); else None.
         dead_rows: of the whole batch, where a request changes logits.
@@ -65,7 +66,7 @@ class MixingStep:
 
     rows: MixedRows
     guest_logits: torch.Tensor | None
-    vocab_size: int
+    support: Support
     mixed: MixedLogits | None = None
     failure: str | None = None
     dead_rows: DeadRows | None = None
@@ -78,8 +79,8 @@ class MixingStep:
         logits = self._guest_logits().float()
         # SGLang's transforms take the whole batch at the host's width.
         full = logits.new_zeros((len(info), width))
-        known = logits[:, : self.vocab_size]
-        self.rows.put(full[:, : self.vocab_size], known)
+        size = self.support.size
+        self.rows.put(full[:, :size], logits[:, :size])
         info.apply_logits_bias(full)
         self.guest_logits = self.rows.select(full)
 
@@ -88,20 +89,18 @@ class MixingStep:
 
         The host's own rows are kept for the logprobs of the sampled token.
         """
-        v = self.vocab_size
-        width = logits.shape[-1]
-        guest, self.guest_logits = self._guest_logits()[:, :v], None
-        teacher, student = self.rows.by_role(self.rows.select(logits)[:, :v], guest)
+        support, width = self.support, logits.shape[-1]
+        guest, self.guest_logits = support.cut(self._guest_logits()), None
+        teacher, student = self.rows.by_role(support.cut(self.rows.select(logits)), guest)
         temperature = self.rows.select(info.temperatures)
-        # Where only one model knows an id, it stays masked.
         mixed = torch.empty((len(teacher), width), dtype=torch.float32, device=logits.device)
-        mixed[:, v:] = -torch.inf
         wanted = self.rows.wanted
         ess_ratio = "ess_ratio" in wanted.series
-        mixture = mix(teacher, student, temperature, self.rows.alpha, ess_ratio=ess_ratio, out=mixed[:, :v])
+        mixture = mix(teacher, student, temperature, self.rows.alpha, ess_ratio=ess_ratio, out=mixed[:, : support.size])
         filters = filters_of(info, self.rows) if BEHAVIOUR in wanted.series else None
         self.mixed = MixedLogits(teacher, student, temperature, mixture, filters)
         make_samplable(mixed, mixture)
+        support.exclude(mixed)
         if self.rows.device_row_ids is None:
             return mixed.to(logits.dtype)
         return self.rows.put(logits, mixed.to(logits.dtype))

@@ -28,6 +28,7 @@ from sglang_optimal.runtime.managers.dead_ends import end_request
 from sglang_optimal.runtime.model_executor.host_copy import sent
 from sglang_optimal.runtime.sampling.filters import kernels_for
 from sglang_optimal.runtime.sampling.sampler import BEHAVIOUR, behaviour_logprobs, token_values
+from sglang_optimal.runtime.sampling.support import Support
 from sglang_optimal.scores import SCORED, ScoredTokens
 
 # Elements of one model's logits at a time; a few such tensors are alive together.
@@ -119,12 +120,12 @@ def _hand_out(req: Req, values: np.ndarray) -> None:
     req.customized_info[SCORED] = [ScoredTokens(wanted, list(req.origin_input_ids[-len(values) :]), values)]
 
 
-def score(rows: MixedRows, host: ModelRunner, guest: ModelRunner, vocab_size: int) -> Scoring:
+def score(rows: MixedRows, host: ModelRunner, guest: ModelRunner, support: Support) -> Scoring:
     """Score the completions of the rows whose prompts are complete.
 
     Args:
         host, guest: whose heads to use; one where both sides are one model.
-        vocab_size: number of ids that both models have.
+        support: the ids that the mixture lives on.
     """
     result = Scoring()
     for row, req in zip(rows.row_ids, rows.reqs, strict=True):
@@ -132,7 +133,7 @@ def score(rows: MixedRows, host: ModelRunner, guest: ModelRunner, vocab_size: in
         if given is None:
             continue
         try:
-            values = _score_one(req, given, host, guest, vocab_size)
+            values = _score_one(req, given, host, guest, support)
         except Exception as error:  # the request's own; others of the batch go on
             result.errors[row] = f"scoring failed: {type(error).__name__}: {error}"
             continue
@@ -144,19 +145,20 @@ def score(rows: MixedRows, host: ModelRunner, guest: ModelRunner, vocab_size: in
     return result
 
 
-def _score_one(req: Req, given: Score, host: ModelRunner, guest: ModelRunner, v: int) -> torch.Tensor:
+def _score_one(req: Req, given: Score, host: ModelRunner, guest: ModelRunner, support: Support) -> torch.Tensor:
     states = torch.cat(given.host), torch.cat(given.guest)
     if not len(states[0]) == len(states[1]) == given.length:
         raise RuntimeError(f"{len(states[0])} and {len(states[1])} hidden states of {given.length} positions")
     device = states[0].device
     ids = sent(list(req.origin_input_ids[-given.length :]), device)[1]
     params, wanted = req.sampling_params, req.mixing.wanted
+    v = support.size
     bias = _bias(params.logit_bias, v, device)
     size = max(1, _BLOCK_ELEMENTS // v)
     done = []
     for i in range(0, given.length, size):
         block = slice(i, i + size)
-        logits = (head(runner, own[block])[:, :v] for runner, own in zip((host, guest), states, strict=True))
+        logits = (support.cut(head(runner, own[block])) for runner, own in zip((host, guest), states, strict=True))
         t, s = req.mixing.by_role(*logits)
         if bias is not None:
             t, s = t.float() + bias, s.float() + bias

@@ -178,7 +178,8 @@ class MixingSpecWorker(BaseSpecWorker):
         """Up to ``length`` + 1 tokens for each request that can be drafted for, one for the others."""
         batch = as_ordinary_decode(batch, last)
         target, drafted = self.target_worker, rows.drafted
-        size, n, v, width = len(batch.reqs), len(drafted.row_ids), target.vocab_size, length + 1
+        size, n, width, support = len(batch.reqs), len(drafted.row_ids), length + 1, target.support
+        v = support.size
         bias = batch.sampling_info.logit_bias
         bias = None if bias is None else drafted.select(bias)[:, :v]
         filters = filters_of(batch.sampling_info, drafted)
@@ -191,6 +192,7 @@ class MixingSpecWorker(BaseSpecWorker):
         teacher = teacher[:, :v]
         if bias is not None:
             teacher = teacher + bias.repeat(width, 1)
+        teacher = support.cut(teacher)
         # All n rows at the first position, then at the second, …
         student, filters_everywhere = draft.logits.view(width * n, v), filters.repeat(width)
         temperature = filters_everywhere.temperature
@@ -198,6 +200,7 @@ class MixingSpecWorker(BaseSpecWorker):
         ess_ratio = "ess_ratio" in wanted.series
         mixture = mix(teacher, student, temperature, drafted.alpha.repeat(width), ess_ratio=ess_ratio)
         make_samplable(mixture.logits, mixture)
+        support.exclude(mixture.logits)
         if draft.probs is None:
             target_probs = None
             target_token_ids = mixture.logits.argmax(-1).view(width, n)
@@ -245,7 +248,8 @@ class MixingSpecWorker(BaseSpecWorker):
     ) -> Draft:
         """``length`` + 1 forwards of the guest, each on what it drew from the one before."""
         target, drafted = self.target_worker, rows.drafted
-        n, v = len(drafted.row_ids), target.vocab_size
+        n, support = len(drafted.row_ids), target.support
+        v = support.size
         draft = Draft.empty(length, n, v, batch.device, greedy=filters.greedy)
         try:
             for ahead in range(length + 1):
@@ -257,6 +261,7 @@ class MixingSpecWorker(BaseSpecWorker):
                     draft.lockstep_logits = logits.clone()
                     logits = logits.index_select(0, rows.drafted_in_mixed)
                 draft.logits[ahead] = logits[:, :v] if bias is None else logits[:, :v] + bias
+                support.cut(draft.logits[ahead])
                 if ahead < length:
                     draft.token_ids[ahead] = self._broadcast(draft.propose(ahead, filters))
         except torch.OutOfMemoryError:
@@ -296,7 +301,7 @@ class MixingSpecWorker(BaseSpecWorker):
         info.mixing = None
         if rows.drafted_in_mixed is not None:  # else only plain requests are left
             logits_of_all = draft.lockstep_logits
-            info.mixing = MixingStep(rows.mixed, logits_of_all, self.target_worker.vocab_size, failure=draft.failure)
+            info.mixing = MixingStep(rows.mixed, logits_of_all, self.target_worker.support, failure=draft.failure)
         output = LogitsProcessorOutput(next_token_logits=logits.clone())
         forward_batch = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
         return runner.sample(output, forward_batch), output
