@@ -13,12 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
 
 from sglang_optimal import OptimalSampler, launch_server
 from sglang_optimal.config import ALPHA_METHODS, LARGEST_FIXED_ALPHA, MAX_DRAFT_TOKENS, SETTINGS, MixingConfig
 from sglang_optimal.names import ALL_SERIES, PROMPTS
 from sglang_optimal.runtime import launch, plugin
 from sglang_optimal.runtime.entrypoints.protocol import MIXING_FIELDS
+from sglang_optimal.runtime.sampling.support import Support
 from sglang_optimal.wanted import LARGEST_TOP_K
 
 REPOSITORY = Path(__file__).parents[1]
@@ -209,7 +211,7 @@ def test_requests_of_the_self_check(pool, count):
     runner = SimpleNamespace(sampling_observer=None, token_to_kv_pool_allocator=sized)
     model = SimpleNamespace(context_len=1024)
     worker = SimpleNamespace(
-        model_runner=runner, guest_kv=sized, model_config=model, guest_context_len=1024, vocab_size=64,
+        model_runner=runner, guest_kv=sized, model_config=model, guest_context_len=1024, support=Support(64),
         mixing_config=MixingConfig(),
     )  # fmt: skip
     probes = SelfCheck(SimpleNamespace(tp_worker=worker))._requests()
@@ -225,8 +227,9 @@ def test_extras_and_versions():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert sorted(names(section(README, "## Install"))) == sorted(project["optional-dependencies"])
     assert set(re.findall(r"'\.\[(\w+)\]'", README)) <= set(project["optional-dependencies"])
-    (pin,) = [name for name in project["dependencies"] if name.startswith("sglang==")]
-    assert f"`{pin}`" in section(README, "## Install")
+    (sglang,) = [one for one in map(Requirement, project["dependencies"]) if one.name == "sglang"]
+    assert all(sglang.specifier.contains(release) for release in re.findall(r"SGLang (0\.\d+\.\d+)", README))
+    assert set(re.findall(r"SGLang (0\.\d+\.\d+)", section(README, "## Install"))) == {"0.5.22", "0.5.23"}
     assert f"version {project['version']}}}" in section(README, "## Citation")
 
 

@@ -367,9 +367,16 @@ def check_resolved(server_args, config: MixingConfig) -> None:
         _check_features(view, config)
     except ValueError as error:
         raise ValueError(f"{error} SGLang chose this for the model, the device or another flag.") from None
+    if view.enable_memory_saver and not can_release(view.device):
+        raise ValueError("--enable-memory-saver: the models are on the CPU, which has nothing to release; remove it.")
     if not config.shared_weights:
         _check_fused_all_reduces(view)
     check_architectures(server_args, config, resolved=True)
+
+
+def can_release(device: str) -> bool:
+    """Whether models on ``device`` can give their memory back and take it again."""
+    return device != "cpu"
 
 
 def _check_fused_all_reduces(view) -> None:

@@ -70,7 +70,6 @@ FLAGS = {
 # Beside a student that is another model, or has weights of its own; with shared weights there is one model.
 FLAGS_OF_TWO_MODELS = {
     "--startup-weight-load-mode": ["overlap"],
-    "--enable-memory-saver": [],
     "--checkpoint-engine-wait-weights-before-ready": [],
     "--load-format": ["remote_instance"],
     "--remote-instance-weight-loader-start-seed-via-transfer-engine": [],
@@ -418,3 +417,9 @@ def test_a_failed_registration_is_said_again(monkeypatch):
 )
 def test_cores_of_ranks(cores, ranks, expected):
     assert split(cores, ranks) == expected
+
+
+def test_a_memory_saver_on_a_cpu(models, capfd):
+    """SGLang's scheduler would end with a message about something else."""
+    assert launch_server.main([*models, "--enable-memory-saver"]) == 2
+    assert "error: --enable-memory-saver: the models are on the CPU" in capfd.readouterr().err

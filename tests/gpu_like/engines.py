@@ -14,8 +14,8 @@ from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 from gpu_like import faults, imitation
 from gpu_like.memory_saver import ImitatedMemorySaver
 from sglang_optimal import OptimalSampler
+from sglang_optimal.runtime import launch
 from sglang_optimal.runtime.entrypoints.engine import MixedEngine
-from sglang_optimal.runtime.managers import tokenizer_control_mixin
 
 GRAPHS: dict[str, Any] = {"cuda_graph_bs_decode": [1, 2, 4, 8, 16]}
 """Few sizes, so that many batches are padded, and the largest ones run without a graph."""
@@ -29,7 +29,7 @@ def gpu_like(fault_file: Path, fault: str = "", *, triton: bool = False) -> Iter
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MixedEngine, "scheduler_process", staticmethod(imitation.gpu_like_scheduler_process))
         patch.setenv(faults.FILE, str(fault_file))
-        patch.setattr(tokenizer_control_mixin, "on_a_cpu", lambda: False)
+        patch.setattr(launch, "can_release", lambda device: True)
         patch.setattr(TorchMemorySaverAdapter, "create", staticmethod(lambda enable: ImitatedMemorySaver()))
         if triton:
             patch.setenv(imitation.ATTENTION, "triton")

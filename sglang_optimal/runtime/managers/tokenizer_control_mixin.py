@@ -29,6 +29,7 @@ from sglang.srt.utils import normalize_serialized_named_tensor_payloads
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.names import STUDENT_ADAPTER
+from sglang_optimal.runtime import launch
 from sglang_optimal.runtime.model_executor.weight_updater import (
     CLOSED,
     HELD,
@@ -246,7 +247,7 @@ class MixedTokenizerControlMixin(TokenizerControlMixin):
 
     def _memory_tags(self, route: str, obj: Any) -> list[str]:
         """What a request names; all where it names none."""
-        if on_a_cpu():
+        if not launch.can_release(get_device().device):
             raise RouteRefused(f"{route}: the models are on the CPU, where there is nothing to release.")
         tags = list(obj.tags or GPU_MEMORY_ALL_TYPES)
         unknown = [tag for tag in tags if tag not in GPU_MEMORY_ALL_TYPES]
@@ -332,8 +333,3 @@ class MixedTokenizerControlMixin(TokenizerControlMixin):
 
 def _not_loaded(message: str) -> LoRAUpdateOutput:
     return LoRAUpdateOutput(success=False, error_message=message)
-
-
-def on_a_cpu() -> bool:
-    """Whether the models' memory is the program's own."""
-    return get_device().device == "cpu"
