@@ -101,9 +101,10 @@ def test_the_most_likely_tokens(client, form):
     batch = [case.teacher, case.teacher, case.teacher]
     outputs = generate(client, input_ids=batch, sampling_params=[params, params, {"max_new_tokens": 6}])
     assert "top_k" not in outputs[2]["meta_info"]
-    one = outputs[0]["meta_info"]["top_k"]
-    assert one == outputs[1]["meta_info"]["top_k"]
+    one, other = (output["meta_info"]["top_k"] for output in outputs[:2])
     expected = decode_top_k(one)["teacher"]
+    for name, values in decode_top_k(other)["teacher"].items():  # they need not have been in one prefill
+        np.testing.assert_allclose(values, expected[name], atol=1e-4)
     assert expected["ids"].shape == (6, 3) and expected["teacher_tail"].shape == (6,)
     if form == "base64":
         assert one["teacher"]["ids"].keys() == {"dtype", "shape", "base64"} and one["teacher"]["ids"]["dtype"] == "<i4"
