@@ -1,24 +1,25 @@
-"""``python -m gpu_like.serve FAULT_FILE TEACHER STUDENT``: a server on imitated GPU mechanisms, with its self-check."""
+"""``python -m gpu_like.serve ARGUMENTS``: our server on imitated GPU mechanisms.
+
+Its environment names a file with a fault, or an empty one (`faults.FILE`).
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 
-def main(fault_file: str, teacher: str, student: str) -> int:
-    from harness import SMALL
-    from serving import as_argv
-
+def main(arguments: list[str]) -> int:
+    from gpu_like import faults
     from gpu_like.engines import GRAPHS, gpu_like
     from sglang_optimal import launch_server
 
-    path = Path(fault_file)
+    path = Path(os.environ[faults.FILE])
+    sizes = [text for name, values in GRAPHS.items() for text in (f"--{name.replace('_', '-')}", *map(str, values))]
     with gpu_like(path, path.read_text()):
-        (sizes,) = GRAPHS.items()
-        argv = [*as_argv({**SMALL, "mixing_self_check": "on", sizes[0]: sizes[1][0]}), *map(str, sizes[1][1:])]
-        return launch_server.main(["--model-path", teacher, "--student-model-path", student, *argv])
+        return launch_server.main([*arguments, *sizes])
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -10,8 +10,9 @@ import sys
 
 import fastapi
 import pytest
-from harness import Case, check_all, check_greedy, check_pools, random_cases, random_ids, run
+from harness import SMALL, Case, check_all, check_greedy, check_pools, random_cases, random_ids, run
 from oracle import MixedOracle
+from serving import as_argv
 from tiny_models import build_tiny_tokenizer_model
 
 from gpu_like import faults
@@ -249,8 +250,10 @@ def test_a_stale_table_does_not_start(one_model, tmp_path):
 @pytest.mark.slow
 def test_a_server_that_finds_a_fault_leaves_with_status_2(same_vocabulary_pair, tmp_path):
     (tmp_path / "fault").write_text("student-view")
-    command = [sys.executable, "-m", "gpu_like.serve", str(tmp_path / "fault"), *map(str, same_vocabulary_pair)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    teacher, student = map(str, same_vocabulary_pair)
+    argv = ["--model-path", teacher, "--student-model-path", student, *as_argv({**SMALL, "mixing_self_check": "on"})]
+    command = [sys.executable, "-m", "gpu_like.serve", *argv]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), faults.FILE: str(tmp_path / "fault")}
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert process.returncode == 2, process.stderr[-2000:]
     assert "self-check: the student's logits are wrong after a prefill step" in process.stderr

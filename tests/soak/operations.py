@@ -52,14 +52,16 @@ class Operator:
     Args:
         http: client of the server.
         weights: the student's; with one version nothing is updated.
+        sleeps: whether the server can release its models' memory.
         ledger: told of everything.
     """
 
-    def __init__(self, http: httpx.AsyncClient, weights: Weights, ledger: Ledger, seed: int):
+    def __init__(self, http: httpx.AsyncClient, weights: Weights, ledger: Ledger, seed: int, sleeps: bool = False):
         self._http = http
         self._weights = weights
         self._ledger = ledger
         self._rng = random.Random(seed)
+        self._sleeps = sleeps
 
     async def one(self) -> None:
         """One random operation."""
@@ -78,6 +80,8 @@ class Operator:
                 self._failed_session,
                 self._left_session,
             ]
+        if self._sleeps:
+            choices += [self._sleep_while_retracted] * 4  # else requests are refused meanwhile
         action = self._rng.choice(choices)
         self._ledger.faults[action.__name__.lstrip("_").replace("_", " ")] += 1
         try:
@@ -131,6 +135,18 @@ class Operator:
             await update(paused=True)
         finally:
             await self._post("/continue_generation", {})
+
+    async def _sleep(self, paused: bool = False) -> None:
+        """Some kinds of memory, or all, and awake in any order."""
+        tags = self._rng.sample(["kv_cache", "weights", "cuda_graph"], self._rng.randrange(4))
+        await self._post("/release_memory_occupation", {"tags": tags})
+        await asyncio.sleep(self._rng.random() * 0.3)
+        assert (await self._http.get("/health")).status_code == 200
+        for one in self._rng.sample(tags, len(tags)) or [None]:
+            await self._post("/resume_memory_occupation", {"tags": one and [one]})
+
+    async def _sleep_while_retracted(self) -> None:
+        await self._while_retracted(self._sleep)
 
     async def _update_while_paused(self) -> None:
         await self._while_retracted(self._update)

@@ -33,6 +33,7 @@ async def soak(
     ledger: Ledger,
     missing: Callable[[], list[str]],
     seed: int = 23,
+    sleeps: bool = False,
 ) -> None:
     """Random traffic and operations against a running server; whatever is wrong goes to ``ledger.violations``.
 
@@ -46,13 +47,14 @@ async def soak(
         missing: what the traffic has not met yet: while there is something, it goes on, up to ``PATIENCE`` times as
             long. Chance and a slow machine can keep a short run from what it is for.
         seed: of every choice.
+        sleeps: whether the server can release its models' memory.
     """
     rng = random.Random(seed)
     deadline, latest = time.monotonic() + seconds, time.monotonic() + PATIENCE * seconds
     limits = httpx.Limits(max_connections=64, max_keepalive_connections=16)
     async with httpx.AsyncClient(base_url=base_url, headers=headers, timeout=120, limits=limits) as http:
         traffic = Traffic(http, expectations, weights.between, ledger, seed + 1)
-        operator = Operator(http, weights, ledger, seed + 2)
+        operator = Operator(http, weights, ledger, seed + 2, sleeps)
         while time.monotonic() < deadline and len(ledger.violations) < 20:
             until = min(time.monotonic() + min(REST_EVERY, seconds), deadline)
 

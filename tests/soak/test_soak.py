@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 from expectations import Expectations
+from gpu_like import faults
 from harness import SMALL
 from ledger import Ledger
 from operations import Weights
@@ -41,10 +43,11 @@ TIGHT = {
 MODES = {
     "two-models": (0.25, {}),
     "shared-weights": (0.2, {"max_total_tokens": 640}),
-    "drafts": (0.25, {"mixing_mode": "speculative", "draft_tokens": 3}),
+    "drafts": (0.2, {"mixing_mode": "speculative", "draft_tokens": 3}),
     "student-pool-is-the-bottleneck": (0.1, {"student_max_total_tokens": 220}),
     "no-overlap": (0.1, {"disable_overlap_schedule": True}),
     "lora-student": (0.1, {"max_total_tokens": 640}),
+    "asleep": (0.05, {"enable_memory_saver": True, "enable_weights_cpu_backup": True}),
 }
 SHORT_MODES = ("two-models", "shared-weights", "drafts")
 """What a short soak is made of, in equal parts: every mode costs a start of a server."""
@@ -86,7 +89,13 @@ def test_soak(mode, tiny_pair, tmp_path, request):
     expectations = Expectations(oracles, seed=29)
     expectations.grow(16, 40)
     log = tmp_path / "server.log"
-    with serve("sglang_optimal.launch_server", argv, log, api_key="soak", environment=STRICT) as client:
+    module, environment = "sglang_optimal.launch_server", STRICT
+    sleeps = mode == "asleep"  # which a CPU cannot
+    if sleeps:
+        (tmp_path / "fault").touch()
+        module = "gpu_like.serve"
+        environment = STRICT | {"PYTHONPATH": os.pathsep.join(sys.path), faults.FILE: str(tmp_path / "fault")}
+    with serve(module, argv, log, api_key="soak", environment=environment) as client:
         port = str(client.base_url.port)
         (server,) = [
             p for p in psutil.process_iter(["cmdline"]) if port in (p.info["cmdline"] or []) and p.ppid() == os.getpid()
@@ -98,7 +107,7 @@ def test_soak(mode, tiny_pair, tmp_path, request):
         seconds, headers, ledger = seconds_of(mode), dict(client.headers), Ledger()
         target = str(client.base_url), headers, processes, expectations, Weights(folders), seconds, ledger
         try:
-            asyncio.run(soak(*target, missing=lambda: not_met(ledger, seconds)))
+            asyncio.run(soak(*target, missing=lambda: not_met(ledger, seconds), sleeps=sleeps))
         finally:
             report = ledger.report(mode)
             print(f"\n{json.dumps(report, indent=1)}")

@@ -299,7 +299,8 @@ class MixedTokenizerManager(MixedTokenizerControlMixin, TokenizerManager):
 
     def _create_tokenized_object(self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, *args, **kwargs):
         """SGLang's, after the request has been checked and its student context tokenized."""
-        self.check_awake("the models sleep")  # under SGLang's lock for updates, as releasing is
+        if not self.is_pause:  # else it waits in the scheduler. Under SGLang's lock for updates, as releasing is
+            self.check_awake("the models sleep")
         vocab_size = self.model_config.vocab_size
         with client_errors():
             if input_embeds is None and mm_inputs is None:  # a processor's placeholders may lie outside
