@@ -118,6 +118,13 @@ def test_each_side_reads_its_own(sampler, longer):
         generate(sampler, [9], {"student_input_ids": [9, 80]})
 
 
+def test_a_stop_that_is_never_sampled(sampler, longer):
+    with pytest.raises(ValueError, match=f"stop_token_ids: 65 is '</think>' of the {longer} alone"):
+        generate(sampler, [9], {"student_input_ids": [10]}, stop_token_ids=[9, 65])
+    params = {"max_new_tokens": 4, "ignore_eos": True, "stop_token_ids": [65]}  # a plain one may
+    assert sampler.engine.generate(input_ids=[9], sampling_params=params)["output_ids"]
+
+
 def test_scoring_is_on_the_common_ids(sampler, oracle):
     teacher, student, completion = [9, 10, 11], [12], [13, 14, 15, 16]
     custom = {"student_input_ids": student, "completion_input_ids": completion, "return_mixing_info": True}
