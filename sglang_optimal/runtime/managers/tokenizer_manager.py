@@ -343,7 +343,8 @@ class MixedTokenizerManager(MixedTokenizerControlMixin, TokenizerManager):
                 raise ValueError(f"{name}: not supported in a mixed request; remove it or the {other} context.")
         if params.get("beam_width") not in (None, 1):
             raise ValueError("beam_width: beam search is not supported in a mixed request; remove one of the two.")
-        for token in params.get("stop_token_ids") or ():
+        stops = params.get("stop_token_ids")
+        for token in stops if isinstance(stops, list) else ():  # else SGLang refuses it
             if token in self.mixing_config.tokens_of_one:
                 side, text = self.mixing_config.tokens_of_one[token]
                 raise ValueError(f"stop_token_ids: {token} is {text!r} of the {side} alone, which no mixture samples.")
