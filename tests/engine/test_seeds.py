@@ -85,6 +85,7 @@ def sample(sampler, teacher, student, seeds, positions, alpha=None):
     from sglang_optimal.mixing import AlphaParams
     from sglang_optimal.runtime.core import MixedRows
     from sglang_optimal.runtime.sampling.sampler import MixingStep
+    from sglang_optimal.runtime.sampling.support import Support
     from sglang_optimal.wanted import Wanted
 
     n, vocab_size = teacher.shape
@@ -106,7 +107,7 @@ def sample(sampler, teacher, student, seeds, positions, alpha=None):
         settings = AlphaParams.from_lists(["fixed"] * n, [0.0] * n, [1.0] * n, [alpha] * n, "cpu")
         lengths = torch.zeros(n, dtype=torch.int64)
         rows = MixedRows([], list(range(n)), torch.arange(n), None, lengths, lengths, settings, Wanted())
-        info.mixing = MixingStep(rows, student.clone(), vocab_size)
+        info.mixing = MixingStep(rows, student.clone(), Support(vocab_size))
     return sampler(LogitsProcessorOutput(next_token_logits=teacher.clone()), info, False, [], [], positions)
 
 

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from harness import check_all, check_pools, oracle_settings, random_cases, random_ids, run, start
+from harness import Case, check_all, check_pools, oracle_settings, random_cases, random_ids, run, start
 from oracle import MixedOracle
 from tiny_models import build_tiny_tokenizer_model
 from transformers import AutoTokenizer
@@ -165,3 +165,18 @@ def test_pairs_that_cannot_mix():
         Vocabularies.compared(vocabulary(9, a=9, b=10), vocabulary(9, b=9, a=10))
     with pytest.raises(ValueError, match="only 50 of 100 ids are in both, and at least 90%"):
         Vocabularies.compared(vocabulary(50), vocabulary(100))
+
+
+def test_an_id_that_one_head_alone_has(tmp_path):
+    """The teacher's own prompt may have it; nobody else reads it."""
+    teacher = build(tmp_path / "teacher", 1, ADDED)
+    student = build_tiny_tokenizer_model(tmp_path / "student", seed=2, hidden_size=32, num_layers=1)  # 64 rows
+    case = Case([9, IDS[1], 10], [11, 12], 12)
+    with start((teacher, student)) as sampler:
+        (output,) = run(sampler, [case])
+        for custom in ({"student_input_ids": [9, IDS[1]]}, {"student_input_ids": [9, 70]}):
+            with pytest.raises(ValueError, match=r"student_input_ids\[1\]: .* is outside the vocabulary \[0, 64\)"):
+                generate(sampler, [9], custom)
+        own = {"teacher_input_ids": [9, IDS[0]]}
+        assert len(generate(sampler, [9], own)["output_ids"]) == 8
+    check_all(MixedOracle(teacher, student), [case], [output])

@@ -121,7 +121,8 @@ def _blocking_ahead(seq_lens, k: int):
 
 def _list_index(self, width: int, info) -> None:
     full = self.guest_logits.float().new_zeros((len(info), width))
-    full[self.rows.row_ids, : self.vocab_size] = self.guest_logits.float()[:, : self.vocab_size]
+    size = self.support.size
+    full[self.rows.row_ids, :size] = self.guest_logits.float()[:, :size]
     info.apply_logits_bias(full)
     self.guest_logits = self.rows.select(full)
 

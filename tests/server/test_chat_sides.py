@@ -22,6 +22,7 @@ from sglang_optimal.runtime.entrypoints.openai import chat_side
 from sglang_optimal.runtime.entrypoints.openai import serving_chat as openai_api
 from sglang_optimal.runtime.entrypoints.openai.chat_side import ChatSide
 from sglang_optimal.runtime.entrypoints.openai.serving_chat import MixedOpenAIServingChat
+from sglang_optimal.runtime.entrypoints.protocol import SideReader
 from sglang_optimal.runtime.managers.tokenizer_manager import ChatSides, MixedTokenizerManager
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -70,7 +71,7 @@ class Manager(SimpleNamespace):
         return None
 
 
-LARGE = SimpleNamespace(max_chars=10**6, vocab_size=10**6, context_length=10**6)
+LARGE = SideReader(str.encode, list, str.encode, vocab_size=10**6, context_length=10**6, max_chars=10**6)
 
 
 def build(tokenizer, source: str, *, chat_template=None, two_models: bool) -> MixedOpenAIServingChat:

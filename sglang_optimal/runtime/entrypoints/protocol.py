@@ -192,8 +192,8 @@ class SideReader:
     Attributes:
         encode_text, encode_messages: its tokenizer; and its chat template, with extra variables for it.
         encode_completion: the tokenizer without what it puts around a text.
-        vocab_size: number of ids it has; ids must lie in [0, vocab_size).
-        unreadable: those of them that are tokens of the other model alone, {id: token}.
+        vocab_size: number of ids both models have; ids must lie in [0, vocab_size), or be in ``beyond``.
+        beyond: tokens of this model alone, of which the other has no ids. unreadable: {id: token} of the other's alone.
         context_length: in tokens. max_chars: characters that can fit into it at the most.
     """
 
@@ -204,6 +204,7 @@ class SideReader:
     context_length: int
     max_chars: int
     unreadable: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    beyond: frozenset[int] = frozenset()
 
     def check_readable(self, ids: Sequence[int], field: str) -> None:
         """Raise ValueError for an id that is no token of this model's."""
@@ -363,8 +364,6 @@ def completion_of(
         ids = _checked_ids(value, reader, name)
     for one in (reader, other):
         one.check_readable(ids, name)
-        if max(ids, default=0) >= one.vocab_size:
-            raise ValueError(f"{name}: {max(ids)} is outside the vocabulary [0, {one.vocab_size}) of one model.")
     if not ids:
         raise ValueError(f"{name}: has no tokens.")
     if len(ids) + 2 > reader.context_length:
@@ -422,7 +421,7 @@ def _checked_ids(value: Any, reader: SideReader, field: str) -> list[int]:
     for position, token in enumerate(value[: reader.context_length + 1]):  # a longer one is refused for its length
         if isinstance(token, bool) or not isinstance(token, int):
             raise ValueError(f"{field}[{position}]: must be an integer, got {token!r}.")
-        if not 0 <= token < reader.vocab_size:
+        if not 0 <= token < reader.vocab_size and token not in reader.beyond:
             raise ValueError(f"{field}[{position}]: {token} is outside the vocabulary [0, {reader.vocab_size}).")
     reader.check_readable(value, field)
     return list(value)

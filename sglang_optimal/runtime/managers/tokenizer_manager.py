@@ -132,27 +132,25 @@ class MixedTokenizerManager(MixedTokenizerControlMixin, TokenizerManager):
         if self.tokenizer is not None:
             self.guest_tokenizer = self.tokenizer if self._one_tokenizer() else self._guest_s_own_tokenizer()
         sizes: dict[str, int] = {config.host: self.model_config.vocab_size, config.guest: model_config.vocab_size}
+        size = min(sizes.values())
+        of_one = config.tokens_of_one.items()
         lengths: dict[str, int] = {config.host: self.model_config.context_len, config.guest: model_config.context_len}
         self.side_readers = {
             side: SideReader(
                 encode_text=functools.partial(self._encode_text, side),
                 encode_messages=functools.partial(self._encode_messages, side),
                 encode_completion=self._encode_completion,
-                vocab_size=sizes[side],
+                vocab_size=size,
                 context_length=lengths[side],
                 max_chars=_max_chars(self._tokenizer_of(side), lengths[side]),
-                unreadable=self._unreadable(side),
+                unreadable={index: token for index, (of, token) in of_one if of != side},
+                beyond=frozenset(index for index, (of, _) in of_one if of == side and size <= index < sizes[side]),
             )
             for side in SIDES[:2]
         }
 
     def _tokenizer_of(self, side: str):
         return self.tokenizer if side == self.mixing_config.host else self.guest_tokenizer
-
-    def _unreadable(self, side: str) -> dict[int, str]:
-        """{id: token} of those that ``side`` lacks."""
-        tokens = self.mixing_config.tokens_of_one
-        return {index: token for index, (of, token) in tokens.items() if of != side}
 
     def _one_tokenizer(self) -> bool:
         config, model = self.mixing_config, get_model()
