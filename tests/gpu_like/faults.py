@@ -166,7 +166,7 @@ def _stale_table(self, *args, **kwargs) -> None:
     table = runner.req_to_token_pool.req_to_token
     table.set_(table.new_zeros((2 * len(table), table.shape[1])).untyped_storage(), 0, table.shape, table.stride())
     self._rows = GuestReqToTokenPool(runner.req_to_token_pool)
-    self._pools_are_there(SharedGuestKV(self._rows, runner.token_to_kv_pool_allocator, self._lora_id))
+    self._pools_are_there(SharedGuestKV(self._rows, runner.token_to_kv_pool_allocator, self.adapter))
 
 
 def _view_of_first() -> None:
