@@ -7,6 +7,7 @@ tensors that were made within a region are overwritten while it is paused.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,12 @@ def install() -> None:
         lambda enable: ImitatedMemorySaver() if enable else create(enable=False)
     )
     module = torch.get_device_module
-    torch.get_device_module = lambda device=None: module("cpu" if device is None else device)  # torch names a GPU's
+
+    @functools.wraps(module)  # torch's compiler looks beneath it
+    def of_the_cpu(device=None):
+        return module("cpu" if device is None else device)  # torch itself names a GPU's where there is none
+
+    torch.get_device_module = of_the_cpu
 
 
 class ImitatedMemorySaver(TorchMemorySaverAdapter):
