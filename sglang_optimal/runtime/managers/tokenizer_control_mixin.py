@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -39,6 +39,8 @@ from sglang_optimal.runtime.model_executor.weight_updater import (
     parts_of,
     tensors_request,
 )
+
+Result = TypeVar("Result")
 
 PLAIN = "--student-weights none serves without mixing"
 
@@ -207,11 +209,9 @@ class MixedTokenizerControlMixin(TokenizerControlMixin):
             raise RouteRefused(f"{route}: a session of weight updates is open; call end_weight_update() first.")
         self.auto_create_handle_loop()
         async with self._without_requests():
-            deadline = time.monotonic() + LEAVING_SECONDS
-            while refusal := await self._release(tags):
-                if time.monotonic() > deadline:
-                    raise RouteRefused(f"{route}: {refusal}. Let them finish, abort or retract them.")
-                await asyncio.sleep(0.05)
+            refusal = await self._once_left(lambda: self._release(tags), held=bool)
+            if refusal:
+                raise RouteRefused(f"{route}: {refusal}. Let them finish, abort or retract them.")
             self.released.update(tags)
 
     async def _release(self, tags: list[str]) -> str | None:
@@ -222,6 +222,14 @@ class MixedTokenizerControlMixin(TokenizerControlMixin):
             again = [tag for tag in tags if tag not in self.released]
             await self.resume_memory_occupation_communicator(ResumeMemoryOccupationReqInput(tags=again))
         return refusal
+
+    @staticmethod
+    async def _once_left(attempt: Callable[[], Awaitable[Result]], held: Callable[[Result], bool]) -> Result:
+        """What ``attempt`` gives, made again for a moment where it is ``held`` by requests whose clients have left."""
+        deadline = time.monotonic() + LEAVING_SECONDS
+        while held(result := await attempt()) and time.monotonic() <= deadline:
+            await asyncio.sleep(0.05)
+        return result
 
     @contextlib.asynccontextmanager
     async def _without_requests(self) -> AsyncIterator[None]:
@@ -312,12 +320,10 @@ class MixedTokenizerControlMixin(TokenizerControlMixin):
         adapter = LoRARef(lora_name=STUDENT_ADAPTER, lora_path=getattr(obj, "lora_path", "__tensor__"))
         obj.lora_id = adapter.lora_id
         async with self._without_requests(), self.lora_update_lock:
-            deadline = time.monotonic() + LEAVING_SECONDS
-            while True:
-                (result, *_) = await self.update_lora_adapter_communicator(obj)
-                if result.success or HELD not in result.error_message or time.monotonic() > deadline:
-                    break
-                await asyncio.sleep(0.05)
+            (result, *_) = await self._once_left(
+                lambda: self.update_lora_adapter_communicator(obj),
+                held=lambda results: not results[0].success and HELD in results[0].error_message,
+            )
             if result.success:  # for plain requests that ask for it
                 await self.lora_registry.unregister(STUDENT_ADAPTER)
                 await self.lora_registry.register(adapter)

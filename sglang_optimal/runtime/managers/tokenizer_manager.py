@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -51,7 +49,6 @@ from sglang_optimal.runtime.managers.request_checks import (
 from sglang_optimal.runtime.managers.tokenizer_control_mixin import MixedTokenizerControlMixin
 from sglang_optimal.runtime.model_executor.weight_updater import (
     HELD,
-    LEAVING_SECONDS,
     SAFETENSORS,
     is_for_student,
     mark_for_student,
@@ -238,12 +235,10 @@ class MixedTokenizerManager(MixedTokenizerControlMixin, TokenizerManager):
         obj.load_format = SAFETENSORS
         version = obj.weight_version
         mark_for_student(obj)
-        deadline = time.monotonic() + LEAVING_SECONDS
-        while True:
-            success, message, paused = await super().update_weights_from_disk(obj, request)
-            if success or HELD not in message or time.monotonic() > deadline:
-                break
-            await asyncio.sleep(0.05)
+        load = super().update_weights_from_disk
+        success, message, paused = await self._once_left(
+            lambda: load(obj, request), held=lambda result: not result[0] and HELD in result[1]
+        )
         if success and version is not None:
             if self.mixing_config.updated == "student":
                 self._update_weight_version_if_provided(version)
