@@ -27,13 +27,30 @@ from sglang_optimal.mixing.fused_cpu import exp, in_threads
 _njit = partial(numba.njit, error_model="numpy", nogil=True, fastmath={"reassoc", "contract", "nsz"})
 _in_order = partial(numba.njit, error_model="numpy", nogil=True)
 
-_PRODUCTS_PER_THREAD = 1 << 18
-"""Of attention: below this a second thread costs more than it saves."""
+_PRODUCTS_PER_THREAD = 1 << 22
+"""Of attention: below this a second thread costs more than it saves; PyTorch's own still spin on its core."""
+_AHEAD = 8
+"""Tokens of KV that are asked for before they are needed."""
 
 
 @intrinsic
 def _pointer(typingctx, address):
     return types.voidptr(types.int64), lambda c, b, sig, args: b.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+
+@intrinsic
+def _prefetch(typingctx, address):
+    """Ask for the line of memory at an address, for reading, into all caches."""
+
+    def code(context, b, sig, args):
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        ask = b.module.declare_intrinsic(
+            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        )
+        b.call(ask, [b.inttoptr(args[0], pointer), number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
 
 
 @intrinsic
@@ -166,38 +183,83 @@ def _add_scaled(total, value, factor):
 
 
 @_njit()
-def _attend(q, keys, values, slots, kv_head, scale, wide, scores, total, out):
-    """The query heads that share a head of the cache: softmax(scale · q·k) v over the tokens in ``slots``.
+def _add_four_scaled(total, a, b, c, d, factors):
+    """Four at once: the total is read and written once for them."""
+    fa, fb, fc, fd = factors[0], factors[1], factors[2], factors[3]
+    for i in range(total.size):
+        total[i] += fa * _get(a, i) + fb * _get(b, i) + fc * _get(c, i) + fd * _get(d, i)
+
+
+@_njit()
+def _softmax(row):
+    """In place."""
+    top = row[0]
+    for t in range(row.size):
+        top = max(top, row[t])
+    weight = float32(0.0)
+    for t in range(row.size):
+        row[t] = exp(row[t] - top)
+    for t in range(row.size):
+        weight += row[t]
+    for t in range(row.size):
+        row[t] /= weight
+
+
+@_njit()
+def _prefetch_token(cache, slot, head, heads):
+    """Ask for a token's heads of the cache, a line of 64 bytes at a time."""
+    size = cache.shape[2] * cache.itemsize
+    begin = cache.ctypes.data + (slot * cache.shape[1] + head) * size
+    for at in range(0, heads * size, 64):
+        _prefetch(begin + at)
+
+
+@_njit()
+def _attend(q, keys, values, slots, head, scale, wide, scores, total, out):
+    """Query heads of some heads of the cache: softmax(scale · q·k) v over the tokens in ``slots``.
+
+    A token's heads lie side by side: taking them together reads memory once, in its order.
 
     Args:
-        q: [share, D]. keys: [slots, heads, D]. values: [slots, heads, D'].
-        wide: [share, D], scores: [share, at least tokens], total: [share, D'] float32 scratch. out: [share, D'].
+        q: [heads, share, D]. keys: [slots, all heads, D]. values: [slots, all heads, D'].
+        head: of the cache, the first of ``q``.
+        wide: [heads, share, D], scores: [heads, share, at least tokens], total: [heads, share, D'] float32 scratch.
+        out: [heads, share, D'].
     """
-    share = q.shape[0]
-    for head in range(share):
-        for i in range(q.shape[1]):
-            wide[head, i] = _get(q[head], i) * scale
+    heads, share = q.shape[0], q.shape[1]
+    for h in range(heads):
+        for s in range(share):
+            for i in range(q.shape[2]):
+                wide[h, s, i] = _get(q[h, s], i) * scale
     for t in range(slots.size):
-        key = keys[slots[t], kv_head]
-        for head in range(share):
-            scores[head, t] = _dot(wide[head], key)
-    for head in range(share):
-        row = scores[head][: slots.size]
-        top = row.max()
-        weight = float32(0.0)
-        for t in range(slots.size):
-            row[t] = exp(row[t] - top)
-            weight += row[t]
-        for t in range(slots.size):
-            row[t] /= weight
+        if t + _AHEAD < slots.size:
+            _prefetch_token(keys, slots[t + _AHEAD], head, heads)
+        for h in range(heads):
+            key = keys[slots[t], head + h]
+            for s in range(share):
+                scores[h, s, t] = _dot(wide[h, s], key)
+    for h in range(heads):
+        for s in range(share):
+            _softmax(scores[h, s][: slots.size])
     total[:] = float32(0.0)
-    for t in range(slots.size):
-        value = values[slots[t], kv_head]
-        for head in range(share):
-            _add_scaled(total[head], value, scores[head, t])
-    for head in range(share):
-        for i in range(total.shape[1]):
-            _put(out[head], i, total[head, i])
+    fours = slots.size // 4 * 4
+    for t in range(0, fours, 4):
+        for ahead in range(t + _AHEAD, min(t + _AHEAD + 4, slots.size)):
+            _prefetch_token(values, slots[ahead], head, heads)
+        for h in range(heads):
+            a, b = values[slots[t], head + h], values[slots[t + 1], head + h]
+            c, d = values[slots[t + 2], head + h], values[slots[t + 3], head + h]
+            for s in range(share):
+                _add_four_scaled(total[h, s], a, b, c, d, scores[h, s, t : t + 4])
+    for t in range(fours, slots.size):
+        for h in range(heads):
+            value = values[slots[t], head + h]
+            for s in range(share):
+                _add_scaled(total[h, s], value, scores[h, s, t])
+    for h in range(heads):
+        for s in range(share):
+            for i in range(total.shape[2]):
+                _put(out[h, s], i, total[h, s, i])
 
 
 # -- entries -----------------------------------------------------------------------------------------------------------
@@ -251,16 +313,19 @@ def _entries(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
         v = carray(_pointer(values), (slots, kv_heads, value_width), kind)
         o = carray(_pointer(out), (rows, kv_heads, share, value_width), kind)
         request, length = carray(_pointer(requests), (rows,), np.int64), carray(_pointer(lens), (rows,), np.int64)
-        size = share * (width + longest + value_width)
+        together = kv_heads if rows >= 2 * step else 1  # few rows are shared out by heads
+        parts, group = kv_heads // together, together * share
+        size = group * (width + longest + value_width)
         mine = carray(_pointer(scratch + first * size * 4), (size,), np.float32)
-        wide = mine[: share * width].reshape((share, width))
-        total = mine[share * width : share * (width + value_width)].reshape((share, value_width))
-        scores = mine[share * (width + value_width) :].reshape((share, longest))
-        for task in range(first, rows * kv_heads, step):
-            row, head = task // kv_heads, task % kv_heads
+        wide = mine[: group * width].reshape((together, share, width))
+        total = mine[group * width : group * (width + value_width)].reshape((together, share, value_width))
+        scores = mine[group * (width + value_width) :].reshape((together, share, longest))
+        for task in range(first, rows * parts, step):
+            row, head = task // parts, task % parts * together
             n = max(length[row], 1)  # a row without tokens sees one, so that its softmax is one of something
             tokens = carray(_pointer(table + request[row] * 4), (n,), np.int32)
-            _attend(queries[row, head], k, v, tokens, head, scale, wide, scores, total, o[row, head])
+            last = head + together
+            _attend(queries[row, head:last], k, v, tokens, head, scale, wide, scores, total, o[row, head:last])
 
     return {"rms_norm": rms_norm, "sum_rms_norm": sum_rms_norm, "rotate": rotate, "decode": decode}
 
@@ -333,7 +398,7 @@ def decode_attention(
     share = heads // kv_heads
     tasks = rows * kv_heads
     workers = min(torch.get_num_threads(), tasks, 1 + tasks * share * longest * width // _PRODUCTS_PER_THREAD)
-    scratch = torch.empty(workers * share * (width + longest + value_width), dtype=torch.float32)
+    scratch = torch.empty(workers * heads * (width + longest + value_width), dtype=torch.float32)
     offsets = requests * table.stride(0)
     addresses = [t.data_ptr() for t in (q, keys, values)], [t.data_ptr() for t in (table, offsets, lens, out, scratch)]
     entry = _entries(q.dtype)["decode"]
