@@ -152,7 +152,7 @@ _REFUSED = (
     _Refusal("debug_tensor_dump_output_folder", "dumping two models into one folder", _OWN_WEIGHTS),
     _Refusal("msprobe_dump_config", "dumping two models into one folder", _OWN_WEIGHTS),
 )
-_ONLY_ONE = ("pp_size", "attn_dp_size", "attn_cp_size", "dcp_size", "dwdp_size", "tokenizer_worker_num", "page_size")
+_ONLY_ONE = ("pp_size", "attn_dp_size", "attn_cp_size", "dcp_size", "dwdp_size", "tokenizer_worker_num")
 _SPECULATIVE = ("uno_lora_path", "enable_multi_layer_eagle", "spec_trace_dir")
 """SGLang's settings of drafting that do not begin with ``speculative_``."""
 # (switch of SGLang's environment, what it turns on)

@@ -1,9 +1,10 @@
 """Greedy output of the real engine is token-identical to a plain transformers loop, whatever the scheduler does.
 
-Every scenario runs on three engines: roomy with overlap scheduling; overlap with tiny chunks and a pool so small that
-requests are retracted; and the same without overlap, and without radix caches. Each of them with two models, with two
-of which the student drafts, and with one whose weights both sides share; some where the student is a LoRA adapter on
-the shared weights. The last two imitate a GPU (tests/gpu_like), with two models of one vocabulary size.
+Every scenario runs on five engines: roomy with overlap scheduling; overlap with tiny chunks and a pool so small that
+requests are retracted; the same without overlap, and without radix caches; and small pools of pages of 16 and of 64
+tokens. Each of them with two models, with two of which the student drafts, and with one whose weights both sides share;
+some where the student is a LoRA adapter on the shared weights. Small pools but those of large pages imitate a GPU
+(tests/gpu_like), with two models of one vocabulary size.
 """
 
 from __future__ import annotations
@@ -27,19 +28,30 @@ ENGINES = {
     "roomy": {},
     "small": SMALL,
     "small-no-overlap": {**SMALL, "disable_overlap_schedule": True, "disable_radix_cache": True},
+    "pages": {**SMALL, "page_size": 16, "max_total_tokens": 480},
+    "large-pages": {
+        **SMALL,
+        "page_size": 64,
+        "chunked_prefill_size": 64,
+        "max_total_tokens": 512,
+        "disable_overlap_schedule": True,
+    },
 }
 
 
 # One pool holds both contexts there, and a forward of 6 requests has up to 12 rows.
-MORE = {"max_total_tokens": 520, "max_running_requests": 6}
-SHARED = {"roomy": {}, **{name: {**ENGINES[name], **MORE} for name in ENGINES if name != "roomy"}}
+SHARED = {
+    name: arguments
+    and {**arguments, "max_total_tokens": arguments["max_total_tokens"] * 13 // 10, "max_running_requests": 6}
+    for name, arguments in ENGINES.items()
+}
 
 
 LORA = {"roomy": {}, "small": SHARED["small"]}
 DRAFTS = {name: {**arguments, "mixing_mode": "speculative", "draft_tokens": 3} for name, arguments in ENGINES.items()}
 MODES = {"": ENGINES, "shared-": SHARED, "lora-": LORA, "drafts-": DRAFTS}
 ONE_MODEL = ("shared-", "lora-")
-GPU_LIKE = ("small", "small-no-overlap")
+GPU_LIKE = ("small", "small-no-overlap", "pages")
 
 
 SLOW = (
@@ -50,6 +62,9 @@ SLOW = (
     "drafts-roomy",
     "drafts-small-no-overlap",
     "lora-roomy",
+    "large-pages",
+    "shared-large-pages",
+    "drafts-large-pages",
 )
 NAMES = [f"{mode}{name}" for mode, engines in MODES.items() for name in engines]
 
@@ -70,7 +85,7 @@ def sampler(request, tiny_pair, tmp_path_factory):
         pair = pair if mode in ONE_MODEL else request.getfixturevalue("same_vocabulary_pair")
     with begin(pair, **arguments) as engine:
         assert mixing_state(engine)["shared_weights"] is (mode in ONE_MODEL)
-        engine.name, engine.mode = name, mode
+        engine.name, engine.mode, engine.page_size = name, mode, arguments.get("page_size", 1)
         yield engine
         if name in GPU_LIKE:
             state = gpu_state(engine)
@@ -137,7 +152,8 @@ def test_prefix_hits(sampler, oracle):
     if sampler.name == "small-no-overlap":
         assert hits == 0
     else:
-        assert hits >= 3 * len(shared_s) + len(grown_s) - 5
+        page = sampler.page_size
+        assert hits >= sum((len(ids) - 1) // page * page for ids in (shared_s, shared_s, shared_s, grown_s))
     again = run(sampler, cases)
     check_all(oracle, cases, again)
 
@@ -274,14 +290,16 @@ def test_one_request_shares_a_prefix_with_itself(sampler, oracle):
     before = mixing_state(sampler)["student_pool"]["cached_prompt_tokens_total"]
     check_all(oracle, cases, run(sampler, cases))
     computed_once = mixing_state(sampler)["student_pool"]["cached_prompt_tokens_total"] - before
-    if sampler.mode == "shared-" and sampler.name != "small":  # its chunks leave remainders too short to be worth it
+    if sampler.mode == "shared-" and sampler.name in ("roomy", "small-no-overlap"):
+        # else chunks and pages leave remainders too short to be worth it
         assert computed_once >= 2 * 45 + 40 + 39 + 37
     check_all(oracle, cases, run(sampler, cases))
 
 
 def test_retraction(sampler, oracle):
     """Many long generations: the small pools overflow, and retracted requests come back with both contexts."""
-    cases = random_cases(6, 9, 3, longest=25, tokens=(60, 70))
+    tokens = (60, 70) if sampler.page_size < 64 else (150, 160)  # of several pages
+    cases = random_cases(6, 9, 3, longest=25, tokens=tokens)
     for case in cases:
         case.bias = {2: -100.0}
     # Not ignore_eos: SGLang reserves the full length of such requests, and never has to retract.

@@ -40,7 +40,7 @@ class Planner:
         if rows is None:
             return None
         seq_lens, cpu = rows.guest_lens(batch)
-        slots = self.kv.decode_slots(rows.select(batch.req_pool_indices), seq_lens)
+        slots = self.kv.decode_slots(rows.select(batch.req_pool_indices), seq_lens, cpu)
         return DecodePlan(rows=rows, seq_lens=seq_lens, seq_lens_cpu=cpu, out_cache_loc=slots)
 
     def _decode_rows(self, batch: ScheduleBatch) -> MixedRows | None:
@@ -67,7 +67,7 @@ class Planner:
             state.forwarded = True
         return PrefillPlan(
             rows=rows,
-            micro_batches=micro_batches(rows.reqs, self.chunk_size),
+            micro_batches=micro_batches(rows.reqs, self.chunk_size, self.kv.page_size),
             after_host=any(state.aliases_host for state in states),
         )
 
@@ -76,19 +76,23 @@ def _prompt_is_complete(req: Req) -> bool:
     return req.extend_end == len(req.full_untruncated_fill_ids)
 
 
-def micro_batches(reqs: list[Req], chunk_size: int | None) -> list[list[PrefillChunk]]:
-    """The guest's prompts in forwards of at most ``chunk_size`` tokens; None: one forward."""
-    limit = chunk_size or 1 << 60
+def micro_batches(reqs: list[Req], chunk_size: int | None, page_size: int = 1) -> list[list[PrefillChunk]]:
+    """The guest's prompts in forwards of at most ``chunk_size`` tokens; None: one forward.
+
+    Only whole pages go before a cut, as in SGLang's own chunks, or one page where a chunk is smaller.
+    """
+    limit = max(chunk_size, page_size) if chunk_size else 1 << 60
     batches: list[list[PrefillChunk]] = [[]]
     room = limit
     for req in reqs:
         state = req.mixing.guest.kv
         start, length = state.start, len(state.ids)
         while start < length:
-            if room == 0:
+            end = length if length - start <= room else (start + room) // page_size * page_size
+            if end <= start:
                 batches.append([])
                 room = limit
-            end = min(length, start + room)
+                continue
             slots = state.slots[start - state.start : end - state.start]
             batches[-1].append(PrefillChunk(req, req.kv.req_pool_idx, state.ids, start, end, slots, end == length))
             room -= end - start

@@ -31,19 +31,20 @@ class MixedPrefillAdder(PrefillAdder):
         kv = self.guest_kv
         state = kv.match(req)
         max_new = min(max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS)
-        if not self._one_pool and state.extend_len + max_new > kv.available() - self._guest_future:
+        later = max_new + kv.page_size  # as SGLang: the last page may not be full
+        if not self._one_pool and state.extend_len + later > kv.available() - self._guest_future:
             kv.unmatch(state)
             return AddReqResult.NO_TOKEN
-        self._reserve(state.extend_len, max_new)
+        self._reserve(state.extend_len, later)
         result = super().add_one_req(req, has_chunked_req, truncation_align_size)
         if self.can_run_list and self.can_run_list[-1] is req:
             kv.allocate(req, state)
             self._reserve(-state.extend_len, 0)  # taken from the pool now
-            self._guest_future += max_new
+            self._guest_future += later
             # The step computes the guest's prompt as well: let it use up the same compute budget.
             self.rem_input_tokens -= state.extend_len
         else:
-            self._reserve(-state.extend_len, -max_new)
+            self._reserve(-state.extend_len, -later)
             kv.unmatch(state)
         return result
 

@@ -19,7 +19,7 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import PrefillAdder
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
-from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode, page_aligned_decode_alloc_lens
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_device, get_serving
 
@@ -157,7 +157,8 @@ class MixedScheduler(Scheduler):
         # Slots that a speculative step takes ahead, beyond the one for the next token.
         ahead = get_alloc_reserve_per_decode() - 1 if self.mixing_config.longest_draft else 0
         if ahead:
-            room = self.token_to_kv_pool_allocator.size - 1 - ahead - len(req.origin_input_ids)
+            pool = self.token_to_kv_pool_allocator
+            room = pool.size - pool.page_size - ahead - len(req.origin_input_ids)
             if room < 1:
                 req.set_finish_with_abort(
                     f"context too long: {len(req.origin_input_ids)} tokens and the {ahead + 1} that a speculative step "
@@ -248,9 +249,19 @@ def _check_decode_mem(original: Callable[..., bool], batch: ScheduleBatch, selec
     mixed = [i for i in rows if guest_of(batch.reqs[i]) is not None]
     if not mixed:
         return True
-    # With pages of one token the guest takes what the host does.
-    guest, host = (batch.new_tokens_required_next_decode(part) for part in (mixed, list(rows)))
-    return batch.tree_cache.guest_kv.can_decode(guest, host)
+    kv = batch.tree_cache.guest_kv
+    guest = sum(kv.new_tokens_required(req, _growth(batch, req)) for req in (batch.reqs[i] for i in mixed))
+    return kv.can_decode(guest, batch.new_tokens_required_next_decode(list(rows)))
+
+
+def _growth(batch: ScheduleBatch, req: Req) -> int:
+    """Tokens by which the host's row of a request grows in the next decode step, and the guest's with it."""
+    if batch.spec_algorithm.is_none():
+        return 1
+    _, (grown,), _ = page_aligned_decode_alloc_lens(
+        [req], reserve=get_alloc_reserve_per_decode(), page_size=batch.token_to_kv_pool_allocator.page_size
+    )
+    return grown - req.kv.kv_allocated_len
 
 
 def _compute_max_prefix_len(original: Callable[[Req, int], int], req: Req, input_len: int) -> int:

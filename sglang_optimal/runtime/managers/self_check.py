@@ -371,13 +371,13 @@ class SelfCheck:
         table, allocator, offset = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool_allocator, 0
         if side == self._guest:
             req, offset = kv.as_guest(req), kv.req_pool_offset
-        slots = allocator.alloc(sum(map(len, contexts)))
+        slots = allocator.alloc(sum(kv.ceil_paged_tokens(len(ids)) for ids in contexts))
         chunks, start = [], 0
         for row, ids in enumerate(contexts, 1):
             own = slots[start : start + len(ids)]
             table[row + offset, : len(ids)] = own.to(table.dtype)
             chunks.append(PrefillChunk(req, row, ids, 0, len(ids), own, True))
-            start += len(ids)
+            start += kv.ceil_paged_tokens(len(ids))
         graphs, runner.prefill_cuda_graph_runner = runner.prefill_cuda_graph_runner, None
         try:
             part = prefill_part(self._idle_batch(), chunks, offset)

@@ -3,6 +3,9 @@
 The scheduler knows a mixed request once. The guest's ``req_to_token_pool`` has the host's size, so a request uses the
 same row in both. At any time the guest holds ``len(G) − len(H)`` more tokens than the host (G, H: the two prompts), a
 constant of the request, so its lengths are derived and never counted token by token.
+
+Slots come in pages, as SGLang's do: the tokens of a row from one multiple of ``page_size`` to the next have one page's
+slots, in order. A radix cache has whole pages alone; the last of a row, where it is not full, is the request's.
 """
 
 from __future__ import annotations
@@ -13,7 +16,11 @@ from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.mem_cache.allocation import alloc_token_slots
+from sglang.srt.mem_cache.allocation import (
+    alloc_paged_token_slots_decode,
+    alloc_paged_token_slots_extend,
+    alloc_token_slots,
+)
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import evict_from_tree_cache
@@ -44,6 +51,7 @@ class GuestKV(abc.ABC):
 
     Attributes:
         one_pool: whether they are the host's, so that each side takes from what the other has.
+        page_size: slots of a page, as the host's.
         req_pool_offset: what to add to a request's row number to find its guest's row in the model runner's table.
         holders: requests that hold slots, by id(); without any, all slots are free or in the tree.
         prompt_tokens, cached_tokens: of guest contexts so far, and how many of them the radix cache had.
@@ -56,6 +64,7 @@ class GuestKV(abc.ABC):
         self.req_to_token_pool = req_to_token_pool
         self.allocator = allocator
         self.size = allocator.size
+        self.page_size = allocator.page_size
         self.active_reqs: dict[int, Req] = {}
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -103,6 +112,23 @@ class GuestKV(abc.ABC):
         # Not forwarded yet (waiting for the host's chunks): the row holds the prompt's slots and nothing else.
         return req.kv.kv_allocated_len + length_offset(req) if state.forwarded else len(state.ids)
 
+    def floor_paged_tokens(self, tokens: int) -> int:
+        """The whole pages among so many tokens."""
+        return tokens // self.page_size * self.page_size
+
+    def ceil_paged_tokens(self, tokens: int) -> int:
+        """What so many tokens of one row take."""
+        return -(-tokens // self.page_size) * self.page_size
+
+    def private_tokens(self, req: Req) -> int:
+        """Slots that belong to the request, and to no radix cache."""
+        return self.ceil_paged_tokens(self.row_len(req)) - req.mixing.guest.kv.protected_len
+
+    def new_tokens_required(self, req: Req, more: int) -> int:
+        """Slots that must be free for ``more`` tokens of the request."""
+        length = self.row_len(req)
+        return self.ceil_paged_tokens(length + more) - self.ceil_paged_tokens(length)
+
     @abc.abstractmethod
     def can_decode(self, guest: int, host: int) -> bool:
         """Whether a step's ``guest`` tokens fit, evicting if needed. ``host``: what it takes there, which has been
@@ -126,7 +152,7 @@ class GuestKV(abc.ABC):
         return GuestKVState(ids=ids, prefix_len=prefix_len, start=start, node=node, lock=self.tree.lock(node))
 
     def _num_aliased(self, req: Req, ids: array, prefix_len: int) -> int:
-        """How many tokens after the cached prefix the host computes for the guest."""
+        """How many tokens after the cached prefix the host computes for the guest: whole pages."""
         return 0
 
     def unmatch(self, state: GuestKVState) -> None:
@@ -135,7 +161,7 @@ class GuestKV(abc.ABC):
 
     def allocate(self, req: Req, state: GuestKVState) -> None:
         """Take the slots for the whole guest prompt. The caller has checked that they fit."""
-        state.slots = alloc_token_slots(self.tree, state.extend_len)
+        state.slots = alloc_token_slots(self.tree, self.ceil_paged_tokens(state.extend_len))[: state.extend_len]
         state.protected_len = state.start
         state.aliases_host = state.start > state.prefix_len
         req.mixing.guest.kv = state
@@ -159,41 +185,66 @@ class GuestKV(abc.ABC):
     def alias_host_prefix(self, req: Req) -> None:
         """Point the row at the host's slots, once the host's row is complete."""
 
-    def decode_slots(self, rows: torch.Tensor, guest_lens: torch.Tensor) -> torch.Tensor:
+    def decode_slots(
+        self, rows: torch.Tensor, guest_lens: torch.Tensor, guest_lens_cpu: torch.Tensor | None
+    ) -> torch.Tensor:
         """One slot a request for the token at position ``guest_lens − 1``; writes the rows.
 
         Args:
-            rows: [n] int64 rows. guest_lens: [n] int64 lengths including the new token.
+            rows: [n] int64 rows. guest_lens: [n] int64 lengths including the new token; guest_lens_cpu: the same on the
+                CPU, which pages above one token need.
 
         Returns:
             [n] int64 slots.
         """
-        slots = alloc_token_slots(self.tree, rows.numel())
+        if self.page_size == 1:
+            slots = alloc_token_slots(self.tree, rows.numel())
+        else:
+            last = self.req_to_token_pool.req_to_token[rows, guest_lens - 2]
+            slots = alloc_paged_token_slots_decode(self.tree, guest_lens, guest_lens_cpu, last)
         self.req_to_token_pool.write((rows, guest_lens - 1), slots.to(torch.int32))
         return slots
 
     def reserve(self, reqs: list[Req]) -> None:
         """Take as many slots ahead as the scheduler has just taken for the host, and write the rows."""
-        rows: list[int] = []
-        positions: list[int] = []
-        for req in reqs:
-            state = req.mixing.guest.kv
-            start, end = len(state.ids) + state.reserved, self.row_len(req)
-            rows += [req.kv.req_pool_idx] * (end - start)
-            positions += range(start, end)
-            state.reserved += end - start
-        if not rows:
+        ends = [self.row_len(req) for req in reqs]
+        starts = [len(req.mixing.guest.kv.ids) + req.mixing.guest.kv.reserved for req in reqs]
+        growing = [(req, start, end) for req, start, end in zip(reqs, starts, ends, strict=True) if end > start]
+        if not growing:
             return
-        slots = alloc_token_slots(self.tree, len(rows)).to(torch.int32)
-        where = sent(rows + positions, slots.device)[1].view(2, -1)
+        for req, start, end in growing:
+            req.mixing.guest.kv.reserved += end - start
+        rows = [req.kv.req_pool_idx for req, start, end in growing for _ in range(start, end)]
+        positions = [i for _, start, end in growing for i in range(start, end)]
+        device = self.req_to_token_pool.req_to_token.device
+        slots = self._slots_ahead(growing, len(rows), device).to(torch.int32)
+        where = sent(rows + positions, device)[1].view(2, -1)
         self.req_to_token_pool.write((where[0], where[1]), slots)
+
+    def _slots_ahead(self, growing: list[tuple[Req, int, int]], total: int, device: torch.device) -> torch.Tensor:
+        """[total] slots for positions [start, end) of rows, one row after another."""
+        if self.page_size == 1:
+            return alloc_token_slots(self.tree, total)
+        reqs, starts, ends = zip(*growing, strict=True)
+        numbers = [*(req.kv.req_pool_idx for req in reqs), *starts, *ends]
+        cpu, there = (part.view(3, -1) for part in sent(numbers, device))
+        last = self.req_to_token_pool.req_to_token[there[0], there[1] - 1]
+        return alloc_paged_token_slots_extend(
+            tree_cache=self.tree,
+            prefix_lens=there[1],
+            prefix_lens_cpu=cpu[1],
+            seq_lens=there[2],
+            seq_lens_cpu=cpu[2],
+            last_loc=last,
+            extend_num_tokens=total,
+        )
 
     def checkpoint(self, req: Req) -> None:
         """After the prefill: put the prompt into the radix cache, so that others can share it at once."""
         state = req.mixing.guest.kv
         if state is None or not state.forwarded or state.failed or self.tree.disable:
             return
-        if state.protected_len >= len(state.ids):
+        if state.protected_len >= self.floor_paged_tokens(len(state.ids)):
             return
         if self._move_alias_to_tree(req, state):
             self._insert(req, state, len(state.ids))
@@ -228,7 +279,7 @@ class GuestKV(abc.ABC):
             self.tree.unlock(state.lock)
             return
         if keep and state.forwarded and not state.failed and not self.tree.disable:
-            computed = min(req.owned_kv_len() + length_offset(req), total)
+            computed = self.floor_paged_tokens(min(req.owned_kv_len() + length_offset(req), total))
             if computed > state.protected_len and self._move_alias_to_tree(req, state):
                 state.ids = (req.mixing.guest.prompt_ids + req.output_ids)[:computed]
                 self._insert(req, state, computed)
@@ -251,8 +302,9 @@ class GuestKV(abc.ABC):
         return req.extra_key
 
     def _insert(self, req: Req, state: GuestKVState, length: int) -> None:
-        """Insert the first ``length`` tokens; duplicates of what the tree has are freed and the row points to the
-        tree's slots; the lock moves to the deeper node."""
+        """Insert the whole pages of the first ``length`` tokens; duplicates of what the tree has are freed and the row
+        points to the tree's slots; the lock moves to the deeper node."""
+        length = self.floor_paged_tokens(length)
         row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         key = self._key(req, state.ids[:length])
         values = row[:length].to(torch.int64, copy=True)
@@ -306,7 +358,8 @@ class SeparateGuestKV(GuestKV):
         return self.allocator.available_size() >= guest
 
     def max_req_len(self, req: Req) -> int:
-        return self.size - 1
+        prompt = len(req.mixing.guest.prompt_ids)
+        return prompt + self.size - self.page_size - self.ceil_paged_tokens(prompt)
 
     def reset(self) -> None:
         self.tree.reset()
@@ -362,7 +415,8 @@ class SharedGuestKV(GuestKV):
         common = longest
         if ids[:longest] != host[:longest]:
             common = next((i for i in range(longest) if ids[i] != host[i]), longest)
-        return common - prefix_len if common - prefix_len >= MIN_ALIASED_PREFIX else 0
+        aliased = self.floor_paged_tokens(common) - prefix_len
+        return aliased if aliased >= MIN_ALIASED_PREFIX else 0
 
     def alias_host_prefix(self, req: Req) -> None:
         state = req.mixing.guest.kv
@@ -384,8 +438,9 @@ class SharedGuestKV(GuestKV):
 
     def max_req_len(self, req: Req) -> int:
         # H + G + 2 n tokens in one pool: the n that fits, as a length of the guest's context.
-        both = len(req.origin_input_ids) + len(req.mixing.guest.prompt_ids)
-        return len(req.mixing.guest.prompt_ids) + max((self.size - 2 - both) // 2, 0)
+        host, guest = len(req.origin_input_ids), len(req.mixing.guest.prompt_ids)
+        both = self.ceil_paged_tokens(host) + self.ceil_paged_tokens(guest)
+        return guest + max((self.size - 2 * self.page_size - both) // 2, 0)
 
     def reset(self) -> None:
         """The host's own reset clears the pool and the tree."""

@@ -58,8 +58,8 @@ def leak_report(kv: GuestKV) -> str | None:
 
 
 def private_tokens(kv: GuestKV) -> int:
-    """Tokens whose slots belong to one request, and to no radix cache."""
-    return sum(kv.row_len(req) - req.mixing.guest.kv.protected_len for req in kv.active_reqs.values())
+    """Tokens whose slots belong to one request, and to no radix cache; of the last page all."""
+    return sum(kv.private_tokens(req) for req in kv.active_reqs.values())
 
 
 def busy_report(kv: GuestKV, *, every_slot: bool) -> str | None:
@@ -76,14 +76,19 @@ def busy_report(kv: GuestKV, *, every_slot: bool) -> str | None:
         return f"student KV pool: {kv.size - known} slots are missing while busy: {stats}, private {private}"
     if not every_slot:
         return None
-    owned = [kv.allocator.get_all_free_pages().cpu()]
+    pages = [kv.allocator.get_all_free_pages().cpu()]
     if stats["evictable"] + stats["protected"]:
-        owned.append(kv.tree.all_values_flatten().cpu())
-    owned += [_private_slots(kv, req).cpu() for req in kv.active_reqs.values()]
-    slots, counts = torch.cat([part.to(torch.int64) for part in owned]).unique(return_counts=True)
-    if len(slots) == kv.size and bool((counts == 1).all()):
+        pages.append(_pages(kv, kv.tree.all_values_flatten()))
+    pages += [_pages(kv, _private_slots(kv, req)) for req in kv.active_reqs.values()]
+    each, counts = torch.cat(pages).unique(return_counts=True)
+    if len(each) == kv.size // kv.page_size and bool((counts == 1).all()):
         return None
-    return f"student KV pool: slots with more than one owner: {slots[counts > 1].tolist()[:20]}; {stats}"
+    return f"student KV pool: pages with more than one owner: {each[counts > 1].tolist()[:20]}; {stats}"
+
+
+def _pages(kv: GuestKV, slots: torch.Tensor) -> torch.Tensor:
+    """The pages of slots that begin with a page's first, each once."""
+    return slots[:: kv.page_size].cpu().to(torch.int64) // kv.page_size
 
 
 def _private_slots(kv: GuestKV, req: Req) -> torch.Tensor:
