@@ -489,7 +489,7 @@ def refused(argv, capfd) -> str:
         ),
         (["--student-max-total-tokens", "-4"], "student_max_total_tokens: must be a positive integer, got -4"),
         (["--config", "/no/such.yaml"], "--config: no such file: /no/such.yaml"),
-        (["--page-size", "16"], "--page-size: only 1 is supported beside a student, got 16"),
+        (["--dwdp-size", "16"], "--dwdp-size: only 1 is supported beside a student, got 16"),
         (["--pp-size", "2"], "--pp-size: only 1 is supported beside a student, got 2"),
         (["--pipeline-parallel-size", "2"], "--pp-size: only 1"),
         (["--attn-dp-size", "2"], "--attn-dp-size: only 1"),
@@ -523,8 +523,8 @@ def test_refused_server_key_in_the_file(write, capfd):
     assert "server: unknown key 'max_runing_requests'. Did you mean 'max_running_requests'?" in refused(
         [*STUDENT, "--config", str(path)], capfd
     )
-    path = write("mixing: {alpha_min: 0.5}\nserver: {page_size: 16}")
-    assert "--page-size: only 1" in refused([*STUDENT, "--config", str(path)], capfd)
+    path = write("mixing: {alpha_min: 0.5}\nserver: {dwdp_size: 2}")
+    assert "--dwdp-size: only 1" in refused([*STUDENT, "--config", str(path)], capfd)
     error = refused([*STUDENT, "--config", str(path), "--alpha-max", "0.2"], capfd)
     assert "alpha_min: 0.5 is greater than alpha_max 0.2" in error
     assert "--alpha-max" in error and str(path) in error
@@ -600,17 +600,17 @@ def test_tokenizers_that_disagree(tiny_pair, other_tokenizer, capfd):
 
 
 def test_what_sglang_resolves_is_checked_too(tiny_pair):
-    """A page size that the user did not ask for; on some GPUs an attention backend brings one."""
+    """A setting that the user did not ask for."""
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     argv = ["--model-path", str(tiny_pair[0]), "--student-model-path", str(tiny_pair[1])]
     server_args, config = launch_server.parse(argv)
     launch.resolve(server_args, config)
-    assert resolving_view(server_args).page_size == 1
+    assert resolving_view(server_args).tokenizer_worker_num == 1
 
     server_args, config = launch_server.parse(argv)
-    declare_resolution(server_args, "test", page_size=16)
-    with pytest.raises(ValueError, match="--page-size: only 1 is supported.*got 16.*SGLang chose this"):
+    declare_resolution(server_args, "test", tokenizer_worker_num=2)
+    with pytest.raises(ValueError, match="--tokenizer-worker-num: only 1 is supported.*got 2.*SGLang chose this"):
         launch.resolve(server_args, config)
 
     server_args, config = launch_server.parse(["--model-path", str(tiny_pair[0] / "nothing")])

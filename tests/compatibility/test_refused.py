@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from sglang_optimal.runtime import launch, plugin
 DOC = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
 FLAGS = {
-    "--page-size": ["16"],
     "--pp-size": ["2"],
     "--attn-dp-size": ["2"],
     "--attn-cp-size": ["2"],
@@ -173,6 +173,17 @@ def test_environment(models, monkeypatch, name):
     launch_server.parse([*models[:2], "--student-weights", "none"])
 
 
+def first_cell(line: str) -> str:
+    return line.split("|")[1] if line.startswith("| ") else ""
+
+
+# Their tests are elsewhere, or they are what others are refused beside.
+ALSO_NAMED = {
+    "--sampling-backend", "--radix-cache-backend", "--flashinfer-allreduce-fusion-backend", "--tp-size",
+    "--student-lora-path",
+}  # fmt: skip
+
+
 def test_what_is_refused_is_tested_and_documented():
     """And is still a setting of SGLang: a field that was renamed would be refused no more."""
     from sglang.srt.environ import Envs
@@ -190,6 +201,9 @@ def test_what_is_refused_is_tested_and_documented():
         assert f"`{family}…`" in text
         documented |= {name for name in tested if name.startswith(family)}
     assert documented == {*tested, *ENVIRONMENT}
+    section = text.split("## Refused beside a student")[1].split("\n## ")[0]
+    said = {name for line in section.splitlines() for name in re.findall(r"`(--[\w-]+|SGLANG\w+)`", first_cell(line))}
+    assert said - {*tested, *ENVIRONMENT} == ALSO_NAMED
 
 
 @pytest.mark.parametrize("mode", ["speculative", "auto"])

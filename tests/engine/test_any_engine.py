@@ -186,7 +186,7 @@ def test_sglang_s_other_servers(tiny_pair, tiny_oracle, tmp_path, module, more):
     [
         ("engine", {"alpha_min": 2}, {}, "SGLANG_OPTIMAL_CONFIG: alpha_min, alpha_max: must lie in [0, 1]"),
         pytest.param(
-            "engine", {}, {"page_size": 16}, "--page-size: only 1 is supported beside a student", marks=pytest.mark.slow
+            "engine", {}, {"dwdp_size": 2}, "--dwdp-size: only 1 is supported beside a student", marks=pytest.mark.slow
         ),
         pytest.param(
             "subprocesses", {}, {"enable_mixed_chunk": True}, "--enable-mixed-chunk: ", marks=pytest.mark.slow

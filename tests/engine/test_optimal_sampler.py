@@ -254,7 +254,7 @@ def test_wrong_settings(sampler):
         ({"alpha_method": "newton"}, "alpha_method: 'newton'"),
         ({"student_max_total_tokens": -5}, "student_max_total_tokens"),
         ({"mem_fraction_statik": 0.5}, "unknown key 'mem_fraction_statik'. Did you mean 'mem_fraction_static'"),
-        ({"page_size": 16}, "--page-size"),
+        ({"dwdp_size": 2}, "--dwdp-size"),
         ({"enable_mixed_chunk": True}, "--enable-mixed-chunk"),
         ({"sampling_backend": "pytorch"}, "--sampling-backend"),
     ],

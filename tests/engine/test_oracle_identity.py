@@ -41,8 +41,7 @@ ENGINES = {
 
 # One pool holds both contexts there, and a forward of 6 requests has up to 12 rows.
 SHARED = {
-    name: arguments
-    and {**arguments, "max_total_tokens": arguments["max_total_tokens"] * 13 // 10, "max_running_requests": 6}
+    name: arguments and {**arguments, "max_total_tokens": 1024 if "large" in name else 520, "max_running_requests": 6}
     for name, arguments in ENGINES.items()
 }
 
@@ -298,7 +297,7 @@ def test_one_request_shares_a_prefix_with_itself(sampler, oracle):
 
 def test_retraction(sampler, oracle):
     """Many long generations: the small pools overflow, and retracted requests come back with both contexts."""
-    tokens = (60, 70) if sampler.page_size < 64 else (150, 160)  # of several pages
+    tokens = (60, 70) if sampler.page_size < 64 else (200, 210)  # of several pages
     cases = random_cases(6, 9, 3, longest=25, tokens=tokens)
     for case in cases:
         case.bias = {2: -100.0}

@@ -40,10 +40,14 @@ TIGHT = {
     "chunked_prefill_size": 24,
     "schedule_conservativeness": 0.05,
 }
+PAGES = {"page_size": 16, "chunked_prefill_size": 32}
 MODES = {
-    "two-models": (0.25, {}),
-    "shared-weights": (0.2, {"max_total_tokens": 640}),
-    "drafts": (0.2, {"mixing_mode": "speculative", "draft_tokens": 3}),
+    "two-models": (0.2, {}),
+    "shared-weights": (0.15, {"max_total_tokens": 640}),
+    "drafts": (0.15, {"mixing_mode": "speculative", "draft_tokens": 3}),
+    "pages": (0.05, {**PAGES, "max_total_tokens": 480}),
+    "shared-pages": (0.05, {**PAGES, "max_total_tokens": 720}),
+    "drafts-pages": (0.05, {**PAGES, "max_total_tokens": 480, "mixing_mode": "speculative", "draft_tokens": 3}),
     "student-pool-is-the-bottleneck": (0.1, {"student_max_total_tokens": 220}),
     "no-overlap": (0.1, {"disable_overlap_schedule": True}),
     "lora-student": (0.1, {"max_total_tokens": 640}),
@@ -76,7 +80,7 @@ def test_soak(mode, tiny_pair, tmp_path, request):
     teacher, student = tiny_pair
     argv = ["--model-path", str(teacher), *as_argv({**TIGHT, **MODES[mode][1]})]
     folders, oracles = {"first": student}, {}
-    if mode == "shared-weights":
+    if mode in ("shared-weights", "shared-pages"):
         oracles["first"] = request.getfixturevalue("self_oracle")
     elif mode == "lora-student":
         adapter, oracles["first"] = request.getfixturevalue("lora_adapter")

@@ -207,13 +207,15 @@ class GuestKV(abc.ABC):
 
     def reserve(self, reqs: list[Req]) -> None:
         """Take as many slots ahead as the scheduler has just taken for the host, and write the rows."""
-        ends = [self.row_len(req) for req in reqs]
-        starts = [len(req.mixing.guest.kv.ids) + req.mixing.guest.kv.reserved for req in reqs]
-        growing = [(req, start, end) for req, start, end in zip(reqs, starts, ends, strict=True) if end > start]
+        growing: list[tuple[Req, int, int]] = []
+        for req in reqs:
+            state = req.mixing.guest.kv
+            start, end = len(state.ids) + state.reserved, self.row_len(req)
+            if end > start:
+                growing.append((req, start, end))
+                state.reserved += end - start
         if not growing:
             return
-        for req, start, end in growing:
-            req.mixing.guest.kv.reserved += end - start
         rows = [req.kv.req_pool_idx for req, start, end in growing for _ in range(start, end)]
         positions = [i for _, start, end in growing for i in range(start, end)]
         device = self.req_to_token_pool.req_to_token.device
