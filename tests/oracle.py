@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 AlphaMethod = Literal[
     "kl_symmetry", "ess_balance", "reverse_kl_symmetry", "entropy", "fixed", "kl_budget", "kl_budget_teacher"
@@ -342,7 +342,9 @@ class MixedOracle:
 
 
 def _load(path: str | os.PathLike[str]) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    sees = getattr(AutoConfig.from_pretrained(path), "vision_config", None) is not None
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return kind.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @torch.no_grad()

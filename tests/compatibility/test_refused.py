@@ -230,7 +230,6 @@ MODELS = {
         "num_hidden_layers": 2,
         "layer_types": ["linear_attention", "full_attention"],
     },
-    "multimodal": {"architectures": ["Qwen2VLForConditionalGeneration"]},
     "embedding or reward": {"architectures": ["LlamaForSequenceClassification"]},
     "sliding-window": {
         "architectures": ["GptOssForCausalLM"],

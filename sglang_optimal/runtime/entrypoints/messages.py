@@ -52,6 +52,27 @@ def _check_content(content: Any, where: str) -> None:
             raise ValueError(f"{where}[{position}]: only text parts are supported in a mixed request.")
 
 
+_OF_TEXT = ("text", "thinking", "reasoning", "tool_reference")
+
+
+def check_only_text(messages: list[dict[str, Any]], name: str) -> None:
+    """A chat template may leave out what it has no words for, such as an image, and a mixture would not be of it.
+
+    Args:
+        messages: as SGLang's route takes them. name: the field.
+
+    Raises:
+        ValueError: names the first part that is no text.
+    """
+    for position, message in enumerate(messages):
+        content = message.get("content")
+        for place, part in enumerate(content if isinstance(content, list) else ()):
+            kind = part.get("type")
+            if kind not in _OF_TEXT:
+                where = f"{name}[{position}].content[{place}]"
+                raise ValueError(f"{where}: only text is supported in a mixed request, and no {kind}; remove it.")
+
+
 def characters(messages: list[dict[str, Any]]) -> int:
     """How long the messages are, separators among them: no fewer than one a message."""
     return sum(len(text) + 1 for message in messages for text in _texts(message.get("content")))

@@ -212,7 +212,8 @@ def _guest_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:
     part.extend_input_logprob_token_ids = None
     part.return_hidden_states_mode = CaptureHiddenMode.NULL
     part.decoding_reqs = None
-    part.multimodal_inputs = [None] * len(reqs)
+    # What plain requests have seen decides where later tokens of theirs are (M-RoPE); mixed ones have seen nothing.
+    part.multimodal_inputs = [req.multimodal_inputs for req in reqs]
     return part
 
 
@@ -257,7 +258,7 @@ def joined(batch: ScheduleBatch, part: ScheduleBatch) -> ScheduleBatch:
     else:
         both.req_pool_indices_cpu = None
     both.seq_lens_sum = None if part.seq_lens_sum is None else batch.seq_lens_sum + part.seq_lens_sum
-    both.multimodal_inputs = [None] * len(both.reqs)
+    both.multimodal_inputs = [req.multimodal_inputs for req in both.reqs]
     if batch.forward_mode.is_extend():
         both.return_hidden_states_mode = max(batch.return_hidden_states_mode, part.return_hidden_states_mode)
         for name in ("prefix_lens", "extend_lens", "extend_logprob_start_lens"):

@@ -155,7 +155,7 @@ class SharedTpModelWorker(MixedTpModelWorker):
         """The guest's rows for the same forward; None where they need forwards of their own."""
         if isinstance(plan, DecodePlan):
             return decode_part(batch, plan, self._rows.offset)
-        if batch.return_logprob or len(plan.micro_batches) != 1:
+        if batch.return_logprob or len(plan.micro_batches) != 1 or _reads_embeddings(batch):
             return None
         part = prefill_part(batch, plan.micro_batches[0], self._rows.offset)
         limit = self._chunk_size
@@ -168,3 +168,9 @@ class SharedTpModelWorker(MixedTpModelWorker):
 
     def _output(self, part: ScheduleBatch) -> LogitsProcessorOutput:
         return kept(self._forward_one(self._forward_batch(part)))
+
+
+def _reads_embeddings(batch: ScheduleBatch) -> bool:
+    """Whether a plain request of a prefill batch brings more than token ids: embeddings, images."""
+    given = batch.input_embeds is not None or batch.replace_embeds is not None
+    return given or any(images is not None for images in batch.multimodal_inputs or ())

@@ -98,8 +98,10 @@ class ChatSide:
             adapted, _ = OpenAIServingChat._convert_to_internal_request(self.serving, request)
         except _REFUSALS as error:
             raise ValueError(f"{name}: the model's chat template refused them: {error}") from error
-        if adapted.input_ids is None or adapted.contains_mm_input():
+        if adapted.contains_mm_input():
             raise ValueError(f"{name}: only text is supported in a mixed request.")
+        if adapted.input_ids is None:  # SGLang gives a model that sees images its text, and tokenizes that
+            return list(self.serving.tokenizer_manager.tokenizer.encode(adapted.text))
         return list(adapted.input_ids)
 
     def _check_template(self, name: str) -> None:

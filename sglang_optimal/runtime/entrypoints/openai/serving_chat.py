@@ -21,6 +21,7 @@ from sglang.srt.runtime_context import get_serving
 
 from sglang_optimal.names import OTHER_MODEL
 from sglang_optimal.runtime.entrypoints.messages import (
+    check_only_text,
     checked_messages,
     checked_template_kwargs,
     joined,
@@ -94,6 +95,7 @@ class MixedOpenAIServingChat(OpenAIServingChat):
         if request.input_ids is not None:
             self._check_input_ids(fields, own, whole)
         messages = [message.model_dump(exclude_none=True) for message in request.messages]
+        check_only_text(messages, "messages")
         sides = {}
         for side in (own, other):
             if side == other and whole and not whole[0].endswith("_messages"):
