@@ -49,10 +49,12 @@ class TorchCpuSRTPlatform(CpuDeviceMixin, SRTPlatform):
         packed_linear.watch_updates()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        """Pack the weights of linear layers."""
-        from sglang_optimal.platforms import packed_linear
+        """Pack the weights of linear layers, and let recurrent layers do without Triton."""
+        from sglang_optimal.platforms import cpu_recurrent, packed_linear
 
         packed_linear.pack(model)
+        if cpu_recurrent.is_recurrent(model):
+            cpu_recurrent.install()
 
     def get_device(self, device_id: int = 0) -> str:
         """The name alone, without an index."""

@@ -101,6 +101,7 @@ class GuestKVState:
             begins with the same tokens, and the row points to its slots (shared weights only).
         node, lock: the matched tree node and the lock on it.
         slots: [len(ids) − start] KV slots for the rest.
+        recurrent: [1] int64 slot of the recurrent layers' state; None without such layers.
         protected_len: [0, protected_len) of the row is not the guest's own: the tree's, or the host's.
         reserved: slots of the row beyond its prompt that were taken ahead of the tokens (speculative steps only).
         aliases_host: whether part of it is still the host's.
@@ -114,6 +115,7 @@ class GuestKVState:
     node: object
     lock: object
     slots: torch.Tensor | None = None
+    recurrent: torch.Tensor | None = None
     protected_len: int = 0
     reserved: int = 0
     aliases_host: bool = False

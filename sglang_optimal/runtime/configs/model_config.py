@@ -14,7 +14,6 @@ from sglang_optimal.config import MixingConfig
 _REFUSED: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
     (lambda model: not model.is_generation, "an embedding or reward model"),
     (lambda model: model.is_encoder_decoder, "an encoder-decoder model"),
-    (uses_ssm_state, "a model with recurrent layers (Mamba, linear attention)"),
 )
 _REFUSED_POOLS = (
     (

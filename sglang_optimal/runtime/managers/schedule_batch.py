@@ -170,6 +170,9 @@ def prefill_part(batch: ScheduleBatch, chunks: list[PrefillChunk], req_pool_offs
     part.extend_lens = lens
     part.extend_num_tokens = sum(lens)
     part.extend_logprob_start_lens = lens
+    fresh = [chunk.req.mixing.guest.kv.recurrent for chunk in chunks if chunk.start == 0]
+    if fresh and fresh[0] is not None:
+        part.mamba_clear_indices = torch.cat(fresh)  # by the forward, behind those of the slots' last requests
     want_hidden_states(part, part.reqs)
     return part
 
@@ -197,6 +200,13 @@ def prefill_micro_batches(
     return finished[0] if len(finished) == 1 else torch.cat(finished)
 
 
+_OF_RECURRENT_STATES = (
+    "mamba_track_indices", "mamba_track_mask", "mamba_track_seqlens", "mamba_track_seqlens_cpu",
+    "mamba_prefill_track_mask_cpu", "mamba_cow_src_indices", "mamba_cow_dst_indices", "mamba_clear_indices",
+)  # fmt: skip
+"""What the host's rows do with theirs, of a ScheduleBatch."""
+
+
 def _guest_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:
     """A shallow copy of the host's batch without what belongs to the host's rows or sampling."""
     part = copy.copy(batch)
@@ -212,6 +222,8 @@ def _guest_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:
     part.extend_input_logprob_token_ids = None
     part.return_hidden_states_mode = CaptureHiddenMode.NULL
     part.decoding_reqs = None
+    for name in _OF_RECURRENT_STATES:
+        setattr(part, name, None)
     # What plain requests have seen decides where later tokens of theirs are (M-RoPE); mixed ones have seen nothing.
     part.multimodal_inputs = [req.multimodal_inputs for req in reqs]
     return part

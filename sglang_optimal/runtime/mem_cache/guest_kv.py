@@ -28,6 +28,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from sglang_optimal.runtime.core import GuestKVState, length_offset
 from sglang_optimal.runtime.lora.student_adapter import StudentAdapter
+from sglang_optimal.runtime.mem_cache.guest_states import GuestStates
 from sglang_optimal.runtime.model_executor.host_copy import sent
 
 MIN_ALIASED_PREFIX = 32
@@ -53,6 +54,7 @@ class GuestKV(abc.ABC):
         one_pool: whether they are the host's, so that each side takes from what the other has.
         page_size: slots of a page, as the host's.
         req_pool_offset: what to add to a request's row number to find its guest's row in the model runner's table.
+        states: of the guest's recurrent layers; None without any.
         holders: requests that hold slots, by id(); without any, all slots are free or in the tree.
         prompt_tokens, cached_tokens: of guest contexts so far, and how many of them the radix cache had.
     """
@@ -65,6 +67,7 @@ class GuestKV(abc.ABC):
         self.allocator = allocator
         self.size = allocator.size
         self.page_size = allocator.page_size
+        self.states = GuestStates.of(req_to_token_pool)
         self.active_reqs: dict[int, Req] = {}
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -163,6 +166,7 @@ class GuestKV(abc.ABC):
         """Take the slots for the whole guest prompt. The caller has checked that they fit."""
         state.slots = alloc_token_slots(self.tree, self.ceil_paged_tokens(state.extend_len))[: state.extend_len]
         state.protected_len = state.start
+        state.recurrent = None if self.states is None else self.states.alloc()
         state.aliases_host = state.start > state.prefix_len
         req.mixing.guest.kv = state
         self.active_reqs[id(req)] = req
@@ -175,6 +179,8 @@ class GuestKV(abc.ABC):
         if state.bound:
             return
         row = req.kv.req_pool_idx
+        if self.states is not None:
+            self.states.bind(row, state.recurrent)
         if state.prefix_len:
             prefix = self.tree.path_device_indices(state.node)[: state.prefix_len]
             self.req_to_token_pool.write((row, slice(0, state.prefix_len)), prefix.to(torch.int32))
@@ -276,6 +282,8 @@ class GuestKV(abc.ABC):
         total = self.row_len(req)
         req.mixing.guest.kv = None
         del self.active_reqs[id(req)]
+        if self.states is not None:
+            self.states.free(state.recurrent)
         if not state.bound:
             self.allocator.free_segment(state.slots, start_pos=state.start)
             self.tree.unlock(state.lock)
@@ -337,7 +345,8 @@ class SeparateGuestKV(GuestKV):
         super().__init__(req_to_token_pool, allocator)
         self._tree = RadixCache(
             CacheInitParams(
-                disable=disable_radix_cache,
+                # A prefix is of no use without the recurrent layers' state after it, which this cache has no place for.
+                disable=disable_radix_cache or self.states is not None,
                 req_to_token_pool=req_to_token_pool,
                 token_to_kv_pool_allocator=allocator,
                 page_size=allocator.page_size,
@@ -366,6 +375,8 @@ class SeparateGuestKV(GuestKV):
     def reset(self) -> None:
         self.tree.reset()
         self.allocator.clear()
+        if self.states is not None:
+            self.states.reset()
 
     def _insert_key(self, key: RadixKey, values: torch.Tensor, protected_len: int) -> Any:
         params = InsertParams(key=key, value=values, inserted_len=protected_len, prev_prefix_len=protected_len)
