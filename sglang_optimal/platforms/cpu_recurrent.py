@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, silu, softplus
 
+_CHUNK = 64  # FLA's, which SGLang counts on
 _LAYERS = ("RadixLinearAttention", "ShortConv")
 
 
@@ -90,15 +91,22 @@ def _delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state:
 def chunk_gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, initial_state: Tensor, initial_state_indices: Tensor,
     cu_seqlens: Tensor, **_,
-) -> tuple[Tensor, None, None]:  # fmt: skip
-    """Gated delta rule over prompts: all [1, tokens, heads, …]; ``initial_state`` [slots, HV, V, K], written."""
-    out = torch.zeros_like(v)
+) -> tuple[Tensor, None, Tensor]:  # fmt: skip
+    """Gated delta rule over prompts: all [1, tokens, heads, …]; ``initial_state`` [slots, HV, V, K], written.
+
+    Returns:
+        (outputs, None, [1, chunks, HV, V, K] the states before every 64 tokens of each sequence).
+    """
+    out, before = torch.zeros_like(v), []
     for _number, begin, end, slot in _sequences(cu_seqlens, initial_state_indices):
         state = initial_state[slot].float()
-        part = [x[0, begin:end] for x in (q, k, v, g, beta)]
-        out[0, begin:end] = torch.stack(list(_delta_rule(*part, state))).to(out.dtype)
+        for start in range(begin, end, _CHUNK):
+            before.append(state.clone())
+            part = slice(start, min(start + _CHUNK, end))
+            tokens = _delta_rule(*(x[0, part] for x in (q, k, v, g, beta)), state)
+            out[0, part] = torch.stack(list(tokens)).to(out.dtype)
         initial_state[slot] = state.to(initial_state.dtype)
-    return out, None, None
+    return out, None, torch.stack(before).unsqueeze(0)
 
 
 def fused_sigmoid_gating_delta_rule_update(
@@ -136,6 +144,22 @@ def fused_sigmoid_mul(attn_output: Tensor, gate: Tensor, *_, **__) -> Tensor:
     return attn_output * gate.reshape(attn_output.shape).float().sigmoid().to(attn_output.dtype)
 
 
+def track_mamba_states_all_layers(
+    conv_states_pool: Tensor, ssm_states_pool: Tensor, cache_indices: Tensor, mamba_track_mask: Tensor,
+    mamba_track_indices: Tensor, batch_size: int, *_, **__,
+) -> None:  # fmt: skip
+    """Keep the states [layers, slots, …] of the rows that a radix cache asks for, in slots of their own."""
+    rows = mamba_track_mask[:batch_size].nonzero(as_tuple=True)[0]
+    kept, now = mamba_track_indices[rows].long(), cache_indices[rows].long()
+    for states in (conv_states_pool, ssm_states_pool):
+        states[:, kept] = states[:, now]
+
+
+def track_mamba_states_if_needed(conv_states: Tensor, ssm_states: Tensor, *args, **kwargs) -> None:
+    """The same of one layer's [slots, …]."""
+    track_mamba_states_all_layers(conv_states.unsqueeze(0), ssm_states.unsqueeze(0), *args, **kwargs)
+
+
 def is_recurrent(model: torch.nn.Module) -> bool:
     return any(type(module).__name__.endswith(_LAYERS) for module in model.modules())
 
@@ -145,6 +169,7 @@ def install() -> None:
     from sglang.kernels.ops.attention import triton_gdn_fused_proj
     from sglang.kernels.ops.attention.fla import layernorm_gated
     from sglang.kernels.ops.elementwise import elementwise
+    from sglang.kernels.ops.mamba import mamba_state_scatter_triton
     from sglang.srt.layers.attention.linear import gdn_backend
     from sglang.srt.layers.attention.linear.kernels import gdn_triton
     from sglang.srt.layers.attention.mamba import causal_conv1d
@@ -159,6 +184,8 @@ def install() -> None:
         triton_gdn_fused_proj.fused_qkvzba_split_reshape_cat_contiguous, fused_qkvzba_split_reshape_cat_contiguous
     )
     _replace(elementwise.fused_sigmoid_mul, fused_sigmoid_mul)
+    for ours in (track_mamba_states_all_layers, track_mamba_states_if_needed):
+        _replace(getattr(mamba_state_scatter_triton, ours.__name__), ours)
     gdn_triton.TritonGDNKernel.supports_packed_decode = False
     layernorm_gated.RMSNorm.forward = lambda self, x, z=None: rms_norm_gated(x, self.weight, self.bias, z, self.eps)
 

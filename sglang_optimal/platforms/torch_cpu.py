@@ -22,6 +22,10 @@ class TorchCpuSRTPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        """Yes: `cpu_recurrent` keeps the states that a radix cache asks for."""
+        return True
+
     def get_kv_pool_cls(self, *, kind) -> type | None:
         """One whose memory is taken when it is used."""
         from sglang_optimal.platforms.cpu_memory_pool import LazyMHATokenToKVPool
@@ -55,6 +59,7 @@ class TorchCpuSRTPlatform(CpuDeviceMixin, SRTPlatform):
         packed_linear.pack(model)
         if cpu_recurrent.is_recurrent(model):
             cpu_recurrent.install()
+            ignore_pinned_memory()  # the scheduler pins which states are to be kept
 
     def get_device(self, device_id: int = 0) -> str:
         """The name alone, without an index."""
@@ -73,7 +78,7 @@ class TorchCpuSRTPlatform(CpuDeviceMixin, SRTPlatform):
 def ignore_pinned_memory() -> None:
     """Let code that pins host memory run where there is no accelerator to pin it for, and PyTorch therefore refuses.
 
-    SGLang's LoRA layers pin without asking. For a process without an accelerator only; it then applies to all of it.
+    SGLang's LoRA layers pin without asking, and its scheduler beside recurrent layers. For a process without an accelerator only; it then applies to all of it.
     """
 
     def unpinned(create):

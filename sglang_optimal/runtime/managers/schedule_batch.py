@@ -222,11 +222,28 @@ def _guest_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:
     part.extend_input_logprob_token_ids = None
     part.return_hidden_states_mode = CaptureHiddenMode.NULL
     part.decoding_reqs = None
-    for name in _OF_RECURRENT_STATES:
-        setattr(part, name, None)
+    _keep_no_states(part, batch.mamba_track_mask is not None)
     # What plain requests have seen decides where later tokens of theirs are (M-RoPE); mixed ones have seen nothing.
     part.multimodal_inputs = [req.multimodal_inputs for req in reqs]
     return part
+
+
+def _keep_no_states(part: ScheduleBatch, tracks: bool) -> None:
+    """The host's radix cache keeps states of its rows, and none of the guest's.
+
+    Args:
+        tracks: whether forwards ask which rows' to keep. A graph's buffers, which both models share, would have the
+            host's answer if there were none.
+    """
+    for name in _OF_RECURRENT_STATES:
+        setattr(part, name, None)
+    if tracks:
+        n, device = len(part.reqs), part.device
+        part.mamba_track_mask = torch.zeros(n, dtype=torch.bool, device=device)
+        part.mamba_track_indices = torch.zeros(n, dtype=torch.int64, device=device)
+        if part.forward_mode.is_extend():
+            part.mamba_prefill_track_mask_cpu, part.mamba_track_seqlens_cpu = [False] * n, [-1] * n
+            part.mamba_track_seqlens = torch.full((n,), -1, dtype=torch.int64, device=device)
 
 
 def as_ordinary_decode(batch: ScheduleBatch, last: torch.Tensor) -> ScheduleBatch:
