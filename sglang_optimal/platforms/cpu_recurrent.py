@@ -1,7 +1,6 @@
 """Recurrent layers in plain PyTorch, where SGLang has Triton kernels: short convolutions and gated delta nets.
 
-As small as they can be, token by token: for tests and for trying things, not for speed. States are float32 or what their
-pool has.
+As small as they can be, token by token: for tests and for trying things, not for speed. States are what their pool has.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import conv1d, silu, softplus
 
 _CHUNK = 64  # FLA's, which SGLang counts on
+MODELS = ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration", "Lfm2ForCausalLM")
+"""Architectures that need nothing else of a GPU."""
 _LAYERS = ("RadixLinearAttention", "ShortConv")
 
 
@@ -103,7 +104,7 @@ def chunk_gated_delta_rule(
         for start in range(begin, end, _CHUNK):
             before.append(state.clone())
             part = slice(start, min(start + _CHUNK, end))
-            tokens = _delta_rule(*(x[0, part] for x in (q, k, v, g, beta)), state)
+            tokens = _delta_rule(q[0, part], k[0, part], v[0, part], g[0, part], beta[0, part], state)
             out[0, part] = torch.stack(list(tokens)).to(out.dtype)
         initial_state[slot] = state.to(initial_state.dtype)
     return out, None, torch.stack(before).unsqueeze(0)
@@ -180,9 +181,7 @@ def install() -> None:
     _replace(gdn_backend.fused_gdn_gating, fused_gdn_gating)
     _replace(gdn_triton.chunk_gated_delta_rule, chunk_gated_delta_rule)
     _replace(gdn_triton.fused_sigmoid_gating_delta_rule_update, fused_sigmoid_gating_delta_rule_update)
-    _replace(
-        triton_gdn_fused_proj.fused_qkvzba_split_reshape_cat_contiguous, fused_qkvzba_split_reshape_cat_contiguous
-    )
+    _replace(triton_gdn_fused_proj.fused_qkvzba_split_reshape_cat_contiguous, fused_qkvzba_split_reshape_cat_contiguous)
     _replace(elementwise.fused_sigmoid_mul, fused_sigmoid_mul)
     for ours in (track_mamba_states_all_layers, track_mamba_states_if_needed):
         _replace(getattr(mamba_state_scatter_triton, ours.__name__), ours)

@@ -78,7 +78,8 @@ class TorchCpuSRTPlatform(CpuDeviceMixin, SRTPlatform):
 def ignore_pinned_memory() -> None:
     """Let code that pins host memory run where there is no accelerator to pin it for, and PyTorch therefore refuses.
 
-    SGLang's LoRA layers pin without asking, and its scheduler beside recurrent layers. For a process without an accelerator only; it then applies to all of it.
+    SGLang's LoRA layers pin without asking, and its scheduler beside recurrent layers. For a process without an
+    accelerator only; it then applies to all of it.
     """
 
     def unpinned(create):

@@ -276,7 +276,10 @@ class DecodePlan:
 
 @dataclasses.dataclass
 class PrefillChunk:
-    """Tokens [start, end) of one guest context; last: the context is complete after it."""
+    """Tokens [start, end) of one guest context; last: the context is complete after it.
+
+    recurrent: as in `GuestKVState`.
+    """
 
     req: Req
     req_pool_idx: int
@@ -285,6 +288,7 @@ class PrefillChunk:
     end: int
     slots: torch.Tensor
     last: bool
+    recurrent: torch.Tensor | None = None
 
 
 @dataclasses.dataclass

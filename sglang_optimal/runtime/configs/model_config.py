@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
 
 from sglang_optimal.config import MixingConfig
+from sglang_optimal.platforms.cpu_recurrent import MODELS as CPU_MODELS
 
 # (whether a model is of this kind, what to call it)
 _REFUSED: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
@@ -21,6 +22,11 @@ _REFUSED_POOLS = (
         "a model whose sliding-window layers have a KV pool of their own (try --disable-hybrid-swa-memory)",
     ),
 )
+
+
+def is_recurrent(model: ModelConfig) -> bool:
+    """Whether some of its layers have a state in place of KV (Mamba, gated delta nets, short convolutions)."""
+    return mambaish_config(model) is not None
 
 
 def guest_model_config(server_args, path: str, revision: str | None) -> ModelConfig:
@@ -52,8 +58,25 @@ def check_architectures(server_args, config: MixingConfig, *, resolved: bool) ->
             if refused(model):
                 name = model.hf_config.architectures[0]
                 raise ValueError(f"{flag}: {name} is {what}, which is not supported beside a student.")
+        if is_recurrent(model):
+            _check_recurrent(server_args, config, model, flag, resolved)
         if resolved and flag != "--model-path":
             _check_quantization(server_args, config, model)
+
+
+def _check_recurrent(server_args, config: MixingConfig, model: ModelConfig, flag: str, resolved: bool) -> None:
+    """A state has no positions: what has gone into it cannot be taken back, and each context needs one of its own."""
+    name = model.hf_config.architectures[0]
+    what = f"{flag}: {name} is a model with recurrent layers (Mamba, linear attention, short convolutions), "
+    if config.shared_weights:
+        raise ValueError(
+            f"{what}which cannot share its weights with a student; give --student-weights separate, which loads them "
+            "twice."
+        )
+    if config.longest_draft:
+        raise ValueError(f"{what}beside which nothing can be drafted; give --mixing-mode lockstep.")
+    if resolved and resolving_view(server_args).device == "cpu" and name not in CPU_MODELS:
+        raise ValueError(f"{what}which runs on a GPU alone; on a CPU there are {', '.join(CPU_MODELS)}.")
 
 
 def _check_quantization(server_args, config: MixingConfig, guest: ModelConfig) -> None:

@@ -94,7 +94,8 @@ def micro_batches(reqs: list[Req], chunk_size: int | None, page_size: int = 1) -
                 room = limit
                 continue
             slots = state.slots[start - state.start : end - state.start]
-            batches[-1].append(PrefillChunk(req, req.kv.req_pool_idx, state.ids, start, end, slots, end == length))
+            row, last = req.kv.req_pool_idx, end == length
+            batches[-1].append(PrefillChunk(req, row, state.ids, start, end, slots, last, state.recurrent))
             room -= end - start
             start = end
     return batches
@@ -170,8 +171,8 @@ def prefill_part(batch: ScheduleBatch, chunks: list[PrefillChunk], req_pool_offs
     part.extend_lens = lens
     part.extend_num_tokens = sum(lens)
     part.extend_logprob_start_lens = lens
-    fresh = [chunk.req.mixing.guest.kv.recurrent for chunk in chunks if chunk.start == 0]
-    if fresh and fresh[0] is not None:
+    fresh = [chunk.recurrent for chunk in chunks if chunk.start == 0 and chunk.recurrent is not None]
+    if fresh:
         part.mamba_clear_indices = torch.cat(fresh)  # by the forward, behind those of the slots' last requests
     want_hidden_states(part, part.reqs)
     return part

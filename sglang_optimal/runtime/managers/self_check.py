@@ -31,6 +31,7 @@ from sglang_optimal.runtime.core import PrefillChunk
 from sglang_optimal.runtime.entrypoints.protocol import to_wire
 from sglang_optimal.runtime.managers.schedule_batch import prefill_part
 from sglang_optimal.runtime.mem_cache.guest_kv import MIN_ALIASED_PREFIX
+from sglang_optimal.runtime.mem_cache.guest_states import GuestStates
 from sglang_optimal.runtime.sampling.sampler import make_samplable, token_values
 from sglang_optimal.runtime.sampling.sampling_observer import EqualSides
 from sglang_optimal.wanted import Wanted
@@ -372,11 +373,15 @@ class SelfCheck:
         if side == self._guest:
             req, offset = kv.as_guest(req), kv.req_pool_offset
         slots = allocator.alloc(sum(kv.ceil_paged_tokens(len(ids)) for ids in contexts))
-        chunks, start = [], 0
+        chunks, start, states = [], 0, GuestStates.of(runner.req_to_token_pool)
         for row, ids in enumerate(contexts, 1):
+            state = None
+            if states is not None:
+                state = states.alloc()
+                states.bind(row, state)
             own = slots[start : start + len(ids)]
             table[row + offset, : len(ids)] = own.to(table.dtype)
-            chunks.append(PrefillChunk(req, row, ids, 0, len(ids), own, True))
+            chunks.append(PrefillChunk(req, row, ids, 0, len(ids), own, True, state))
             start += kv.ceil_paged_tokens(len(ids))
         graphs, runner.prefill_cuda_graph_runner = runner.prefill_cuda_graph_runner, None
         try:
@@ -386,6 +391,9 @@ class SelfCheck:
         finally:
             runner.prefill_cuda_graph_runner = graphs
             allocator.free(slots)
+            for chunk in chunks:
+                if states is not None and chunk.recurrent is not None:
+                    states.free(chunk.recurrent)
 
     def _runner(self, side: str):
         return self._worker.model_runner if side == self._host else self._worker.guest_runner

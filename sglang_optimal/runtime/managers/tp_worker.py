@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from sglang.srt.layers.moe.utils import initialize_moe_config
@@ -25,6 +26,7 @@ from sglang.srt.runtime_context import (
 )
 
 from sglang_optimal.config import MixingConfig
+from sglang_optimal.runtime.configs.model_config import is_recurrent
 from sglang_optimal.runtime.core import PrefillPlan
 from sglang_optimal.runtime.managers.guest_tp_worker import GuestTpModelWorker
 from sglang_optimal.runtime.mem_cache.guest_kv import GuestKV, SeparateGuestKV
@@ -154,6 +156,14 @@ class MixedTpModelWorker(TpModelWorker):
         step.guest_logits = no_logits(step.rows, self.support.size, device)
 
 
+class _Share(NamedTuple):
+    """Bytes for KV and states together, those of the states, and the tokens of KV that the rest holds."""
+
+    budget: int
+    states: int
+    tokens: int
+
+
 class SeparateTpModelWorker(MixedTpModelWorker):
     """Runs the forward of a guest with weights of its own, then SGLang's own host forward and sampling.
 
@@ -233,7 +243,8 @@ class SeparateTpModelWorker(MixedTpModelWorker):
         guest_limit = self.mixing_config.guest_max_total_tokens
         if guest_limit is not None:
             get_context().override("sglang_optimal.kv_split", max_total_tokens=min(tokens, guest_limit))
-        self.guest.alloc_memory_pool()
+        with self._one_state_a_request(runner.max_running_requests):
+            self.guest.alloc_memory_pool()
         get_context().override("sglang_optimal.kv_split", max_total_tokens=tokens)
         pool, allocator = self.guest.get_memory_pool()
         if pool.size < runner.req_to_token_pool.size:
@@ -258,16 +269,51 @@ class SeparateTpModelWorker(MixedTpModelWorker):
             )
 
     def _tokens_in_budget(self) -> int:
-        """N such that N host tokens and N guest tokens fill the budget that the host alone would get."""
-        alone = []
-        for worker in (self, self.guest):
-            runner = worker.model_runner
-            runner.init_kv_cache_configurator()
-            budget = runner.kv_cache_configurator._profile_available_bytes(self.model_runner.pre_model_load_memory)
-            alone.append(runner.kv_cache_configurator.config_from_budget(budget).max_total_num_tokens)
-        host, guest = alone
+        """N such that N host tokens and N guest tokens fill the budget that the host alone would get, beside the states
+        of recurrent layers, whose number does not depend on N.
+
+        Raises:
+            RuntimeError: the states leave nothing.
+        """
+        host = self._share_of_budget(self)
+        most_requests = self.model_runner.kv_cache_configurator.resolve_max_num_reqs(host.tokens)
+        with self._one_state_a_request(most_requests):
+            guest = self._share_of_budget(self.guest)
+        budget = min(host.budget, guest.budget)
+        per_token = (host.budget - host.states) / host.tokens + (guest.budget - guest.states) / guest.tokens
         page = get_schedule().page_size
-        return max(host * guest // (host + guest) // page * page, page)
+        tokens = int((budget - host.states - guest.states) / per_token) // page * page
+        if tokens < page and host.states + guest.states:
+            raise RuntimeError(
+                "the states of both models' recurrent layers leave no memory for KV; lower --max-running-requests, "
+                "--max-mamba-cache-size or --mamba-full-memory-ratio, or raise --mem-fraction-static."
+            )
+        return max(tokens, page)
+
+    def _share_of_budget(self, worker: TpModelWorker) -> _Share:
+        """What one model alone would make of all memory there is."""
+        runner = worker.model_runner
+        runner.init_kv_cache_configurator()
+        configurator = runner.kv_cache_configurator
+        left = configurator._profile_available_bytes(self.model_runner.pre_model_load_memory)
+        states = 0
+        if configurator.mambaish_config is not None:
+            per_request = configurator.mambaish_config.mamba2_cache_params.mamba_cache_per_req
+            states = (get_schedule().max_mamba_cache_size + 1) * per_request
+        return _Share(left + states, states, configurator.config_from_budget(left).max_total_num_tokens)
+
+    @contextlib.contextmanager
+    def _one_state_a_request(self, requests: int) -> Iterator[None]:
+        """Size the guest's states within: as many as requests run, since no radix cache keeps any."""
+        if not is_recurrent(self.guest.model_config):
+            yield
+            return
+        states, disabled = get_schedule().max_mamba_cache_size, get_memory().disable_radix_cache
+        get_context().override(_OURS, max_mamba_cache_size=requests, disable_radix_cache=True)
+        try:
+            yield
+        finally:
+            get_context().override(_OURS, max_mamba_cache_size=states, disable_radix_cache=disabled)
 
     def init_attention_backends(self) -> None:
         """Of both models."""

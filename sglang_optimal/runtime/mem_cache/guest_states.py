@@ -1,7 +1,7 @@
 """The states of a guest's recurrent layers (Mamba, gated delta nets, short convolutions): one slot a request.
 
-SGLang's pool of rows (``HybridReqToTokenPool``) has them, and a map from rows to slots that the layers follow. The host's
-requests take theirs with their rows; the guest's take one with their KV slots, and give it back with them.
+SGLang's pool of rows (``HybridReqToTokenPool``) has them, and a map from rows to slots that the layers follow. The
+host's requests take theirs with their rows; the guest's take one with their KV slots, and give it back with them.
 """
 
 from __future__ import annotations
