@@ -257,6 +257,28 @@ def test_models(models, tiny_pair, tmp_path, kind, side):
         launch.resolve(server_args, config)
 
 
+@pytest.mark.parametrize(
+    "more,message",
+    [
+        (["--student-weights", "shared"], "with the same weights; give --student-weights separate"),
+        (["--mixing-mode", "speculative"], "that drafts, .*give --mixing-mode lockstep"),
+        (["--mixing-mode", "auto"], "that drafts, .*give --mixing-mode lockstep"),
+    ],
+    ids=str,
+)
+def test_recurrent_layers(models, tiny_pair, tmp_path, more, message):
+    """Fine beside a student with weights of its own, in lockstep."""
+    from recurrent_models import build_tiny_recurrent_model
+
+    model = build_tiny_recurrent_model(tmp_path / "model", seed=1, family="qwen3.5", num_layers=2)
+    argv = ["--model-path", str(model), "--max-total-tokens", "1000"]
+    if "shared" not in more:
+        argv += ["--student-model-path", str(tiny_pair[1])]
+        launch.resolve(*launch_server.parse(argv))
+    with pytest.raises(ValueError, match=f"^--model-path: Qwen3_5ForCausalLM is a .*recurrent layers.* {message}"):
+        launch.resolve(*launch_server.parse([*argv, *more]))
+
+
 def test_a_configuration_that_cannot_be_read(models, tiny_pair, tmp_path):
     folder = tmp_path / "other"
     shutil.copytree(tiny_pair[1], folder)

@@ -67,16 +67,16 @@ def check_architectures(server_args, config: MixingConfig, *, resolved: bool) ->
 def _check_recurrent(server_args, config: MixingConfig, model: ModelConfig, flag: str, resolved: bool) -> None:
     """A state has no positions: what has gone into it cannot be taken back, and each context needs one of its own."""
     name = model.hf_config.architectures[0]
-    what = f"{flag}: {name} is a model with recurrent layers (Mamba, linear attention, short convolutions), "
+    refused = (
+        f"{flag}: {name} is a model with recurrent layers (Mamba, linear attention, short convolutions), which is "
+    )
+    refused += "not supported beside a student"
     if config.shared_weights:
-        raise ValueError(
-            f"{what}which cannot share its weights with a student; give --student-weights separate, which loads them "
-            "twice."
-        )
+        raise ValueError(f"{refused} with the same weights; give --student-weights separate, which loads them twice.")
     if config.longest_draft:
-        raise ValueError(f"{what}beside which nothing can be drafted; give --mixing-mode lockstep.")
+        raise ValueError(f"{refused} that drafts, or that is drafted for; give --mixing-mode lockstep.")
     if resolved and resolving_view(server_args).device == "cpu" and name not in CPU_MODELS:
-        raise ValueError(f"{what}which runs on a GPU alone; on a CPU there are {', '.join(CPU_MODELS)}.")
+        raise ValueError(f"{refused} on a CPU, where there are {', '.join(CPU_MODELS)}; run it on a GPU.")
 
 
 def _check_quantization(server_args, config: MixingConfig, guest: ModelConfig) -> None:
