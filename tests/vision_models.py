@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from recurrent_models import _DELTA_NETS
 from safetensors.torch import load_file, save_file
 from tiny_models import _randomize, build_small_tokenizer
 
@@ -37,6 +39,14 @@ def _qwen3_vl(layers: int) -> Any:
     text = _text(layers, head_dim=16, rope_parameters=_ROPE)
     tower = {**_TOWER, "patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     return transformers.Qwen3VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=False, **_QWEN_IDS)
+
+
+def _qwen3_5(layers: int) -> Any:
+    """With recurrent layers; its published checkpoints are all of this class."""
+    text = _text(layers, rope_parameters=_ROPE, layer_types=["linear_attention", "full_attention"] * layers)
+    tower = {**_TOWER, "patch_size": 16, "num_position_embeddings": 16}
+    text |= {**_DELTA_NETS, "num_hidden_layers": 2 * layers}
+    return transformers.Qwen3_5Config(text_config=text, vision_config=tower, tie_word_embeddings=False, **_QWEN_IDS)
 
 
 def _gemma3(layers: int) -> Any:
@@ -69,6 +79,7 @@ def _gemma_processor(tokenizer: Any, config: Any) -> Any:
 FAMILIES: dict[str, tuple[Any, Any, dict[str, str]]] = {
     "qwen2.5-vl": (_qwen2_5_vl, _qwen_processor, {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}),
     "qwen3-vl": (_qwen3_vl, _qwen_processor, {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}),
+    "qwen3.5": (_qwen3_5, _qwen_processor, {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}),
     "gemma3": (
         _gemma3,
         _gemma_processor,
@@ -87,7 +98,7 @@ def build_tiny_vision_model(path: Path, *, seed: int, family: str, num_layers: i
     tied = config.text_config.tie_word_embeddings
     _randomize(model, seed=seed, logit_std=1.5, embedding_std=1.5 / 8 if tied else 1.0)
     model.to(torch.float32).save_pretrained(path)
-    _as_published(path)
+    _as_published(path, family)
     with tempfile.TemporaryDirectory() as scratch:
         folder = build_small_tokenizer(Path(scratch))
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
@@ -100,9 +111,13 @@ def build_tiny_vision_model(path: Path, *, seed: int, family: str, num_layers: i
     return path
 
 
-def _as_published(path: Path) -> None:
-    """Gemma 3's checkpoints have a name more in the tower's tensors than transformers 5 gives them."""
+def _as_published(path: Path, family: str) -> None:
+    """What published checkpoints have and transformers 5 does not write."""
     weights = load_file(path / "model.safetensors")
-    if "vision_tower.embeddings.patch_embedding.weight" in weights:
+    if family == "gemma3":  # a name more in the tower's tensors
         named = {name.replace("vision_tower.", "vision_tower.vision_model."): one for name, one in weights.items()}
         save_file(named, path / "model.safetensors", metadata={"format": "pt"})
+    if family == "qwen3.5":
+        config = json.loads((path / "config.json").read_text())
+        config["text_config"]["full_attention_interval"] = 2
+        (path / "config.json").write_text(json.dumps(config))
