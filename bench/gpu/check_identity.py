@@ -42,20 +42,23 @@ NO_PREFILL_GRAPHS = {"disable_prefill_cuda_graph": True}
 DRAFTS = {"mixing_mode": "speculative", "draft_tokens": 3}
 AUTO = {"mixing_mode": "auto", "draft_tokens": 4}
 BF16 = {"dtype": "bfloat16"}
+PAGES = {"page_size": 16, "max_total_tokens": 512}
 PLAUSIBLE = 0.5
 """Share of a bfloat16 engine's tokens that must come before its answers' first differences."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """arguments: of OptimalSampler. student: folder of its model, "teacher" for shared weights. lora: the student is an
-    adapter. beams: a plain beam-search request runs beside the mixed ones. gpu: means nothing on a CPU."""
+    """arguments: of OptimalSampler. student, teacher: folders of their models, the same for shared weights. lora: the
+    student is an adapter. beams: a plain beam-search request runs beside the mixed ones. gpu: means nothing on a
+    CPU."""
 
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     student: str = "student"
     lora: bool = False
     beams: bool = False
     gpu: bool = False
+    teacher: str = "teacher"
 
     @property
     def judged(self) -> bool:
@@ -93,6 +96,14 @@ ENGINES: dict[str, Engine] = {
     "drafts-eager-no-overlap": Engine({**DRAFTS, **EAGER}),
     "two-small-pools": Engine(SMALL),
     "shared-small-pools": Engine(SMALL_SHARED, "teacher"),
+    "two-pages": Engine({**SMALL, **PAGES}),
+    "shared-pages": Engine({**SMALL_SHARED, **PAGES}, "teacher"),
+    "drafts-pages": Engine({**SMALL, **PAGES, **DRAFTS}),
+    "vision": Engine(student="vision-student", teacher="vision"),
+    "recurrent-bf16": Engine({**BF16, "max_running_requests": 40}, "recurrent-student", gpu=True, teacher="recurrent"),
+    "recurrent-eager-bf16": Engine(
+        {**BF16, **EAGER, "max_running_requests": 40}, "recurrent-student", gpu=True, teacher="recurrent"
+    ),
     "two-bf16": Engine(BF16, gpu=True),
     "drafts-bf16": Engine({**DRAFTS, **BF16}, gpu=True),
     **attention("flashinfer"),
@@ -104,7 +115,9 @@ ENGINES: dict[str, Engine] = {
 
 
 def make_models(folder: Path) -> None:
+    from recurrent_models import build_tiny_recurrent_model
     from tiny_models import build_lora_adapter, build_tiny_tokenizer_model
+    from vision_models import build_tiny_vision_model
 
     if (folder / "done").is_file():
         return
@@ -112,6 +125,9 @@ def make_models(folder: Path) -> None:
     # Another shape, so that nothing of one model's KV cache could serve the other's, and a padded vocabulary.
     build_tiny_tokenizer_model(folder / "student", seed=2, hidden_size=32, num_layers=1, vocab_size=80)
     build_tiny_tokenizer_model(folder / "same-vocabulary", seed=2, hidden_size=32, num_layers=1)
+    for role, seed, layers in (("", 4, 4), ("-student", 5, 2)):
+        build_tiny_recurrent_model(folder / f"recurrent{role}", seed=seed, family="qwen3.5", num_layers=layers)
+        build_tiny_vision_model(folder / f"vision{role}", seed=seed, family="qwen3-vl", num_layers=layers)
     try:
         build_lora_adapter(folder / "teacher", folder / "adapter", folder / "merged", seed=3)
     except ImportError as error:
@@ -267,7 +283,7 @@ def started(name: str, folder: Path, **more: Any) -> Iterator[Any]:
         arguments["student_lora_path"] = str(folder / "adapter")
     with (
         scheduler_hooks.in_schedulers(*setups),
-        harness.start((folder / "teacher", folder / engine.student), **arguments) as sampler,
+        harness.start((folder / engine.teacher, folder / engine.student), **arguments) as sampler,
     ):
         yield sampler
 
@@ -304,7 +320,7 @@ def one(name: str, folder: Path, port: int) -> dict[str, Any]:
     engine, gpu = ENGINES[name], torch.cuda.is_available()
     record: dict[str, Any] = {"engine": name, "judged": engine.judged}
     record["device"] = torch.cuda.get_device_name() if gpu else "cpu"
-    oracle = MixedOracle(folder / "teacher", folder / ("merged" if engine.lora else engine.student))
+    oracle = MixedOracle(folder / engine.teacher, folder / ("merged" if engine.lora else engine.student))
     calls = batches(engine)
     # The oracle's answers while the engine starts.
     answers = threading.Thread(
