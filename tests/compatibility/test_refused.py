@@ -69,6 +69,8 @@ FLAGS = {
 }
 # Beside a student that is another model, or has weights of its own; with shared weights there is one model.
 FLAGS_OF_TWO_MODELS = {
+    "--enable-linear-replayssm": [],
+    "--enable-linear-replayssm-spec": [],
     "--startup-weight-load-mode": ["overlap"],
     "--checkpoint-engine-wait-weights-before-ready": [],
     "--load-format": ["remote_instance"],
