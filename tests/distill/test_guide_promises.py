@@ -294,7 +294,7 @@ def test_sums_and_slots_of_a_busy_student():
     pools.allocator.free(lost[:1])
     pools.allocator.free(lost[:1])  # the sums are right again
     assert busy_report(pools.kv, every_slot=False) is None
-    assert f"slots with more than one owner: {lost[:1].tolist()}" in busy_report(pools.kv, every_slot=True)
+    assert f"pages with more than one owner: {lost[:1].tolist()}" in busy_report(pools.kv, every_slot=True)
 
 
 @pytest.mark.parametrize(("key", "allowed"), [("admin", True), ("user", False), (None, False)])
