@@ -209,6 +209,12 @@ SIGNATURES = {
     "managers.tp_worker.TpModelWorker.init_attention_backends": ("self",),
     "managers.tp_worker.TpModelWorker.init_cuda_graphs": ("self", "capture_decode_cuda_graph"),
     "mem_cache.allocation.alloc_token_slots": ("tree_cache", "num_tokens"),
+    "mem_cache.allocation.alloc_paged_token_slots_decode": ("tree_cache", "seq_lens", "seq_lens_cpu", "last_loc"),
+    "mem_cache.allocation.alloc_paged_token_slots_extend": (
+        "tree_cache", "prefix_lens", "prefix_lens_cpu", "seq_lens", "seq_lens_cpu", "last_loc", "extend_num_tokens",
+    ),
+    "mem_cache.allocation_sizing.page_aligned_decode_alloc_lens": ("reqs", "reserve", "page_size"),
+    "mem_cache.kv_cache_configurator.KVCacheConfigurator.resolve_max_num_reqs": ("self", "token_capacity"),
     "mem_cache.base_prefix_cache.InsertParams": ("key", "value", "prev_prefix_len", "inserted_len", "priority"),
     "mem_cache.base_prefix_cache.MatchPrefixParams": ("key",),
     "mem_cache.cache_init_params.CacheInitParams": (
@@ -327,6 +333,8 @@ MEMBERS = {
         "extend_num_tokens", "extend_logprob_start_lens", "sampling_info", "has_grammar", "return_logprob",
         "top_logprobs_nums", "token_ids_logprobs", "extend_input_logprob_token_ids", "return_hidden_states_mode",
         "decoding_reqs", "multimodal_inputs", "tree_cache", "spec_info", "spec_algorithm", "req_to_token_pool",
+        "mamba_track_indices", "mamba_track_mask", "mamba_track_seqlens", "mamba_track_seqlens_cpu",
+        "mamba_prefill_track_mask_cpu", "mamba_cow_src_indices", "mamba_cow_dst_indices", "mamba_clear_indices",
     ),
     "managers.schedule_policy.PrefillAdder": (
         "running_batch", "can_run_list", "rem_input_tokens", "_get_running_request_total_token_offset",
@@ -359,6 +367,10 @@ MEMBERS = {
     "mem_cache.base_prefix_cache.InsertResult": ("prefix_len",),
     "mem_cache.allocator.TokenToKVPoolAllocator": (
         "size", "page_size", "available_size", "free_segment", "clear", "get_all_free_pages",
+    ),
+    "mem_cache.allocator.mamba.MambaSlotAllocator": ("alloc", "free", "clear", "available_size"),
+    "mem_cache.memory_pool.HybridReqToTokenPool": (
+        "mamba_pool", "mamba_allocator", "req_index_to_mamba_index_mapping",
     ),
     "mem_cache.memory_pool.ReqToTokenPool": ("size", "write", "req_to_token"),
     "model_executor.model_runner.ModelRunner": (
