@@ -98,6 +98,21 @@ def test_what_was_generated_is_a_prefix(sampler):
     check_all(sampler.oracle, more, run(sampler, more))
 
 
+def test_scores(sampler):
+    """Of completions, whose hidden states no cached prefix has; the second time over cached prompts."""
+    rng = random.Random(9)
+    for n in (3, 70, 70):
+        teacher, student, completion = random_ids(rng, 70), random_ids(rng, 33), random_ids(rng, n)
+        custom = {"student_input_ids": student, "completion_input_ids": completion, "return_mixing_info": True}
+        for _ in range(2):
+            params = {"temperature": 1.0, "max_new_tokens": 0, "custom_params": custom}
+            meta = sampler.engine.generate(input_ids=teacher, sampling_params=params)["meta_info"]
+            for i, token in enumerate(completion):
+                logits = sampler.oracle.next_logits(teacher, student, completion[:i])
+                expected = [float(one.log_softmax(-1)[token]) for one in logits]
+                assert [meta["teacher_logprob"][i], meta["student_logprob"][i]] == pytest.approx(expected, abs=1e-3)
+
+
 def test_retraction(sampler):
     cases = random_cases(6, 7, 2, longest=25, tokens=(90, 110))
     for case in cases:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,7 @@ from harness import SMALL
 from ledger import Ledger
 from operations import Weights
 from oracle import MixedOracle
+from recurrent_models import ENVIRONMENT, build_tiny_recurrent_model
 from serving import as_argv, serve
 from soak import soak
 from tiny_models import build_tiny_tokenizer_model
@@ -43,7 +45,7 @@ TIGHT = {
 PAGES = {"page_size": 16, "chunked_prefill_size": 32}
 MODES = {
     "two-models": (0.2, {}),
-    "shared-weights": (0.15, {"max_total_tokens": 640}),
+    "shared-weights": (0.1, {"max_total_tokens": 640}),
     "drafts": (0.15, {"mixing_mode": "speculative", "draft_tokens": 3}),
     "pages": (0.05, {**PAGES, "max_total_tokens": 480}),
     "shared-pages": (0.05, {**PAGES, "max_total_tokens": 720}),
@@ -51,6 +53,7 @@ MODES = {
     "student-pool-is-the-bottleneck": (0.1, {"student_max_total_tokens": 220}),
     "no-overlap": (0.1, {"disable_overlap_schedule": True}),
     "lora-student": (0.1, {"max_total_tokens": 640}),
+    "recurrent": (0.05, {"chunked_prefill_size": 64}),
     "asleep": (0.05, {"enable_memory_saver": True, "enable_weights_cpu_backup": True}),
 }
 SHORT_MODES = ("two-models", "shared-weights", "drafts")
@@ -78,6 +81,11 @@ def not_met(ledger: Ledger, seconds: float) -> list[str]:
 @pytest.mark.parametrize("mode", [mode for mode in MODES if seconds_of(mode)])
 def test_soak(mode, tiny_pair, tmp_path, request):
     teacher, student = tiny_pair
+    build, shape = build_tiny_tokenizer_model, {"hidden_size": 32, "num_layers": 1, "vocab_size": 80}
+    if mode == "recurrent":
+        build, shape = partial(build_tiny_recurrent_model, family="qwen3.5"), {"hidden_size": 32, "num_layers": 2}
+        teacher = build(tmp_path / "teacher", seed=4)
+        student = build(tmp_path / "first", seed=5, **shape)
     argv = ["--model-path", str(teacher), *as_argv({**TIGHT, **MODES[mode][1]})]
     folders, oracles = {"first": student}, {}
     if mode in ("shared-weights", "shared-pages"):
@@ -87,18 +95,18 @@ def test_soak(mode, tiny_pair, tmp_path, request):
         argv += ["--student-lora-path", str(adapter)]
     else:
         argv += ["--student-model-path", str(student)]
-        shape = {"hidden_size": 32, "num_layers": 1, "vocab_size": 80}
-        folders["second"] = build_tiny_tokenizer_model(tmp_path / "second", seed=7, **shape)
-        oracles = {"first": request.getfixturevalue("tiny_oracle"), "second": MixedOracle(teacher, folders["second"])}
+        folders["second"] = build(tmp_path / "second", seed=7, **shape)
+        first = MixedOracle(teacher, student) if mode == "recurrent" else request.getfixturevalue("tiny_oracle")
+        oracles = {"first": first, "second": MixedOracle(teacher, folders["second"])}
     expectations = Expectations(oracles, seed=29)
     expectations.grow(16, 40)
     log = tmp_path / "server.log"
-    module, environment = "sglang_optimal.launch_server", STRICT
+    module, environment = "sglang_optimal.launch_server", {**STRICT, **ENVIRONMENT}
     sleeps = mode == "asleep"  # which a CPU cannot
     if sleeps:
         (tmp_path / "fault").touch()
         module = "gpu_like.serve"
-        environment = STRICT | {"PYTHONPATH": os.pathsep.join(sys.path), faults.FILE: str(tmp_path / "fault")}
+        environment |= {"PYTHONPATH": os.pathsep.join(sys.path), faults.FILE: str(tmp_path / "fault")}
     with serve(module, argv, log, api_key="soak", environment=environment) as client:
         port = str(client.base_url.port)
         (server,) = [
