@@ -57,6 +57,8 @@ SLOW = (
     "roomy",  # also tests/engine/test_two_engines.py
     "small-no-overlap",
     "shared-roomy",
+    "shared-small",  # with pages in every run; without them in tests/gpu_like, test_sampling.py and the soak
+    "drafts-small",
     "shared-small-no-overlap",
     "drafts-roomy",
     "drafts-small-no-overlap",
