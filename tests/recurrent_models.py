@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tiny_models import _randomize, build_small_tokenizer
+from tiny_models import build_small_tokenizer, copy_tokenizer, randomize
 
-_DELTA_NETS = {
+DELTA_NETS = {
     "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "head_dim": 16, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 _CONVOLUTIONS = {"conv_L_cache": 3, "conv_bias": False, "norm_eps": 1e-5, "block_auto_adjust_ff_dim": False}
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "qwen3.5": ("Qwen3_5TextConfig", "linear_attention", _DELTA_NETS),
+    "qwen3.5": ("Qwen3_5TextConfig", "linear_attention", DELTA_NETS),
     "lfm2": ("Lfm2Config", "conv", _CONVOLUTIONS),
 }
 """{name: (transformers' configuration, its recurrent layers' type, what it needs beside the common sizes)}."""
@@ -39,7 +38,7 @@ def build_tiny_recurrent_model(
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config)
     gates = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(("A_log", "dt_bias"))}
-    _randomize(model, seed=seed, logit_std=1.5, embedding_std=1.0)
+    randomize(model, seed=seed, logit_std=1.5, embedding_std=1.0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name in gates:
@@ -52,7 +51,5 @@ def build_tiny_recurrent_model(
     written = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**written, "full_attention_interval": 2}))  # as published
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = build_small_tokenizer(Path(scratch))
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copyfile(tokenizer / name, path / name)
+        copy_tokenizer(build_small_tokenizer(Path(scratch)), path)
     return path

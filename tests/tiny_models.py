@@ -122,15 +122,20 @@ def build_tiny_model(
         **settings,
     )
     model = AutoModelForCausalLM.from_config(config)
-    _randomize(model, seed=seed, logit_std=logit_std, embedding_std=logit_std / math.sqrt(hidden_size) if tied else 1.0)
+    randomize(model, seed=seed, logit_std=logit_std, embedding_std=logit_std / math.sqrt(hidden_size) if tied else 1.0)
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(tokenizer_dir / name, path / name)
+    copy_tokenizer(tokenizer_dir, path)
     return path
 
 
-def _randomize(model: torch.nn.Module, *, seed: int, logit_std: float, embedding_std: float) -> None:
+def copy_tokenizer(tokenizer_dir: Path, path: Path) -> None:
+    """Put the tokenizer of one folder beside the model of another."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(tokenizer_dir / name, path / name)
+
+
+def randomize(model: torch.nn.Module, *, seed: int, logit_std: float, embedding_std: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

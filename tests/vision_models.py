@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import transformers
-from recurrent_models import _DELTA_NETS
+from recurrent_models import DELTA_NETS
 from safetensors.torch import load_file, save_file
-from tiny_models import _randomize, build_small_tokenizer
+from tiny_models import build_small_tokenizer, randomize
 
 _ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
 _SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")  # 64, 65, 66, 67
@@ -43,9 +43,9 @@ def _qwen3_vl(layers: int) -> Any:
 
 def _qwen3_5(layers: int) -> Any:
     """With recurrent layers; its published checkpoints are all of this class."""
-    text = _text(layers, rope_parameters=_ROPE, layer_types=["linear_attention", "full_attention"] * layers)
+    types = ["linear_attention", "full_attention"] * layers
+    text = _text(2 * layers, rope_parameters=_ROPE, layer_types=types, **DELTA_NETS)
     tower = {**_TOWER, "patch_size": 16, "num_position_embeddings": 16}
-    text |= {**_DELTA_NETS, "num_hidden_layers": 2 * layers}
     return transformers.Qwen3_5Config(text_config=text, vision_config=tower, tie_word_embeddings=False, **_QWEN_IDS)
 
 
@@ -96,7 +96,7 @@ def build_tiny_vision_model(path: Path, *, seed: int, family: str, num_layers: i
     config.dtype = torch.float32
     model = transformers.AutoModelForImageTextToText.from_config(config)
     tied = config.text_config.tie_word_embeddings
-    _randomize(model, seed=seed, logit_std=1.5, embedding_std=1.5 / 8 if tied else 1.0)
+    randomize(model, seed=seed, logit_std=1.5, embedding_std=1.5 / 8 if tied else 1.0)
     model.to(torch.float32).save_pretrained(path)
     _as_published(path, family)
     with tempfile.TemporaryDirectory() as scratch:
@@ -113,8 +113,8 @@ def build_tiny_vision_model(path: Path, *, seed: int, family: str, num_layers: i
 
 def _as_published(path: Path, family: str) -> None:
     """What published checkpoints have and transformers 5 does not write."""
-    weights = load_file(path / "model.safetensors")
     if family == "gemma3":  # a name more in the tower's tensors
+        weights = load_file(path / "model.safetensors")
         named = {name.replace("vision_tower.", "vision_tower.vision_model."): one for name, one in weights.items()}
         save_file(named, path / "model.safetensors", metadata={"format": "pt"})
     if family == "qwen3.5":

@@ -175,18 +175,33 @@ def install() -> None:
     from sglang.srt.layers.attention.linear.kernels import gdn_triton
     from sglang.srt.layers.attention.mamba import causal_conv1d
 
-    for module in (gdn_backend, causal_conv1d):
-        _replace(module.causal_conv1d_fn, causal_conv1d_fn)
-        _replace(module.causal_conv1d_update, causal_conv1d_update)
-    _replace(gdn_backend.fused_gdn_gating, fused_gdn_gating)
-    _replace(gdn_triton.chunk_gated_delta_rule, chunk_gated_delta_rule)
-    _replace(gdn_triton.fused_sigmoid_gating_delta_rule_update, fused_sigmoid_gating_delta_rule_update)
-    _replace(triton_gdn_fused_proj.fused_qkvzba_split_reshape_cat_contiguous, fused_qkvzba_split_reshape_cat_contiguous)
-    _replace(elementwise.fused_sigmoid_mul, fused_sigmoid_mul)
-    for ours in (track_mamba_states_all_layers, track_mamba_states_if_needed):
-        _replace(getattr(mamba_state_scatter_triton, ours.__name__), ours)
+    for module, ours in (
+        (causal_conv1d, causal_conv1d_fn),
+        (causal_conv1d, causal_conv1d_update),
+        (gdn_backend, causal_conv1d_fn),
+        (gdn_backend, causal_conv1d_update),
+        (gdn_backend, fused_gdn_gating),
+        (gdn_triton, chunk_gated_delta_rule),
+        (gdn_triton, fused_sigmoid_gating_delta_rule_update),
+        (triton_gdn_fused_proj, fused_qkvzba_split_reshape_cat_contiguous),
+        (elementwise, fused_sigmoid_mul),
+        (mamba_state_scatter_triton, track_mamba_states_all_layers),
+        (mamba_state_scatter_triton, track_mamba_states_if_needed),
+    ):
+        _replace(getattr(module, ours.__name__), ours)
     gdn_triton.TritonGDNKernel.supports_packed_decode = False
-    layernorm_gated.RMSNorm.forward = lambda self, x, z=None: rms_norm_gated(x, self.weight, self.bias, z, self.eps)
+    layernorm_gated.RMSNorm.forward = _forward_gated
+
+
+def _forward_gated(norm: Any, x: Tensor, z: Tensor | None = None) -> Tensor:
+    """Of FLA's ``RMSNorm``, as gated delta nets have it.
+
+    Raises:
+        NotImplementedError: it is another kind, of a model that is not among `MODELS`.
+    """
+    if not norm.norm_before_gate or norm.group_size is not None or norm.activation != "swish":
+        raise NotImplementedError("a gated norm with groups, another activation or the gate first needs a GPU")
+    return rms_norm_gated(x, norm.weight, norm.bias, z, norm.eps)
 
 
 def _replace(theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:

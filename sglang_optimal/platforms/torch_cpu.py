@@ -75,6 +75,7 @@ class TorchCpuSRTPlatform(CpuDeviceMixin, SRTPlatform):
         return torch.profiler.ProfilerActivity.CPU
 
 
+@functools.cache  # else each model that asks for it wraps torch.tensor once more
 def ignore_pinned_memory() -> None:
     """Let code that pins host memory run where there is no accelerator to pin it for, and PyTorch therefore refuses.
 

@@ -68,9 +68,9 @@ def _check_recurrent(server_args, config: MixingConfig, model: ModelConfig, flag
     """A state has no positions: what has gone into it cannot be taken back, and each context needs one of its own."""
     name = model.hf_config.architectures[0]
     refused = (
-        f"{flag}: {name} is a model with recurrent layers (Mamba, linear attention, short convolutions), which is "
+        f"{flag}: {name} is a model with recurrent layers (Mamba, linear attention, short convolutions), which is not "
+        "supported beside a student"
     )
-    refused += "not supported beside a student"
     if config.shared_weights:
         raise ValueError(f"{refused} with the same weights; give --student-weights separate, which loads them twice.")
     if config.longest_draft:

@@ -223,19 +223,19 @@ def _guest_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:
     part.extend_input_logprob_token_ids = None
     part.return_hidden_states_mode = CaptureHiddenMode.NULL
     part.decoding_reqs = None
-    _keep_no_states(part, batch.mamba_track_mask is not None)
+    _keep_no_states(part)
     # What plain requests have seen decides where later tokens of theirs are (M-RoPE); mixed ones have seen nothing.
     part.multimodal_inputs = [req.multimodal_inputs for req in reqs]
     return part
 
 
-def _keep_no_states(part: ScheduleBatch, tracks: bool) -> None:
+def _keep_no_states(part: ScheduleBatch) -> None:
     """The host's radix cache keeps states of its rows, and none of the guest's.
 
-    Args:
-        tracks: whether forwards ask which rows' to keep. A graph's buffers, which both models share, would have the
-            host's answer if there were none.
+    Where forwards ask which rows' to keep, the guest's need an answer of their own: a graph's buffers, which both
+    models share, would have the host's.
     """
+    tracks = part.mamba_track_mask is not None  # of the host's batch, which it is a copy of
     for name in _OF_RECURRENT_STATES:
         setattr(part, name, None)
     if tracks:

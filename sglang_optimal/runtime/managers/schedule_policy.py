@@ -29,12 +29,11 @@ class MixedPrefillAdder(PrefillAdder):
         if guest_of(req) is None:
             return super().add_one_req(req, has_chunked_req, truncation_align_size)
         kv = self.guest_kv
+        if kv.states is not None and not kv.states.available():
+            return AddReqResult.NO_TOKEN
         state = kv.match(req)
         max_new = min(max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS)
         later = max_new + kv.page_size  # as SGLang: the last page may not be full
-        if kv.states is not None and not kv.states.available():
-            kv.unmatch(state)
-            return AddReqResult.NO_TOKEN
         if not self._one_pool and state.extend_len + later > kv.available() - self._guest_future:
             kv.unmatch(state)
             return AddReqResult.NO_TOKEN

@@ -246,22 +246,22 @@ def _check_decode_mem(original: Callable[..., bool], batch: ScheduleBatch, selec
     if not original(batch, selected_indices):
         return False
     rows = range(len(batch.reqs)) if selected_indices is None else selected_indices
-    mixed = [i for i in rows if guest_of(batch.reqs[i]) is not None]
+    mixed = [batch.reqs[i] for i in rows if guest_of(batch.reqs[i]) is not None]
     if not mixed:
         return True
     kv = batch.tree_cache.guest_kv
-    guest = sum(kv.new_tokens_required(req, _growth(batch, req)) for req in (batch.reqs[i] for i in mixed))
+    guest = sum(map(kv.new_tokens_required, mixed, _growths(batch, mixed)))
     return kv.can_decode(guest, batch.new_tokens_required_next_decode(list(rows)))
 
 
-def _growth(batch: ScheduleBatch, req: Req) -> int:
-    """Tokens by which the host's row of a request grows in the next decode step, and the guest's with it."""
+def _growths(batch: ScheduleBatch, reqs: list[Req]) -> list[int]:
+    """Tokens by which the host's row of each request grows in the next decode step, and the guest's with it."""
     if batch.spec_algorithm.is_none():
-        return 1
-    _, (grown,), _ = page_aligned_decode_alloc_lens(
-        [req], reserve=get_alloc_reserve_per_decode(), page_size=batch.token_to_kv_pool_allocator.page_size
+        return [1] * len(reqs)
+    now, then, _ = page_aligned_decode_alloc_lens(
+        reqs, reserve=get_alloc_reserve_per_decode(), page_size=batch.token_to_kv_pool_allocator.page_size
     )
-    return grown - req.kv.kv_allocated_len
+    return [end - start for start, end in zip(now, then, strict=True)]
 
 
 def _compute_max_prefix_len(original: Callable[[Req, int], int], req: Req, input_len: int) -> int:

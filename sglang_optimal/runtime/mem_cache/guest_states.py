@@ -14,7 +14,7 @@ class GuestStates:
     """The free slots, and the map.
 
     Args:
-        pool: the guest model runner's.
+        pool: the model runner's.
     """
 
     def __init__(self, pool: HybridReqToTokenPool):
