@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import pytest
@@ -13,6 +14,13 @@ from tiny_models import build_lora_adapter, build_tiny_tokenizer_model
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile(os.getenv("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture
+def caplog(caplog):
+    """Sees warnings whatever ran before: an engine in this process sets the root logger's level to its own."""
+    caplog.set_level(logging.INFO)
+    return caplog
 
 
 def pytest_collection_modifyitems(items):
