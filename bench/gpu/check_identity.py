@@ -101,6 +101,7 @@ ENGINES: dict[str, Engine] = {
     "drafts-pages": Engine({**SMALL, **PAGES, **DRAFTS}),
     "vision": Engine(student="vision-student", teacher="vision"),
     "recurrent-bf16": Engine({**BF16, "max_running_requests": 40}, "recurrent-student", gpu=True, teacher="recurrent"),
+    "recurrent-shared-bf16": Engine({**BF16, "max_running_requests": 40}, "recurrent", gpu=True, teacher="recurrent"),
     "recurrent-eager-bf16": Engine(
         {**BF16, **EAGER, "max_running_requests": 40}, "recurrent-student", gpu=True, teacher="recurrent"
     ),

@@ -115,8 +115,8 @@ _REFUSED = (
     _Refusal("moe_dense_tp_size", "another tensor parallelism for dense layers"),
     _Refusal("kt_weight_path", "experts on the CPU", _OWN_WEIGHTS),
     # Rings beside the states of recurrent layers, which SGLang empties as it gives a request its slot.
-    _Refusal("enable_linear_replayssm", "replaying recurrent states", _OWN_WEIGHTS),
-    _Refusal("enable_linear_replayssm_spec", "replaying recurrent states", _OWN_WEIGHTS),
+    _Refusal("enable_linear_replayssm", "replaying recurrent states"),
+    _Refusal("enable_linear_replayssm_spec", "replaying recurrent states"),
     _Refusal("enable_layernorm_sp", "sequence parallelism of layer norms", _OWN_WEIGHTS),
     _Refusal("enable_nvidia_megakernel", "a kernel for the whole of one model", _OWN_WEIGHTS),
     _Refusal("enable_amd_monokernel", "a kernel for the whole of one model", _OWN_WEIGHTS),

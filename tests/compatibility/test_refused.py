@@ -66,11 +66,11 @@ FLAGS = {
     "--enable-return-indexer-topk": [],
     "--enable-return-aux-hidden-states": [],
     "--kv-canary": ["log"],
+    "--enable-linear-replayssm": [],
+    "--enable-linear-replayssm-spec": [],
 }
 # Beside a student that is another model, or has weights of its own; with shared weights there is one model.
 FLAGS_OF_TWO_MODELS = {
-    "--enable-linear-replayssm": [],
-    "--enable-linear-replayssm-spec": [],
     "--startup-weight-load-mode": ["overlap"],
     "--checkpoint-engine-wait-weights-before-ready": [],
     "--load-format": ["remote_instance"],
@@ -262,21 +262,20 @@ def test_models(models, tiny_pair, tmp_path, kind, side):
 @pytest.mark.parametrize(
     "more,message",
     [
-        (["--student-weights", "shared"], "with the same weights; give --student-weights separate"),
         (["--mixing-mode", "speculative"], "that drafts, .*give --mixing-mode lockstep"),
         (["--mixing-mode", "auto"], "that drafts, .*give --mixing-mode lockstep"),
     ],
     ids=str,
 )
 def test_recurrent_layers(models, tiny_pair, tmp_path, more, message):
-    """Fine beside a student with weights of its own, in lockstep."""
+    """Fine in lockstep, with weights of its own or the same."""
     from recurrent_models import build_tiny_recurrent_model
 
     model = build_tiny_recurrent_model(tmp_path / "model", seed=1, family="qwen3.5", num_layers=2)
     argv = ["--model-path", str(model), "--max-total-tokens", "1000"]
-    if "shared" not in more:
-        argv += ["--student-model-path", str(tiny_pair[1])]
-        launch.resolve(*launch_server.parse(argv))
+    launch.resolve(*launch_server.parse(argv))
+    argv += ["--student-model-path", str(tiny_pair[1])]
+    launch.resolve(*launch_server.parse(argv))
     with pytest.raises(ValueError, match=f"^--model-path: Qwen3_5ForCausalLM is a .*recurrent layers.* {message}"):
         launch.resolve(*launch_server.parse([*argv, *more]))
 

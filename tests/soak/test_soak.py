@@ -46,7 +46,7 @@ PAGES = {"page_size": 16, "chunked_prefill_size": 32}
 MODES = {
     "two-models": (0.2, {}),
     "shared-weights": (0.1, {"max_total_tokens": 640}),
-    "drafts": (0.15, {"mixing_mode": "speculative", "draft_tokens": 3}),
+    "drafts": (0.1, {"mixing_mode": "speculative", "draft_tokens": 3}),
     "pages": (0.05, {**PAGES, "max_total_tokens": 480}),
     "shared-pages": (0.05, {**PAGES, "max_total_tokens": 720}),
     "drafts-pages": (0.05, {**PAGES, "max_total_tokens": 480, "mixing_mode": "speculative", "draft_tokens": 3}),
@@ -54,6 +54,7 @@ MODES = {
     "no-overlap": (0.1, {"disable_overlap_schedule": True}),
     "lora-student": (0.1, {"max_total_tokens": 640}),
     "recurrent": (0.05, {"chunked_prefill_size": 64}),
+    "shared-recurrent": (0.05, {"chunked_prefill_size": 64, "max_total_tokens": 640}),
     "asleep": (0.05, {"enable_memory_saver": True, "enable_weights_cpu_backup": True}),
 }
 SHORT_MODES = ("two-models", "shared-weights", "drafts")
@@ -82,14 +83,15 @@ def not_met(ledger: Ledger, seconds: float) -> list[str]:
 def test_soak(mode, tiny_pair, tmp_path, request):
     teacher, student = tiny_pair
     build, shape = build_tiny_tokenizer_model, {"hidden_size": 32, "num_layers": 1, "vocab_size": 80}
-    if mode == "recurrent":
+    if "recurrent" in mode:
         build, shape = partial(build_tiny_recurrent_model, family="qwen3.5"), {"hidden_size": 32, "num_layers": 2}
         teacher = build(tmp_path / "teacher", seed=4)
         student = build(tmp_path / "first", seed=5, **shape)
     argv = ["--model-path", str(teacher), *as_argv({**TIGHT, **MODES[mode][1]})]
     folders, oracles = {"first": student}, {}
-    if mode in ("shared-weights", "shared-pages"):
-        oracles["first"] = request.getfixturevalue("self_oracle")
+    if mode.startswith("shared"):
+        own = mode == "shared-recurrent"
+        oracles["first"] = MixedOracle(teacher, teacher) if own else request.getfixturevalue("self_oracle")
     elif mode == "lora-student":
         adapter, oracles["first"] = request.getfixturevalue("lora_adapter")
         argv += ["--student-lora-path", str(adapter)]

@@ -60,6 +60,8 @@ def check_architectures(server_args, config: MixingConfig, *, resolved: bool) ->
                 raise ValueError(f"{flag}: {name} is {what}, which is not supported beside a student.")
         if is_recurrent(model):
             _check_recurrent(server_args, config, model, flag, resolved)
+        if resolved and resolving_view(server_args).device == "cpu":
+            _check_cpu_attention(model, flag)
         if resolved and flag != "--model-path":
             _check_quantization(server_args, config, model)
 
@@ -71,12 +73,20 @@ def _check_recurrent(server_args, config: MixingConfig, model: ModelConfig, flag
         f"{flag}: {name} is a model with recurrent layers (Mamba, linear attention, short convolutions), which is not "
         "supported beside a student"
     )
-    if config.shared_weights:
-        raise ValueError(f"{refused} with the same weights; give --student-weights separate, which loads them twice.")
     if config.longest_draft:
         raise ValueError(f"{refused} that drafts, or that is drafted for; give --mixing-mode lockstep.")
     if resolved and resolving_view(server_args).device == "cpu" and name not in CPU_MODELS:
         raise ValueError(f"{refused} on a CPU, where there are {', '.join(CPU_MODELS)}; run it on a GPU.")
+
+
+def _check_cpu_attention(model: ModelConfig, flag: str) -> None:
+    """SGLang's attention for CPUs leaves a cap on scores out, without a word."""
+    cap = getattr(model.hf_text_config, "attn_logit_softcapping", None)
+    if cap:
+        raise ValueError(
+            f"{flag}: {model.hf_config.architectures[0]} caps its attention scores (attn_logit_softcapping: {cap:g}), "
+            "which SGLang's attention for CPUs leaves out; it is not supported beside a student on a CPU."
+        )
 
 
 def _check_quantization(server_args, config: MixingConfig, guest: ModelConfig) -> None:

@@ -201,11 +201,13 @@ def prefill_micro_batches(
     return finished[0] if len(finished) == 1 else torch.cat(finished)
 
 
-_OF_RECURRENT_STATES = (
+_KEPT_BY_ROW = (
     "mamba_track_indices", "mamba_track_mask", "mamba_track_seqlens", "mamba_track_seqlens_cpu",
-    "mamba_prefill_track_mask_cpu", "mamba_cow_src_indices", "mamba_cow_dst_indices", "mamba_clear_indices",
+    "mamba_prefill_track_mask_cpu",
 )  # fmt: skip
-"""What the host's rows do with theirs, of a ScheduleBatch."""
+"""What of each row's recurrent state is kept by a forward, of a ScheduleBatch."""
+_MADE_READY = ("mamba_cow_src_indices", "mamba_cow_dst_indices", "mamba_clear_indices")
+"""The slots of states that a forward copies or clears before it reads them."""
 
 
 def _guest_batch(batch: ScheduleBatch, reqs: list) -> ScheduleBatch:
@@ -236,7 +238,7 @@ def _keep_no_states(part: ScheduleBatch) -> None:
     models share, would have the host's.
     """
     tracks = part.mamba_track_mask is not None  # of the host's batch, which it is a copy of
-    for name in _OF_RECURRENT_STATES:
+    for name in (*_KEPT_BY_ROW, *_MADE_READY):
         setattr(part, name, None)
     if tracks:
         n, device = len(part.reqs), part.device
@@ -294,4 +296,21 @@ def joined(batch: ScheduleBatch, part: ScheduleBatch) -> ScheduleBatch:
         for name in ("prefix_lens", "extend_lens", "extend_logprob_start_lens"):
             setattr(both, name, [*getattr(batch, name), *getattr(part, name)])
         both.extend_num_tokens = batch.extend_num_tokens + part.extend_num_tokens
+    _join_states(both, batch, part)
     return both
+
+
+def _join_states(both: ScheduleBatch, batch: ScheduleBatch, part: ScheduleBatch) -> None:
+    """The host's rows keep what its radix cache asks for, the guest's nothing; slots of both are made ready."""
+    for name in _KEPT_BY_ROW:
+        if getattr(part, name) is not None:
+            setattr(both, name, _behind(getattr(batch, name), getattr(part, name)))
+    for name in _MADE_READY:
+        setattr(both, name, _behind(getattr(batch, name), getattr(part, name)))
+
+
+def _behind(first, second):
+    """Two tensors or lists as one; None is nothing."""
+    if first is None or second is None:
+        return second if first is None else first
+    return torch.cat([first, second]) if isinstance(first, torch.Tensor) else [*first, *second]

@@ -29,7 +29,7 @@ class MixedPrefillAdder(PrefillAdder):
         if guest_of(req) is None:
             return super().add_one_req(req, has_chunked_req, truncation_align_size)
         kv = self.guest_kv
-        if kv.states is not None and not kv.states.available():
+        if not kv.has_state():
             return AddReqResult.NO_TOKEN
         state = kv.match(req)
         max_new = min(max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS)

@@ -377,8 +377,8 @@ class SelfCheck:
         for row, ids in enumerate(contexts, 1):
             state = None
             if states is not None:
-                state = states.alloc()
-                states.bind(row, state)
+                state = states.alloc(self._scheduler.tree_cache)
+                states.bind(row + offset, state)
             own = slots[start : start + len(ids)]
             table[row + offset, : len(ids)] = own.to(table.dtype)
             chunks.append(PrefillChunk(req, row, ids, 0, len(ids), own, True, state))

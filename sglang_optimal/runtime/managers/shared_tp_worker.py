@@ -16,6 +16,7 @@ from sglang.srt.runtime_context import get_model, get_parallel
 
 from sglang_optimal.config import MixingConfig
 from sglang_optimal.platforms.torch_cpu import ignore_pinned_memory
+from sglang_optimal.runtime.configs.model_config import is_recurrent
 from sglang_optimal.runtime.core import DecodePlan, PrefillPlan
 from sglang_optimal.runtime.lora.student_adapter import StudentAdapter
 from sglang_optimal.runtime.managers.guest_tp_worker import kept
@@ -28,6 +29,7 @@ from sglang_optimal.runtime.managers.schedule_batch import (
 )
 from sglang_optimal.runtime.managers.tp_worker import MixedTpModelWorker
 from sglang_optimal.runtime.mem_cache.guest_kv import GuestReqToTokenPool, SharedGuestKV
+from sglang_optimal.runtime.mem_cache.kv_cache_configurator import count_guest_states
 from sglang_optimal.runtime.model_executor.weight_updater import UpdatedModel
 from sglang_optimal.runtime.sampling.sampler import MixingStep
 from sglang_optimal.runtime.sampling.scoring import take_guest_states
@@ -84,6 +86,8 @@ class SharedTpModelWorker(MixedTpModelWorker):
             wire_components()
 
         runner._init_post_memory_pool_components = with_guest_rows
+        if is_recurrent(self.model_config):
+            count_guest_states(runner)
         super().alloc_memory_pool(*args, **kwargs)
         self._pools_are_there(SharedGuestKV(self._rows, runner.token_to_kv_pool_allocator, self.adapter))
         if get_parallel().tp_rank == 0:

@@ -24,6 +24,7 @@ from sglang.srt.mem_cache.allocation import (
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import evict_from_tree_cache
+from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from sglang_optimal.runtime.core import GuestKVState, length_offset
@@ -62,12 +63,12 @@ class GuestKV(abc.ABC):
     one_pool: bool
     req_pool_offset = 0
 
-    def __init__(self, req_to_token_pool, allocator):
+    def __init__(self, req_to_token_pool, allocator, states: GuestStates | None):
         self.req_to_token_pool = req_to_token_pool
         self.allocator = allocator
         self.size = allocator.size
         self.page_size = allocator.page_size
-        self.states = GuestStates.of(req_to_token_pool)
+        self.states = states
         self.active_reqs: dict[int, Req] = {}
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -75,7 +76,12 @@ class GuestKV(abc.ABC):
     @property
     @abc.abstractmethod
     def tree(self) -> BasePrefixCache:
+        """The radix cache that has slots of the guest's pool."""
+
+    @property
+    def prefixes(self) -> BasePrefixCache:
         """The radix cache that has the guest's prefixes."""
+        return self.tree
 
     @abc.abstractmethod
     def attach(self, host_tree: BasePrefixCache) -> None:
@@ -132,6 +138,10 @@ class GuestKV(abc.ABC):
         length = self.row_len(req)
         return self.ceil_paged_tokens(length + more) - self.ceil_paged_tokens(length)
 
+    def has_state(self) -> bool:
+        """Whether one more request finds a slot for the state of its recurrent layers, where there are any."""
+        return self.states is None or self.states.available() > 0
+
     @abc.abstractmethod
     def can_decode(self, guest: int, host: int) -> bool:
         """Whether a step's ``guest`` tokens fit, evicting if needed. ``host``: what it takes there, which has been
@@ -149,10 +159,10 @@ class GuestKV(abc.ABC):
         score = req.mixing.score
         # The last token is always forwarded: its logits are needed, as are the hidden states before scored ones.
         key = self._key(req, ids[: len(ids) - 1 - (0 if score is None else score.length)])
-        result = self.tree.match_prefix(MatchPrefixParams(key=key))
+        result = self.prefixes.match_prefix(MatchPrefixParams(key=key))
         node, prefix_len = result.last_device_node, result.device_prefix_len
         start = prefix_len + self._num_aliased(req, ids, prefix_len)
-        return GuestKVState(ids=ids, prefix_len=prefix_len, start=start, node=node, lock=self.tree.lock(node))
+        return GuestKVState(ids=ids, prefix_len=prefix_len, start=start, node=node, lock=self.prefixes.lock(node))
 
     def _num_aliased(self, req: Req, ids: array, prefix_len: int) -> int:
         """How many tokens after the cached prefix the host computes for the guest: whole pages."""
@@ -160,13 +170,13 @@ class GuestKV(abc.ABC):
 
     def unmatch(self, state: GuestKVState) -> None:
         """Undo ``match`` for a request that was not admitted."""
-        self.tree.unlock(state.lock)
+        self.prefixes.unlock(state.lock)
 
     def allocate(self, req: Req, state: GuestKVState) -> None:
         """Take the slots for the whole guest prompt. The caller has checked that they fit."""
         state.slots = alloc_token_slots(self.tree, self.ceil_paged_tokens(state.extend_len))[: state.extend_len]
         state.protected_len = state.start
-        state.recurrent = None if self.states is None else self.states.alloc()
+        state.recurrent = None if self.states is None else self.states.alloc(self.tree)
         state.aliases_host = state.start > state.prefix_len
         req.mixing.guest.kv = state
         self.active_reqs[id(req)] = req
@@ -180,9 +190,9 @@ class GuestKV(abc.ABC):
             return
         row = req.kv.req_pool_idx
         if self.states is not None:
-            self.states.bind(row, state.recurrent)
+            self.states.bind(row + self.req_pool_offset, state.recurrent)
         if state.prefix_len:
-            prefix = self.tree.path_device_indices(state.node)[: state.prefix_len]
+            prefix = self.prefixes.path_device_indices(state.node)[: state.prefix_len]
             self.req_to_token_pool.write((row, slice(0, state.prefix_len)), prefix.to(torch.int32))
         self.req_to_token_pool.write((row, slice(state.start, len(state.ids))), state.slots.to(torch.int32))
         state.bound = True
@@ -250,7 +260,7 @@ class GuestKV(abc.ABC):
     def checkpoint(self, req: Req) -> None:
         """After the prefill: put the prompt into the radix cache, so that others can share it at once."""
         state = req.mixing.guest.kv
-        if state is None or not state.forwarded or state.failed or self.tree.disable:
+        if state is None or not state.forwarded or state.failed or self.prefixes.disable:
             return
         if state.protected_len >= self.floor_paged_tokens(len(state.ids)):
             return
@@ -262,15 +272,15 @@ class GuestKV(abc.ABC):
         if not state.aliases_host:
             return True
         key = self._key(req, state.ids[: state.start])
-        result = self.tree.match_prefix(MatchPrefixParams(key=key))
+        result = self.prefixes.match_prefix(MatchPrefixParams(key=key))
         if result.device_prefix_len < state.start:
             return False
         node = result.last_device_node
         moved = slice(state.prefix_len, state.start)
-        slots = self.tree.path_device_indices(node)[moved].to(torch.int32)
+        slots = self.prefixes.path_device_indices(node)[moved].to(torch.int32)
         self.req_to_token_pool.write((req.kv.req_pool_idx, moved), slots)
-        lock = self.tree.lock(node)
-        self.tree.unlock(state.lock)
+        lock = self.prefixes.lock(node)
+        self.prefixes.unlock(state.lock)
         state.node, state.lock, state.aliases_host = node, lock, False
         return True
 
@@ -286,9 +296,9 @@ class GuestKV(abc.ABC):
             self.states.free(state.recurrent)
         if not state.bound:
             self.allocator.free_segment(state.slots, start_pos=state.start)
-            self.tree.unlock(state.lock)
+            self.prefixes.unlock(state.lock)
             return
-        if keep and state.forwarded and not state.failed and not self.tree.disable:
+        if keep and state.forwarded and not state.failed and not self.prefixes.disable:
             computed = self.floor_paged_tokens(min(req.owned_kv_len() + length_offset(req), total))
             if computed > state.protected_len and self._move_alias_to_tree(req, state):
                 state.ids = (req.mixing.guest.prompt_ids + req.output_ids)[:computed]
@@ -296,7 +306,7 @@ class GuestKV(abc.ABC):
         row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         if total > state.protected_len:
             self.allocator.free_segment(row[state.protected_len : total].to(torch.int64), start_pos=state.protected_len)
-        self.tree.unlock(state.lock)
+        self.prefixes.unlock(state.lock)
 
     @abc.abstractmethod
     def reset(self) -> None:
@@ -319,11 +329,11 @@ class GuestKV(abc.ABC):
         key = self._key(req, state.ids[:length])
         values = row[:length].to(torch.int64, copy=True)
         node = self._insert_key(key, values, state.protected_len)
-        slots = self.tree.path_device_indices(node)
+        slots = self.prefixes.path_device_indices(node)
         moved = slice(state.protected_len, length)
         self.req_to_token_pool.write((req.kv.req_pool_idx, moved), slots[moved].to(torch.int32))
-        lock = self.tree.lock(node)
-        self.tree.unlock(state.lock)
+        lock = self.prefixes.lock(node)
+        self.prefixes.unlock(state.lock)
         state.node, state.lock, state.protected_len = node, lock, length
 
     @abc.abstractmethod
@@ -342,16 +352,12 @@ class SeparateGuestKV(GuestKV):
     one_pool = False
 
     def __init__(self, req_to_token_pool, allocator, *, disable_radix_cache: bool, eviction_policy: str):
-        super().__init__(req_to_token_pool, allocator)
-        self._tree = RadixCache(
-            CacheInitParams(
-                # A prefix is of no use without the recurrent layers' state after it, which this cache has no place for.
-                disable=disable_radix_cache or self.states is not None,
-                req_to_token_pool=req_to_token_pool,
-                token_to_kv_pool_allocator=allocator,
-                page_size=allocator.page_size,
-                eviction_policy=eviction_policy,
-            )
+        super().__init__(req_to_token_pool, allocator, GuestStates.of(req_to_token_pool))
+        self._tree = radix_cache(
+            req_to_token_pool,
+            allocator,
+            disable=disable_radix_cache or self.states is not None,
+            eviction_policy=eviction_policy,
         )
 
     @property
@@ -399,11 +405,12 @@ class SharedGuestKV(GuestKV):
     one_pool = True
 
     def __init__(self, rows: GuestReqToTokenPool, allocator, adapter: StudentAdapter | None = None):
-        super().__init__(rows, allocator)
+        super().__init__(rows, allocator, GuestStates.of(rows.pool))
         self.adapter = adapter
         self.req_pool_offset = rows.offset
         self._host_rows = rows.host
         self._tree: BasePrefixCache | None = None
+        self._no_prefixes = radix_cache(rows, allocator, disable=True)
 
     @property
     def tree(self) -> BasePrefixCache:
@@ -416,12 +423,18 @@ class SharedGuestKV(GuestKV):
             raise RuntimeError("the guest's KV is used before the host's radix cache exists")
         return self._tree
 
+    @property
+    def prefixes(self) -> BasePrefixCache:
+        """The host's, unless there are states: it keeps those of the host's contexts alone."""
+        return self.tree if self.states is None else self._no_prefixes
+
     def attach(self, host_tree: BasePrefixCache) -> None:
         self._tree = host_tree
 
     def _num_aliased(self, req: Req, ids: array, prefix_len: int) -> int:
-        # Of an adapter the same tokens have another KV; and the hidden states of scored ones are the guest's own.
-        if self.adapter is not None or req.mixing.score is not None:
+        # Of an adapter the same tokens have another KV; the hidden states of scored ones are the guest's own, as is
+        # the state of recurrent layers, which all tokens go into.
+        if self.adapter is not None or req.mixing.score is not None or self.states is not None:
             return 0
         host = req.origin_input_ids + req.output_ids
         longest = min(len(ids) - 1, len(host))
@@ -445,6 +458,11 @@ class SharedGuestKV(GuestKV):
         # As SGLang does for the requests of an adapter.
         return req.extra_key if self.adapter is None else (req.extra_key or "") + self.adapter.lora_id
 
+    def has_state(self) -> bool:
+        # Requests are so few that each has one, as each of the host's has (`MixedKVCacheConfigurator`). SGLang sets slots
+        # aside while it admits, so that fewer seem to be free.
+        return True
+
     def can_decode(self, guest: int, host: int) -> bool:
         evict_from_tree_cache(self.tree, host + guest)
         return self.allocator.available_size() >= host + guest
@@ -464,25 +482,45 @@ class SharedGuestKV(GuestKV):
         return self.tree.insert(params).last_device_node
 
 
+def radix_cache(rows, allocator, *, disable: bool, eviction_policy: str = "lru") -> RadixCache:
+    """One for KV alone. Beside recurrent layers it is disabled: a prefix is of no use without their state after it,
+    which it has no place for."""
+    return RadixCache(
+        CacheInitParams(
+            disable=disable,
+            req_to_token_pool=rows,
+            token_to_kv_pool_allocator=allocator,
+            page_size=allocator.page_size,
+            eviction_policy=eviction_policy,
+        )
+    )
+
+
 class GuestReqToTokenPool:
     """A second table of rows behind the host's, in the same tensor, so that one forward can read rows of both.
 
     Takes the place of the pool's table, of which several of SGLang's objects keep a reference (the translator of KV
-    indices, attention backends): made before any of them is.
+    indices, attention backends): made before any of them is. The map from rows to the states of recurrent layers grows
+    likewise.
 
     Attributes:
+        pool: the host's.
         offset: what to add to a request's row number to find its guest's row.
         host, req_to_token: [rows, max context] views of the host's and the guest's half.
     """
 
     def __init__(self, req_to_token_pool):
         table = req_to_token_pool.req_to_token
+        self.pool = req_to_token_pool
         self.offset = table.shape[0]
         self.size = req_to_token_pool.size
         # The pool itself goes on handing out rows of its own half only.
         req_to_token_pool.req_to_token = table.new_zeros((2 * self.offset, table.shape[1]))
         self.host = req_to_token_pool.req_to_token[: self.offset]
         self.req_to_token = req_to_token_pool.req_to_token[self.offset :]
+        if isinstance(req_to_token_pool, HybridReqToTokenPool):
+            slots = req_to_token_pool.req_index_to_mamba_index_mapping
+            req_to_token_pool.req_index_to_mamba_index_mapping = slots.new_zeros(2 * self.offset)
 
     def write(self, indices, values: torch.Tensor) -> None:
         self.req_to_token[indices] = values
