@@ -459,8 +459,8 @@ class SharedGuestKV(GuestKV):
         return req.extra_key if self.adapter is None else (req.extra_key or "") + self.adapter.lora_id
 
     def has_state(self) -> bool:
-        # Requests are so few that each has one, as each of the host's has (`MixedKVCacheConfigurator`). SGLang sets slots
-        # aside while it admits, so that fewer seem to be free.
+        # So few requests run that each has one (`MixedKVCacheConfigurator`). SGLang sets slots aside while it admits, so
+        # that fewer seem to be free.
         return True
 
     def can_decode(self, guest: int, host: int) -> bool:
