@@ -31,15 +31,7 @@ def write_card(folder: Path) -> Path:
     Raises:
         ValueError: no run in it.
     """
-    # No journals: another machine may be writing them, and writes the card again when it is done.
-    shards = _finished(folder)
-    if not shards["accepted"]:
-        # Without a default configuration `load_dataset` would give the rejected records for it, where it says so now.
-        write_empty_shard(folder, optional_columns(shards["rejected"]))
-        shards = _finished(folder)
-    elif len(shards["accepted"]) > 1:
-        (folder / "data" / EMPTY_SHARD).unlink(missing_ok=True)  # of a time when there were none
-        shards = _finished(folder)
+    shards = _settled(folder)
     tally, models = Tally(), Counter[tuple]()
     for row in read_rows(shards["accepted"] + shards["rejected"], [*TALLIED, *MODEL_COLUMNS]):
         tally.add(row)
@@ -51,6 +43,40 @@ def write_card(folder: Path) -> Path:
     body = _body(folder, tally, models, manifests, optional)
     replace_file(path, f"---\n{_front_matter(folder, shards, state)}---\n\n{body}")
     return path
+
+
+def renew_card(folder: Path) -> None:
+    """Have ``README.md`` tell ``load_dataset`` of the shards that came since, while a run goes on; cheap.
+
+    Without it `datasets` takes every file of the folder for training data, the rejected records too. What the card says
+    to people stays as it was until `write_card`.
+
+    Raises:
+        ValueError: no run in it.
+    """
+    path = folder / "README.md"
+    _, marks, body = path.read_text(encoding="utf-8").partition("\n---\n") if path.exists() else ("", "", "")
+    if not marks:
+        write_card(folder)
+        return
+    shards = _settled(folder)
+    replace_file(path, f"---\n{_front_matter(folder, shards, _state(shards, read_manifests(folder)))}---\n{body}")
+
+
+def _settled(folder: Path) -> dict[str, list[Path]]:
+    """Finished shards, among them one of accepted records, if of none.
+
+    No journals: another machine may be writing them, and writes the card again when it is done.
+    """
+    shards = _finished(folder)
+    if not shards["accepted"]:
+        # Without a default configuration `load_dataset` would give the rejected records for it, where it says so now.
+        write_empty_shard(folder, optional_columns(shards["rejected"]))
+    elif len(shards["accepted"]) > 1:
+        (folder / "data" / EMPTY_SHARD).unlink(missing_ok=True)  # of a time when there were none
+    else:
+        return shards
+    return _finished(folder)
 
 
 def _finished(folder: Path) -> dict[str, list[Path]]:
@@ -134,12 +160,12 @@ def _body(
     meanings = COLUMNS | {name: OPTIONAL_COLUMNS[name] for name in optional}
     lines += [f"| `{name}` | {_cell(meaning)} |" for name, meaning in meanings.items()]
     if config:
-        text = yaml.safe_dump(_public(config), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(public_settings(config), sort_keys=False, allow_unicode=True)
         lines += ["", "## Settings", "", "```yaml", text.replace("```", "` ` `").rstrip(), "```"]
     return "\n".join(lines) + "\n"
 
 
-def _public(config: dict[str, Any]) -> dict[str, Any]:
+def public_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings without this machine's: no addresses, and of paths the last name."""
     shown = {section: values for section, values in config.items() if values and section != "client"}
     for section in ("data", "server", "mixing"):

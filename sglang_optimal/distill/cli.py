@@ -1,4 +1,4 @@
-"""``python -m sglang_optimal.distill``: run, preview, report, export, schema."""
+"""``python -m sglang_optimal.distill``: run, preview, report, export, push, schema."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--samples", type=int, default=200, help="Samples to browse. Default: %(default)s.")
 
     from sglang_optimal.distill.export import FORMATS, ON_MISMATCH, PROBLEMS
+    from sglang_optimal.distill.export_pairs import JUDGED, PAIRS, PICKS
+    from sglang_optimal.distill.export_weights import TOWARDS, WEIGHTED
 
     export = commands.add_parser(
         "export",
@@ -79,6 +81,33 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"The problem's field with the expected answer, for {', '.join(PROBLEMS)}. Default: answer.",
     )
+    export.add_argument(
+        "--pairs", type=_pairs, metavar="N|all", help=f"Most pairs of a problem, for {PAIRS}. Default: 1."
+    )
+    picks = "; ".join(f"{name}: {meaning}" for name, meaning in PICKS.items())
+    export.add_argument("--pick", choices=PICKS, help=f"Which pairs come first, for {PAIRS}. {picks}. Default: order.")
+    export.add_argument(
+        "--rejected-by",
+        nargs="+",
+        metavar="FILTER",
+        help=f"For {', '.join(JUDGED)}: only what these filters rejected. Default: what any did but deduplicate.",
+    )
+    export.add_argument(
+        "--weights",
+        choices=TOWARDS,
+        help=f"For {', '.join(WEIGHTED)}: a column of each token's importance weight towards this model.",
+    )
+    export.add_argument("--max-weight", type=float, metavar="W", help="Cut larger weights down to it.")
+    export.add_argument(
+        "--mask-below",
+        type=float,
+        metavar="P",
+        help=f"For {', '.join(WEIGHTED)}: a column mask, 0 at tokens that the student gave a smaller probability.",
+    )
+
+    from sglang_optimal.distill import push
+
+    push.add_parser(commands)
 
     schema = commands.add_parser("schema", help="JSON schema of the run's file, for editors")
     schema.add_argument("--output", help="Default: stdout.")
@@ -100,7 +129,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _status(args: argparse.Namespace, stops: list[int]) -> int:
-    commands = {"run": _run, "preview": _preview, "report": _report, "export": _export, "schema": _schema}
+    commands = {
+        "run": _run,
+        "preview": _preview,
+        "report": _report,
+        "export": _export,
+        "push": _push,
+        "schema": _schema,
+    }
     try:
         return commands[args.command](args)
     except ValueError as error:
@@ -191,15 +227,23 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _pairs(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
 def _export(args: argparse.Namespace) -> int:
-    from sglang_optimal.distill.export import PROBLEMS, described, export
+    from sglang_optimal.distill.export import ALIASES, PROBLEMS, described, export
+    from sglang_optimal.distill.export_pairs import PAIRS
 
     done = export(
         Path(args.folder), Path(args.output), args.format,
         columns=args.columns, rejected=args.rejected, tokenizer=args.tokenizer,
         check=not args.no_check, on_mismatch=args.on_mismatch, answer_field=args.answer_field,
+        pairs=args.pairs, pick=args.pick, rejected_by=args.rejected_by,
+        weights=args.weights, max_weight=args.max_weight, mask_below=args.mask_below,
     )  # fmt: skip
-    unit = "problems" if args.format in PROBLEMS else "records"
+    format = ALIASES.get(args.format, args.format)
+    unit = "problems" if format in PROBLEMS else "pairs" if format == PAIRS else "records"
     print(f"{args.output}: {done.written} {unit}{', compared with what was sampled' if done.checked else ''}")
     if done.differing:
         print(f"  {'kept' if args.on_mismatch == 'keep' else 'left out'}: {described(done.differing)}")
@@ -208,6 +252,12 @@ def _export(args: argparse.Namespace) -> int:
     if done.with_others:
         print(f"  {done.with_others} problems were sampled with other contexts too; these are of the first sample")
     return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    from sglang_optimal.distill.push import command
+
+    return command(args)
 
 
 def _schema(args: argparse.Namespace) -> int:

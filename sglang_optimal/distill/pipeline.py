@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from sglang_optimal import __version__
-from sglang_optimal.distill.card import write_card
+from sglang_optimal.distill.card import renew_card, write_card
 from sglang_optimal.distill.client import BadRequestError, NoServerAvailable, RetriesExhausted, Sample, Servers
 from sglang_optimal.distill.config import DistillConfig
 from sglang_optimal.distill.contexts import ContextBuilder, Task
@@ -201,6 +201,7 @@ class _Run:
         self._sampled = 0
         self._held: list[Record] = []
         self._refused: dict[str, set[str]] = {}  # message: problems
+        self._carded = 0  # shards that the card knows of
         self._sampling_since: float | None = None
         self._elapsed_before = float(self._manifest.get("elapsed_seconds", 0.0))
 
@@ -233,6 +234,7 @@ class _Run:
             self._say(remark)
         failed = 0
         if missing:
+            self._renew_card()  # before the first record: without a card load_dataset would take all that it finds
             try:
                 async with self._servers() as servers:
                     failed = await self._sample_all(servers, missing)
@@ -296,6 +298,8 @@ class _Run:
                 await asyncio.sleep(SYNC_EVERY)
                 progress.update()
                 await asyncio.to_thread(self._store.sync)
+                if self._store.sealed != self._carded:
+                    await asyncio.to_thread(self._renew_card)
 
         async def look() -> None:
             while True:
@@ -318,6 +322,11 @@ class _Run:
                 self._judge.shutdown(wait=False, cancel_futures=True)
                 await asyncio.to_thread(self._store.sync)
         return progress.failed
+
+    def _renew_card(self) -> None:
+        self._carded = self._store.sealed
+        with contextlib.suppress(OSError, ValueError):  # another machine's hand in it; it is written again at the end
+            renew_card(self._store.folder)
 
     def _keep(self, record: Record) -> None:
         # Refusals before the first sample may be the server's fault, of which the run would end: the same command must

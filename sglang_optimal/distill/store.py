@@ -19,6 +19,7 @@ import fcntl
 import json
 import os
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -46,6 +47,7 @@ class RecordStore:
     Attributes:
         done: ids of all records.
         tally: counts and sums over them, for progress and the report; see `Tally`.
+        sealed: number of shards that this process finished.
 
     Raises:
         ValueError: another process writes here.
@@ -64,6 +66,7 @@ class RecordStore:
         self.folder = folder
         self.done: set[str] = set()
         self.tally = Tally()
+        self.sealed = 0
         self._format, self._limit, self._series = format, shard_records, series
         self._tag = "" if shard[1] == 1 else f"{shard[0]}-of-{shard[1]}-"
         self._journal = folder / "journal"
@@ -216,6 +219,7 @@ class RecordStore:
             journal.path.unlink()
         sync_folder(target.parent)
         sync_folder(self._journal)
+        self.sealed += 1
 
 
 class _Journal:
@@ -403,12 +407,15 @@ def write_empty_shard(folder: Path, optional: Collection[str] = ()) -> None:
 
 def replace_file(path: Path, text: str) -> None:
     """Write a file so that it is there whole, or as it was."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")  # another machine may write the same file
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

@@ -110,20 +110,7 @@ class RecordCollator:
         return float(temperature) or 1.0
 
     def _behaviour(self, row: Mapping[str, Any], i: int) -> str:
-        if self.behaviour is not None:
-            return self.behaviour
-        if row.get("behaviour_logprob"):
-            return "behaviour_logprob"
-        sampling = _sampling(row)
-        cut = [name for name, cuts in _CUTS.items() if name in sampling and cuts(sampling[name])]
-        if "temperature" not in sampling or cut:
-            drawn = ", ".join(f"{name} {sampling[name]}" for name in cut)
-            raise ValueError(
-                f"behaviour: {_name(row, i)} {f'was drawn with {drawn}' if cut else 'has no `sampling`'}, so that "
-                "`mixture_logprob` may not be the log-probability with which its tokens were drawn; add a column "
-                "behaviour_logprob, or name the column to take in its place."
-            )
-        return "mixture_logprob"
+        return self.behaviour if self.behaviour is not None else behaviour_column(row, _name(row, i))
 
     def _top_k(self, rows: Sequence[Mapping[str, Any]], lengths: list[int], longest: int) -> dict[str, Tensor]:
         assert self.objective.top_k is not None
@@ -156,6 +143,33 @@ class RecordCollator:
             "top_k_logprobs": torch.stack([_padded(found, longest, -math.inf) for found in logprobs]),
             "top_k_tail": torch.stack([_padded(found, longest, 1.0) for found in tails]),
         }
+
+
+def behaviour_column(row: Mapping[str, Any], name: str) -> str:
+    """The column with the log-probability with which a record's tokens were drawn.
+
+    Args:
+        row: a record as it is stored.
+        name: of the record, for the message.
+
+    Returns:
+        ``behaviour_logprob`` where the record has it; else ``mixture_logprob``.
+
+    Raises:
+        ValueError: it has not, and `sampling` does not say that nothing came between q* and the draw.
+    """
+    if row.get("behaviour_logprob"):
+        return "behaviour_logprob"
+    sampling = _sampling(row)
+    cut = [key for key, cuts in _CUTS.items() if key in sampling and cuts(sampling[key])]
+    if "temperature" not in sampling or cut:
+        drawn = ", ".join(f"{key} {sampling[key]}" for key in cut)
+        raise ValueError(
+            f"behaviour: {name} {f'was drawn with {drawn}' if cut else 'has no `sampling`'}, so that "
+            "`mixture_logprob` may not be the log-probability with which its tokens were drawn; add a column "
+            "behaviour_logprob, or name the column to take in its place."
+        )
+    return "mixture_logprob"
 
 
 # Whether a sampling parameter of SGLang's comes between q* and the draw.

@@ -55,10 +55,16 @@ def read(path):
     [
         ("sft", {"messages": [*STUDENT, {"role": "assistant", "content": "it is 0"}]}),
         ("trl-sft", {"prompt": STUDENT, "completion": [{"role": "assistant", "content": "it is 0"}]}),
-        ("trl-gkd", {"messages": [*STUDENT, {"role": "assistant", "content": "it is 0"}]}),
+        (
+            "trl-gkd",
+            {
+                "messages": [*STUDENT, {"role": "assistant", "content": "it is 0"}],
+                "input_ids": [1, 4, 5, 20, 21, 22], "completion_mask": [0, 0, 0, 1, 1, 1],
+            },
+        ),
         ("trl-tokens", {"input_ids": [1, 4, 5, 20, 21, 22], "labels": [-100, -100, -100, 20, 21, 22]}),
     ],
-)
+)  # fmt: skip
 def test_chats(tmp_path, format, first, suffix):
     output = tmp_path / f"out.{suffix}"
     assert export(make_run(tmp_path / "run"), output, format) == 3
@@ -78,7 +84,7 @@ def test_a_prefix_is_part_of_the_answer(tmp_path):
     assert row["completion"] == [{"role": "assistant", "content": "well, it is 0"}]
 
 
-@pytest.mark.parametrize("format", ["sft", "trl-sft", "trl-gkd"])
+@pytest.mark.parametrize("format", ["sft", "trl-sft"])
 def test_trl_renders_what_the_student_read(tmp_path, format):
     """With the template's variables, and a prefix within the assistant's turn."""
     from transformers import AutoTokenizer
@@ -110,8 +116,9 @@ def saved(tokenizer, folder):
 
 def test_records_of_an_older_version_have_no_prompt_ids(tmp_path):
     run = make_run(tmp_path / "run", prompt_ids=False)
-    with pytest.raises(ValueError, match="trl-tokens needs the records' student_prompt_ids"):
-        export(run, tmp_path / "out.jsonl", "trl-tokens")
+    for format in ("trl-tokens", "trl-gkd"):
+        with pytest.raises(ValueError, match=f"{format} needs the records' student_prompt_ids"):
+            export(run, tmp_path / "out.jsonl", format)
 
 
 def test_plain_text(tmp_path):

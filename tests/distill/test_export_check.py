@@ -109,7 +109,7 @@ def trained_on(tokenizer, row: dict) -> list[int]:
     return _tokenize(tokenizer, messages, **row.get("chat_template_kwargs", {}))["input_ids"]
 
 
-@pytest.mark.parametrize("format", ["sft", "trl-sft", "trl-gkd"])
+@pytest.mark.parametrize("format", ["sft", "trl-sft"])
 @pytest.mark.parametrize(
     ("family", "variables", "text"),
     [

@@ -291,6 +291,51 @@ def test_interrupted(folder, stub, number):
     folder.check_complete()
 
 
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_load_dataset_of_a_run_that_was_killed(folder, stub, format):
+    """The accepted records of finished shards, also of those that came since; never a rejected one."""
+    folder.configure(output={"format": format, "shard_records": 8})
+    assert folder.run(stub.url, more=("--shard", "0/2")) == 0
+    stub.delay = 0.4
+    process = folder.process(stub.url, more=("--shard", "1/2"))
+    before = finished(folder.out)
+    while process.poll() is None and not (more := finished(folder.out) - before):
+        time.sleep(0.05)
+    assert process.poll() is None and loaded(folder.out) <= finished(folder.out)
+    while process.poll() is None and not before | more <= loaded(folder.out):
+        time.sleep(0.2)  # the card is renewed once a second
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert before | more <= loaded(folder.out) <= finished(folder.out)
+    stub.delay = 0
+    assert folder.run(stub.url, more=("--shard", "1/2")) == 0
+    assert loaded(folder.out) == {row["id"] for row in folder.rows().values() if row["accepted"]}
+
+
+def loaded(out) -> set[str]:
+    return set(datasets.load_dataset(str(out), split="train")["id"])
+
+
+def finished(out) -> set[str]:
+    shards = [path for suffix in ("parquet", "jsonl") for path in sorted((out / "data").glob(f"*-of-*.{suffix}"))]
+    return {row["id"] for row in read_rows(shards)}
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_load_dataset_of_a_run_that_was_killed_before_its_first_shard(folder, stub, format):
+    folder.configure(output={"format": format})
+    stub.delay = 0.1
+    process = folder.process(stub.url)
+    while sum(stub.seen.values()) < 40 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert list((folder.out / "journal").glob("rejected-*"))
+    with pytest.raises(ValueError, match="corresponds to no data"):
+        datasets.load_dataset(str(folder.out), split="train")
+
+
 def test_one_of_two_servers_dies(folder, stub):
     doomed = StubServer()
     doomed.dies_after = 20

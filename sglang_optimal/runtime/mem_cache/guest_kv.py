@@ -459,8 +459,8 @@ class SharedGuestKV(GuestKV):
         return req.extra_key if self.adapter is None else (req.extra_key or "") + self.adapter.lora_id
 
     def has_state(self) -> bool:
-        # So few requests run that each has one (`MixedKVCacheConfigurator`). SGLang sets slots aside while it admits, so
-        # that fewer seem to be free.
+        # So few requests run that each has one (`MixedKVCacheConfigurator`), though fewer may seem to be free: SGLang
+        # sets slots aside while it admits.
         return True
 
     def can_decode(self, guest: int, host: int) -> bool:
