@@ -223,6 +223,11 @@ class MixingConfig(Settings):
     """Upper bound on that teacher's KV pool, in tokens; by default as many as the served model's."""
     student_max_total_tokens: Tokens | None = None
     """Upper bound on the student's KV pool, in tokens; by default as many as the teacher's."""
+    student_chat_template: Text | None = None
+    """Chat template of the student's alone: a name of SGLang's, a .jinja or .json file, or ``own`` for that of its own
+    tokenizer. By default SGLang's ``--chat-template`` is both models', and without that each has its own."""
+    teacher_chat_template: Text | None = None
+    """The same for that teacher, where the served model is the student."""
     student_weights: Literal["auto", "shared", "separate", "none"] = "auto"
     """``shared``: the student is the teacher, whose weights are loaded once; both contexts are rows of one forward and
     share one KV pool and radix cache. ``separate``: weights and KV of its own, which can be updated. ``auto``: shared
@@ -281,13 +286,18 @@ class MixingConfig(Settings):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}: has no effect without student_model_path.")
         if self.teacher_model_path is None:
-            for name in ("teacher_revision", "teacher_max_total_tokens"):
+            for name in ("teacher_revision", "teacher_max_total_tokens", "teacher_chat_template"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}: has no effect without teacher_model_path.")
         else:
             for name in ("student_model_path", "student_lora_path"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}: with teacher_model_path the served model is the student; leave it out.")
+            if self.student_chat_template is not None:
+                raise ValueError(
+                    "student_chat_template: with teacher_model_path the served model is the student, whose template is "
+                    "SGLang's chat_template; give that, and teacher_chat_template for the teacher."
+                )
             if self.mixing_mode != "lockstep":
                 raise ValueError(
                     "mixing_mode: a student that is the served model cannot draft; serve the teacher and give "
@@ -297,6 +307,8 @@ class MixingConfig(Settings):
                 raise ValueError("student_weights: 'none' does not go with teacher_model_path; give one of them.")
         if kind in ("none", "separate") and self.student_lora_path is not None:
             raise ValueError(f"student_lora_path: does not go with student_weights {kind!r}; it needs shared weights.")
+        if self.student_chat_template is not None and kind == "none":
+            raise ValueError("student_chat_template: has no effect with student_weights 'none'; leave it out.")
         if self.student_model_path is not None and kind == "none":
             raise ValueError("student_weights: 'none' does not go with student_model_path; give one of them.")
         return self
@@ -323,6 +335,10 @@ class MixingConfig(Settings):
     @property
     def guest_revision(self) -> str | None:
         return self.student_revision if self.teacher_model_path is None else self.teacher_revision
+
+    @property
+    def guest_chat_template(self) -> str | None:
+        return self.student_chat_template if self.teacher_model_path is None else self.teacher_chat_template
 
     @property
     def guest_max_total_tokens(self) -> int | None:
@@ -429,6 +445,8 @@ class MixingConfig(Settings):
         return self.student_weights != "separate" and pool is None
 
 
+OWN_TEMPLATE = "own"
+"""A ``…_chat_template`` that is none of SGLang's ``--chat-template``: the model's own."""
 ALPHA_KEYS = tuple(AlphaSettings.model_fields)
 _NO_SETTINGS = ("alpha", "shared_weights", "tokens_of_one")
 SETTINGS: dict[str, FieldInfo] = {

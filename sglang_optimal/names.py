@@ -39,6 +39,23 @@ TOP_K = "top_k"
 
 MAX_TOP_K = 1024
 
+RESERVED_VARIABLES = (
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+)
+"""Arguments of ``apply_chat_template`` that decide what it returns, or run a client's template: no variable of a chat
+template, and never a request's to set."""
+
 WIRE = "sglang_optimal_request"
 """Key of ``custom_params`` for what the tokenizer manager tells the scheduler of a mixed request; no client's."""
 

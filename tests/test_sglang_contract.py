@@ -72,6 +72,7 @@ def test_the_release_is_a_supported_one():
 
 # What runtime/releases.py does without in an older release, and what an answer lacks there (docs/compatibility.md).
 SINCE = {
+    "sglang.srt.parser.python_chat_template.get_python_chat_template": "0.5.23",
     "parser.template_manager.TemplateManager.python_chat_template": "0.5.23",
     "managers.scheduler.Scheduler._create_generation_req": "0.5.23",
     'f"Grammar accept_token failed: ': "0.5.23",

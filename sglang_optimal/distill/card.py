@@ -145,6 +145,8 @@ def _body(
         if named["teacher_model"]:
             teacher, student = (_cell(public_name(str(named[f"{side}_model"]))) for side in ("teacher", "student"))
             lines.append(f"| teacher, student | {teacher}, {student} |")
+    if reads := read_as(config):
+        lines.append(f"| read as | {reads} |")
     states = {manifest.get("state") for manifest in manifests}
     if states != {"complete"}:
         lines.append("| state | not complete: run the same command again |")
@@ -181,6 +183,23 @@ def public_name(name: str) -> str:
     path = Path(name)
     local = path.is_absolute() or name.startswith((".", "~")) or ("/" in name and path.exists())
     return path.resolve().name if local and name.startswith(".") else path.name if local else name
+
+
+def read_as(config: dict[str, Any]) -> str | None:
+    """How both sides of a run read, in words.
+
+    Args:
+        config: the run's settings, as its manifest has them.
+
+    Returns:
+        Such as ``teacher: chat, student: plain text``; None where the settings are not known.
+    """
+    form = (config.get("contexts") or {}).get("format")
+    if form is None:
+        return None
+    of = form if isinstance(form, dict) else dict.fromkeys(("teacher", "student"), form)
+    words = {"text": "plain text"}
+    return ", ".join(f"{side}: {words.get(of[side], of[side])}" for side in ("teacher", "student"))
 
 
 def _cell(text: str) -> str:

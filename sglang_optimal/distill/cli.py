@@ -35,6 +35,19 @@ def build_parser() -> argparse.ArgumentParser:
     preview = commands.add_parser("preview", help="check the file and print what both sides read; samples nothing")
     _add_settings(preview)
     preview.add_argument("--problems", type=int, default=2, help="How many problems to print. Default: %(default)s.")
+    preview.add_argument(
+        "--tokenizer",
+        help="Folder or id of both sides', whose chat template is applied. Default: the models' folders in the file.",
+    )
+    preview.add_argument("--student-tokenizer", help="The same for the student alone.")
+    preview.add_argument(
+        "--judge",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="Ask the answer filters about the references of so many problems. Default: %(default)s.",
+    )
+    preview.add_argument("--json", action="store_true", help="Print JSON.")
 
     report = commands.add_parser("report", help="one HTML file about a run")
     report.add_argument("folder", help="Folder of the run.")
@@ -193,29 +206,19 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _preview(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.markup import escape
-
     from sglang_optimal.distill.pipeline import Plan
-    from sglang_optimal.distill.records import Context
+    from sglang_optimal.distill.preview import as_json, preview, show
 
-    plan = Plan(_config(args))
-    console = Console(highlight=False)
+    done = preview(
+        Plan(_config(args)), problems=args.problems, judged=args.judge,
+        tokenizer=args.tokenizer, student_tokenizer=args.student_tokenizer,
+    )  # fmt: skip
+    if args.json:
+        print(json.dumps(as_json(done), indent=2, ensure_ascii=False))
+        return 0
+    from rich.console import Console
 
-    def show(side: str, context: Context) -> None:
-        parts = [("text", context)] if isinstance(context, str) else [(m["role"], m["content"]) for m in context]
-        for role, content in parts:
-            console.print(f"  [bold]{side}[/] [dim]{role}:[/] {escape(content)}")
-
-    for problem in plan.problems[: args.problems]:
-        for task in plan.builder.tasks(problem, plan.config.sampling.n):
-            teacher, student = plan.builder.render(task)
-            console.print(f"[bold cyan]{escape(task.id)}[/]")
-            show("student", student)
-            show("teacher", teacher)
-    for remark in plan.remarks():
-        console.print(escape(remark), style="yellow")
-    console.print(f"{len(plan.problems)} problems, {plan.total} samples; the file is valid.")
+    show(done, Console(highlight=False))
     return 0
 
 
@@ -247,6 +250,11 @@ def _export(args: argparse.Namespace) -> int:
     print(f"{args.output}: {done.written} {unit}{', compared with what was sampled' if done.checked else ''}")
     if done.differing:
         print(f"  {'kept' if args.on_mismatch == 'keep' else 'left out'}: {described(done.differing)}")
+    if done.other_ends:
+        print(
+            f"  {done.other_ends} records end with the trainer's own end token, where another was sampled (such as the "
+            "one of a teacher that reads a chat)"
+        )
     if done.left_out:
         print(f"  left out: {described(done.left_out)}")
     if done.with_others:

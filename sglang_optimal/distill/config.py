@@ -18,7 +18,15 @@ from pydantic.fields import FieldInfo
 from sglang_optimal.config import ALPHA_KEYS, SETTINGS, MixingConfig
 from sglang_optimal.distill.filters import FILTERS, FilterConfig
 from sglang_optimal.distill.section import Section
-from sglang_optimal.names import ALL_SERIES, MAX_TOP_K, MORE_SERIES, SERIES, SIDES
+from sglang_optimal.names import (
+    ALL_SERIES,
+    MAX_TOP_K,
+    MORE_SERIES,
+    OTHER_MODEL,
+    RESERVED_VARIABLES,
+    SERIES,
+    SIDES,
+)
 from sglang_optimal.wanted import check_amount, wanted_by
 
 Role = Literal["system", "user", "assistant"]
@@ -105,11 +113,30 @@ class Strategy(Section):
     """How often it is drawn, relative to the others, with ``select: sample``."""
 
 
+Format = Literal["chat", "text"]
+
+
+class SideFormats(Section):
+    """The format of each side's contexts, where they differ."""
+
+    teacher: Format
+    """``chat`` or ``text``: how the teacher reads."""
+    student: Format
+    """``chat`` or ``text``: how the student reads."""
+
+
+def _format_form(value: Any) -> str:
+    return "<sides>" if isinstance(value, dict | SideFormats) else "<word>"
+
+
 class Contexts(Section):
     """What both models read. Templates are Jinja (``{{ problem }}``, any field), or short: ``{problem}``."""
 
-    format: Literal["chat", "text"] = "chat"
-    """``chat``: each model's own chat template is applied by the server. ``text``: the rendered text as it is."""
+    format: Annotated[
+        Annotated[Format, Tag("<word>")] | Annotated[SideFormats, Tag("<sides>")], Discriminator(_format_form)
+    ] = "chat"
+    """``chat``: each model's own chat template is applied by the server. ``text``: the rendered text as it is. Or one
+    for each side: ``{teacher: chat, student: text}``."""
     student: Template
     """What the student reads: text (in chats the user's), ``system``/``user``/``assistant``, or a list of messages."""
     strategies: Annotated[list[Strategy], Field(min_length=1)]
@@ -120,6 +147,32 @@ class Contexts(Section):
     """Refuse to start when the student would see a privileged field. Off only for experiments such as ensembles."""
     chat_template_kwargs: dict[str, Any] = {}
     """Variables for both chat templates, such as ``{enable_thinking: false}``."""
+    teacher_chat_template_kwargs: dict[str, Any] = {}
+    """Variables for the teacher's chat template alone, over ``chat_template_kwargs``."""
+    student_chat_template_kwargs: dict[str, Any] = {}
+    """Variables for the student's chat template alone, over ``chat_template_kwargs``."""
+
+    @field_validator("format")
+    @classmethod
+    def _one_form(cls, value: Format | SideFormats) -> Format | SideFormats:
+        # One form for one meaning: it decides whether a run may be resumed.
+        return value.teacher if isinstance(value, SideFormats) and value.teacher == value.student else value
+
+    @field_validator("chat_template_kwargs", "teacher_chat_template_kwargs", "student_chat_template_kwargs")
+    @classmethod
+    def _variables(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if name in RESERVED_VARIABLES:
+                raise ValueError(f"{name!r} is no variable of a chat template, and servers refuse it; leave it out.")
+        return value
+
+    def format_of(self, side: str) -> Format:
+        """How ``teacher`` or ``student`` reads."""
+        return self.format if isinstance(self.format, str) else getattr(self.format, side)
+
+    def variables_of(self, side: str) -> dict[str, Any]:
+        """What the chat template of ``teacher`` or ``student`` is given beside the messages."""
+        return {**self.chat_template_kwargs, **getattr(self, f"{side}_chat_template_kwargs")}
 
     @model_validator(mode="after")
     def _consistent(self) -> Contexts:
@@ -127,13 +180,33 @@ class Contexts(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"strategies: the name {name!r} occurs twice; give each its own.")
-        if self.format == "text":
-            templates = [self.student, *(s.teacher for s in self.strategies), *(s.student for s in self.strategies)]
-            if any(not isinstance(template, str) for template in templates if template is not None):
-                raise ValueError("format: 'text' takes templates that are plain text, not messages.")
-            if self.chat_template_kwargs:
-                raise ValueError("chat_template_kwargs: has no effect with format 'text'.")
+        for side in ("teacher", "student"):
+            if self.format_of(side) == "text":
+                self._check_text(side)
         return self
+
+    def _check_text(self, side: str) -> None:
+        """Of a side that reads plain text."""
+        templates = {f"strategies[{i}].{side}": getattr(strategy, side) for i, strategy in enumerate(self.strategies)}
+        if side == "student":
+            templates = {"student": self.student, **templates}
+        for where, template in templates.items():
+            if template is not None and not isinstance(template, str):
+                raise ValueError(
+                    f"format: 'text' takes templates that are plain text, not messages; {where} is not, which the "
+                    f"{side} reads."
+                )
+        own = f"{side}_chat_template_kwargs"
+        if getattr(self, own):
+            raise ValueError(f"{own}: has no effect with format 'text'.")
+        if self.chat_template_kwargs and self.format == "text":
+            raise ValueError("chat_template_kwargs: has no effect with format 'text'.")
+        if self.chat_template_kwargs:
+            other = OTHER_MODEL[side]
+            raise ValueError(
+                f"chat_template_kwargs: is for both sides, and the {side} reads plain text; give "
+                f"{other}_chat_template_kwargs."
+            )
 
 
 class Sampling(Section):
@@ -330,6 +403,16 @@ class DistillConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _templates(self) -> DistillConfig:
+        for side in ("teacher", "student"):
+            if getattr(self.mixing, f"{side}_chat_template") is not None and self.contexts.format_of(side) == "text":
+                raise ValueError(
+                    f"mixing.{side}_chat_template: has no effect, since the {side} reads plain text "
+                    "(contexts.format); leave it out."
+                )
+        return self
+
+    @model_validator(mode="after")
     def _amount(self) -> DistillConfig:
         try:
             check_amount(wanted_by(self.output.request_fields()), self.sampling.max_new_tokens)
@@ -450,7 +533,7 @@ def _known_keys(location: tuple) -> list[str]:
     return list(section.model_fields)
 
 
-_FORMS = {"<turns>": Turns, "<messages>": Message}
+_FORMS = {"<turns>": Turns, "<messages>": Message, "<sides>": SideFormats}
 _SECTIONS: dict[tuple[Any, str], Any] = {
     **{(DistillConfig, name): f.annotation for name, f in DistillConfig.model_fields.items()},
     (Contexts, "strategies"): Strategy,

@@ -58,13 +58,13 @@ class ContextBuilder:
         self._seed = seed
         self._environment = Environment()
         self._sides: dict[str, tuple[_Side, _Side]] = {}
-        default = self._side(contexts.student, "contexts.student")
+        default = self._side("student", contexts.student, "contexts.student")
         for i, strategy in enumerate(contexts.strategies):
             where = f"contexts.strategies[{i}]"
-            teacher = self._side(strategy.teacher, f"{where}.teacher")
+            teacher = self._side("teacher", strategy.teacher, f"{where}.teacher")
             student = default
             if strategy.student is not None:
-                student = self._side(strategy.student, f"{where}.student")
+                student = self._side("student", strategy.student, f"{where}.student")
             self._sides[strategy.name] = (teacher, student)
         if contexts.guard:
             for _, student in self._sides.values():
@@ -130,9 +130,10 @@ class ContextBuilder:
         generator = random.Random(f"{self._seed}/{problem.id}/{k}")
         return generator.choices(strategies, [strategy.weight for strategy in strategies])[0]
 
-    def _side(self, template: Template, where: str) -> _Side:
+    def _side(self, side: str, template: Template, where: str) -> _Side:
+        plain = self._contexts.format_of(side) == "text"
         if isinstance(template, str):
-            parts = [("user" if self._contexts.format == "chat" else "", template)]
+            parts = [("" if plain else "user", template)]
         elif isinstance(template, list):
             parts = [(message.role, message.content) for message in template]
         else:
@@ -149,7 +150,7 @@ class ContextBuilder:
                 near = difflib.get_close_matches(name, self._fields, n=1)
                 hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(self._fields)}."
                 raise ValueError(f"{where}: the data has no field {name!r}. {hint}")
-        return _Side(where, compiled, used, plain=self._contexts.format == "text")
+        return _Side(where, compiled, used, plain=plain)
 
     def _compiled(self, text: str, where: str) -> jinja2.Template:
         try:

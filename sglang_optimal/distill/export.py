@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang_optimal.config import check_known
 from sglang_optimal.distill.card import public_name
-from sglang_optimal.distill.export_check import KINDS, PROMPT, ExportCheck, load_tokenizer
+from sglang_optimal.distill.export_check import KINDS, OTHER_END, PROMPT, ExportCheck, load_tokenizer
 from sglang_optimal.distill.export_pairs import COLUMNS as JUDGED_COLUMNS
 from sglang_optimal.distill.export_pairs import JUDGED, PAIRS, PICKS, UNPAIRED_PROBLEMS, UNPAIRED_RECORDS, Judged
 from sglang_optimal.distill.export_weights import WEIGHTED, TokenColumns
@@ -72,6 +72,8 @@ class Exported:
         written: number of rows in the file.
         checked: whether they were compared with the tokens that were read and sampled.
         differing: number of records that were left out (or kept) for each kind of difference in `export_check.KINDS`.
+        other_ends: number of records of plain text that are in the file and end with the trainer's end token, where
+            another was sampled, such as the one of a teacher that reads a chat.
         left_out: number of problems without a row for each reason in `UNFIT` or `export_pairs.UNPAIRED_PROBLEMS`, of
             records for each in `export_pairs.UNPAIRED_RECORDS` or `MASKED_RECORDS`.
         with_others: number of problems of which other records have other contexts than the row.
@@ -82,6 +84,7 @@ class Exported:
     differing: dict[str, int]
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     with_others: int = 0
+    other_ends: int = 0
 
 
 def export(
@@ -123,7 +126,8 @@ def export(
         check: compare. With ``rejected`` nothing is compared.
         on_mismatch: how to treat a sample whose text has other tokens than were sampled, or that was cut where the
             trainer would see an end: ``skip`` leaves it out, ``keep`` writes it, ``refuse`` writes nothing at all. A
-            row with another prompt is refused, unless ``on_mismatch`` is ``keep``.
+            row with another prompt is refused, unless ``on_mismatch`` is ``keep``. Plain text that differs in its end
+            token alone is refused by ``refuse``, and written otherwise.
         answer_field: the problem's field with the expected answer, for a format of `PROBLEMS`; by default ``answer``.
         pairs: most pairs of a problem, for ``trl-dpo``; by default 1. Those of samples that are in the fewest pairs so
             far come first. ``all``: every accepted sample with every rejected one of the same context.
@@ -220,7 +224,8 @@ def export(
     finally:
         part.unlink(missing_ok=True)
     others = problems.with_others if problems is not None else 0
-    return Exported(count, comparing is not None, dict(differing), dict(left_out), others)
+    other_ends = differing.pop(OTHER_END, 0)
+    return Exported(count, comparing is not None, dict(differing), dict(left_out), others, other_ends=other_ends)
 
 
 def _check_flags(
@@ -279,7 +284,7 @@ def _checked(
             "the server with --tokenizer, or take --format trl-tokens, which is always exact, or --on-mismatch keep."
         )
     differing[kind] += 1
-    return shaped if on_mismatch == "keep" else None
+    return shaped if on_mismatch == "keep" or kind == OTHER_END else None
 
 
 def described(differing: Mapping[str, int]) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-PROMPT, TOKENS, END = "prompt", "tokens", "end"
+PROMPT, TOKENS, END, OTHER_END = "prompt", "tokens", "end", "other end"
 KINDS = {
     PROMPT: "the trainer would read another prompt than the student did",
     TOKENS: "the sample's text has other tokens than were sampled",
     END: "the trainer would add an end where the sample was cut",
+    OTHER_END: "the trainer would end the plain text with its own end token, where another was sampled",
 }
 """How a row can differ: what it means."""
 
@@ -45,12 +46,17 @@ class ExportCheck:
             )
         tokenizer = self._tokenizer = self._tokenizer or self._of_student(row)
         rendered = _rendered(tokenizer, shaped)
+        plain = row["student_messages"] is None
         if rendered[: len(prompt)] != prompt:
-            return PROMPT
+            # The last token of a text may join the sample's first; whether the tokenizer is another one, the text
+            # alone says.
+            return TOKENS if plain and list(tokenizer(row["student_text"])["input_ids"]) == prompt else PROMPT
+        ended = row["finish_reason"] == "stop" and bool(sample) and sample[-1] in _special(tokenizer)
+        if plain and ended and rendered[len(prompt) :] == [*sample[:-1], tokenizer.eos_token_id] != sample:
+            return OTHER_END
         if rendered[len(prompt) : len(prompt) + len(sample)] != sample:
             return TOKENS
         after = rendered[len(prompt) + len(sample) :]
-        ended = row["finish_reason"] == "stop" and bool(sample) and sample[-1] in _special(tokenizer)
         return None if ended or not after else END
 
     def describe(self, row: dict[str, Any], shaped: dict[str, Any]) -> str:

@@ -126,15 +126,22 @@ class Plan:
 
     def mixing_fields(self) -> dict[str, Any]:
         fields = self.config.mixing.request_fields() | self.config.output.request_fields()
-        if self.config.contexts.chat_template_kwargs:
-            for side in ("teacher", "student"):
-                fields[f"{side}_chat_template_kwargs"] = self.config.contexts.chat_template_kwargs
+        for side in ("teacher", "student"):
+            if variables := self.config.contexts.variables_of(side):
+                fields[f"{side}_chat_template_kwargs"] = variables
         return fields
 
 
 def seed_of(base: int, task_id: str) -> int:
     """A 31-bit seed for one sample; the same whenever the run is repeated."""
     return zlib.crc32(f"{base}/{task_id}".encode()) & 0x7FFFFFFF
+
+
+_LATER = {
+    "contexts": ("teacher_chat_template_kwargs", "student_chat_template_kwargs"),
+    "mixing": ("student_chat_template", "teacher_chat_template"),
+}
+"""Keys that older versions had not got: left out of the fingerprint where they say nothing."""
 
 
 def fingerprint(config: DistillConfig) -> str:
@@ -147,6 +154,10 @@ def fingerprint(config: DistillConfig) -> str:
     if not values["output"]["return_top_k"]:  # as it was before there were such columns
         for name in ("return_top_k", "top_k_of"):
             values["output"].pop(name)
+    for section, names in _LATER.items():
+        for name in names:
+            if not values[section][name]:
+                values[section].pop(name)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from sglang_optimal.config import MixingConfig, check_known
+from sglang_optimal.config import OWN_TEMPLATE, MixingConfig, check_known
 from sglang_optimal.names import ALGORITHM, SETTLED, STUDENT_ADAPTER
 from sglang_optimal.platforms import cpu_ranks
 from sglang_optimal.runtime.configs.vocabularies import Vocabularies
@@ -284,6 +284,7 @@ def check_server_args(server_args, config: MixingConfig) -> None:
     _check_drafting(server_args)
     if config.student_lora_path is not None and server_args.lora_paths != [_adapter(config)]:
         raise ValueError("--lora-paths: no other adapter is supported beside --student-lora-path; remove the flag.")
+    _check_chat_template(server_args, config)
     for name in ("sampling_backend", "radix_cache_backend"):
         value = getattr(server_args, name, None)
         if value not in (None, "optimal"):
@@ -293,6 +294,26 @@ def check_server_args(server_args, config: MixingConfig) -> None:
     for name, what in _REFUSED_ENVIRONMENT:
         if getattr(envs, name).get():
             raise ValueError(f"{name}: {what} is not supported beside a student; unset it.")
+
+
+def _check_chat_template(server_args, config: MixingConfig) -> None:
+    """Of the guest's own template; SGLang says what is wrong with one when the models are loaded."""
+    template, name = config.guest_chat_template, f"{config.guest}_chat_template"
+    if template is None:
+        return
+    if server_args.skip_tokenizer_init:
+        raise ValueError(f"{name}: has no effect with --skip-tokenizer-init; remove one of them.")
+    from sglang.srt.parser.conversation import chat_template_exists
+
+    from sglang_optimal.runtime.releases import python_chat_template_exists
+
+    if template == OWN_TEMPLATE or chat_template_exists(template) or python_chat_template_exists(template):
+        return
+    if Path(template).suffix not in (".jinja", ".json") or not Path(template).is_file():
+        raise ValueError(
+            f"{name}: {template} is no name of SGLang's and no .jinja or .json file; give one of these, or "
+            f"'{OWN_TEMPLATE}' for the model's own."
+        )
 
 
 def _check_features(server_args, config: MixingConfig) -> None:

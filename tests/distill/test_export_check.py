@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import trl
-from tiny_models import smollm2_tokenizer_dir
+from tiny_models import build_small_tokenizer, smollm2_tokenizer_dir
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 from trl.trainer.sft_trainer import _tokenize
@@ -241,3 +241,67 @@ def test_code_of_a_tokenizer_is_not_run_whatever_is_answered(tmp_path, monkeypat
     with pytest.raises(ValueError, match="(?s)^--tokenizer: cannot load .*custom code"):
         load_tokenizer(str(tmp_path))
     assert not (tmp_path / "was_run").exists()
+
+
+BASE_END = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def base_model(tokenizer_of):
+    """The tokenizer of a base model: its texts end with another token than the turns of its family's chats."""
+    folder = tokenizer_of("qwen2_5")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = BASE_END
+    base = folder.with_name("base")
+    tokenizer.save_pretrained(base)
+    return base
+
+
+def beside_a_chat(base: Path, text: str, end: str, **more) -> Record:
+    """A sample of a student that read plain text, and whose teacher read a chat."""
+    record = sampled(base, "Question: 3 + 4?\nAnswer:", text, ended=False, **more)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    record.token_ids = [*record.token_ids, *tokenizer(end)["input_ids"]]
+    record.teacher_context = STUDENT
+    return record
+
+
+def test_a_text_student_beside_a_chat_teacher(tmp_path, base_model, capsys):
+    """The trainer ends a text with its own end token, where the teacher's turn may have ended."""
+    own, turn = beside_a_chat(base_model, " It is 7.", BASE_END), beside_a_chat(base_model, " It is 7!", "<|im_end|>")
+    cut = beside_a_chat(base_model, " It is", "", finish="length")
+    run = run_of(tmp_path / "run", own, turn, cut)
+    argv = ["export", str(run), "--output", str(tmp_path / "out.jsonl")]
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert "2 records, compared" in said and "1 records end with the trainer's own end token, where another" in said
+    assert "left out: 1 records: the trainer would add an end where the sample was cut" in said
+    assert rows(tmp_path / "out.jsonl") == [
+        {"prompt": "Question: 3 + 4?\nAnswer:", "completion": " It is 7."},
+        {"prompt": "Question: 3 + 4?\nAnswer:", "completion": " It is 7!"},
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    for row, record in zip(rows(tmp_path / "out.jsonl"), (own, turn), strict=True):
+        expected = [*record.student_prompt_ids, *record.token_ids[:-1], tokenizer.eos_token_id]
+        assert trained_on(tokenizer, row) == expected
+    with pytest.raises(ValueError, match="record p1/s/0: the trainer would end the plain text with its own end token"):
+        export(run, tmp_path / "no.jsonl", "trl-sft", on_mismatch="refuse")
+    done = export(run, tmp_path / "text.jsonl", "text", on_mismatch="keep")
+    assert (done.written, done.other_ends, done.differing) == (3, 1, {"end": 1})
+    assert export(run, tmp_path / "tokens.jsonl", "trl-tokens").written == 3
+    assert rows(tmp_path / "tokens.jsonl")[1]["input_ids"] == [*turn.student_prompt_ids, *turn.token_ids]
+    with pytest.raises(ValueError, match="use trl-sft or text"):
+        export(run, tmp_path / "chat.jsonl", "sft")
+
+
+def test_a_text_whose_last_token_joins_the_sample_s_first(tmp_path, base_model):
+    """Of one row, and no reason to refuse all: the tokenizer is the right one, as the text alone shows."""
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    ids = tokenizer("It is 7.", add_special_tokens=False)["input_ids"]
+    joins = sampled(base_model, "Answer: ", "It is 7.", ids=ids)
+    fits = sampled(base_model, "Answer:", " It is 7.")
+    done = export(run_of(tmp_path / "run", joins, fits), tmp_path / "out.jsonl", "trl-sft")
+    assert (done.written, done.differing, done.other_ends) == (1, {"tokens": 1}, 0)
+    other = run_of(tmp_path / "other", sampled(base_model, "Answer:", " It is 7."))
+    with pytest.raises(ValueError, match="the trainer would read another prompt"):
+        export(other, tmp_path / "no.jsonl", "trl-sft", tokenizer=str(build_small_tokenizer(tmp_path / "small")))

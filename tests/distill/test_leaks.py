@@ -60,6 +60,9 @@ def test_a_leak(answer, problem, format):
         (GSM8K, "Natalia sold 72 clips to 48 friends. How many?"),
         ("5", "Ava has 5 apples and 3 pears. If x = 5, what is the answer?"),
         ("5", "What is the answer to 5 + 0?"),
+        ("72", "72 is the answer"),
+        ("72", "The answer is seventy-two, or 72.0"),
+        ("1234", "The answer is 1,234"),
         ("72", "The answer is 725. Or 72.5?"),
         ("B", "A: one. B: two. Which?"),
         ("yes", "Answer yes or no."),
@@ -79,6 +82,16 @@ def test_short_values_are_counted_and_said(tmp_path):
     plan = Plan(parse_config({"data": {"path": str(tmp_path / "p.csv")}, "contexts": contexts}))
     (remark,) = plan.remarks()
     assert remark.startswith("the student's prompt of 1 of 3 problems has a short value of 'answer' as a word")
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem", "counted"),
+    [("72", "x = 72", True), ("72", "72 is the answer", True), ("72", "72.0", True), ("72", "seventy-two", False)]
+    + [("1234", "1,234", False), ("B", "A or B?", True), ("abcdefghijklmno", "abcdefghijklmno?", True)],
+)
+def test_which_short_values_are_counted(answer, problem, counted):
+    made, task = builder(answer, problem=problem)
+    assert made.mentions(task) == (["answer"] if counted else [])
 
 
 def test_what_was_decoded_is_looked_at_as_well():

@@ -64,6 +64,56 @@ def test_the_least():
             changed(contexts={"format": "text", "chat_template_kwargs": {"a": 1}}),
             "contexts: chat_template_kwargs: has no effect",
         ),
+        (changed(contexts={"format": "txt"}), "contexts.format: Input should be 'chat' or 'text'; got 'txt'."),
+        (changed(contexts={"format": 3}), "contexts.format: Input should be 'chat' or 'text'; got 3."),
+        (changed(contexts={"format": {"student": "text"}}), "contexts.format.teacher: is required."),
+        (
+            changed(contexts={"format": {"teacher": "chat", "studnt": "text"}}),
+            "2 errors:\n  contexts.format.student: is required.\n  contexts.format: unknown key 'studnt'. Did you mean",
+        ),
+        (
+            changed(contexts={"format": {"teacher": "chat", "student": "txt"}}),
+            "contexts.format.student: Input should be 'chat' or 'text'; got 'txt'.",
+        ),
+        (
+            changed(contexts={"format": {"teacher": "chat", "student": "text"}, "student": {"user": "x"}}),
+            "contexts: format: 'text' takes templates that are plain text, not messages; student is not",
+        ),
+        (
+            changed(
+                contexts={"format": {"teacher": "text", "student": "chat"}, "strategies": [{"teacher": {"user": "x"}}]}
+            ),
+            "contexts: format: 'text' takes templates that are plain text, not messages; strategies[0].teacher is not",
+        ),
+        (
+            changed(
+                contexts={
+                    "format": {"teacher": "chat", "student": "text"},
+                    "strategies": [{"teacher": "x", "student": [{"role": "user", "content": "x"}]}],
+                }
+            ),
+            "contexts: format: 'text' takes templates that are plain text, not messages; strategies[0].student is not",
+        ),
+        (
+            changed(contexts={"format": {"teacher": "chat", "student": "text"}, "chat_template_kwargs": {"a": 1}}),
+            "contexts: chat_template_kwargs: is for both sides, and the student reads plain text; give teacher_",
+        ),
+        (
+            changed(
+                contexts={"format": {"teacher": "chat", "student": "text"}, "student_chat_template_kwargs": {"a": 1}}
+            ),
+            "contexts: student_chat_template_kwargs: has no effect with format 'text'.",
+        ),
+        (
+            changed(contexts={"teacher_chat_template_kwargs": {"tokenize": True}}),
+            "contexts.teacher_chat_template_kwargs: 'tokenize' is no variable of a chat template",
+        ),
+        (
+            changed(
+                contexts={"format": {"teacher": "chat", "student": "text"}}, mixing={"student_chat_template": "own"}
+            ),
+            "mixing.student_chat_template: has no effect, since the student reads plain text",
+        ),
         (changed(sampling={"temperature": -1}), "sampling.temperature: Input should be greater"),
         (changed(sampling={"return_top_k": 4}), "sampling: unknown key 'return_top_k'. It belongs to `output`."),
         (
@@ -145,6 +195,9 @@ def test_schema_refuses_what_we_refuse():
     assert not validator.is_valid(changed(data={"pat": "x"}))
     assert not validator.is_valid(changed(filters=[{"type": "lenght"}]))
     assert not validator.is_valid(changed(contexts={"student": 3}))
+    assert validator.is_valid(changed(contexts={"format": {"teacher": "chat", "student": "text"}}))
+    for wrong in ("txt", {"teacher": "chat"}, {"teacher": "chat", "student": "txt"}):
+        assert not validator.is_valid(changed(contexts={"format": wrong})), wrong
     asked = {"series": ["teacher_rank"], "return_top_k": 8, "top_k_of": ["mixture"]}
     assert validator.is_valid(changed(output=asked))
     for name, wrong in (("series", ["teacher_rnk"]), ("series", []), ("return_top_k", 1025), ("top_k_of", ["teach"])):

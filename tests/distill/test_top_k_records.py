@@ -177,11 +177,16 @@ def test_a_run_of_before(folder, stub, capsys):
     values["data"].pop("limit"), values["sampling"].pop("n")
     for name in ("dir", "shard_records", "return_top_k", "top_k_of"):
         values["output"].pop(name)
+    for side in ("teacher", "student"):
+        values["contexts"].pop(f"{side}_chat_template_kwargs"), values["mixing"].pop(f"{side}_chat_template")
     assert fingerprint(config) == hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
     assert folder.run(stub.url, more=("--limit", "4")) == 0
     manifest = json.loads((folder.out / "run.json").read_text())
     for name in ("return_top_k", "top_k_of"):
         del manifest["config"]["output"][name]
+    for side in ("teacher", "student"):
+        del manifest["config"]["contexts"][f"{side}_chat_template_kwargs"]
+        del manifest["config"]["mixing"][f"{side}_chat_template"]
     (folder.out / "run.json").write_text(json.dumps(manifest))
     folder.configure(sampling={"n": 3, "max_new_tokens": 17})
     assert folder.run(stub.url) == 2

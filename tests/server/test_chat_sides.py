@@ -74,7 +74,15 @@ class Manager(SimpleNamespace):
 LARGE = SideReader(str.encode, list, str.encode, vocab_size=10**6, context_length=10**6, max_chars=10**6)
 
 
-def build(tokenizer, source: str, *, chat_template=None, two_models: bool) -> MixedOpenAIServingChat:
+def build(
+    tokenizer,
+    source: str,
+    *,
+    chat_template=None,
+    two_models: bool,
+    student_template=None,
+    architecture="LlamaForCausalLM",
+) -> MixedOpenAIServingChat:
     """A handler of chats whose teacher and student are one model, loaded once or twice."""
 
     def with_template():
@@ -87,7 +95,7 @@ def build(tokenizer, source: str, *, chat_template=None, two_models: bool) -> Mi
             own.chat_template = None
         return own
 
-    config = SimpleNamespace(model_type="llama", architectures=["LlamaForCausalLM"])
+    config = SimpleNamespace(model_type="llama", architectures=[architecture])
     model = SimpleNamespace(hf_config=config, is_multimodal=False, get_default_sampling_params=dict)
     manager = Manager(
         tokenizer=with_template(), model_config=model, server_args=None, served_model_name="m", model_path="/m/model",
@@ -98,7 +106,7 @@ def build(tokenizer, source: str, *, chat_template=None, two_models: bool) -> Mi
     templates.load_chat_template(manager, chat_template, "/m/model")
     teacher = student = ChatSide.of_host(manager, templates)
     if two_models:
-        student = ChatSide.of_guest(manager, with_template(), model, "/m/model")
+        student = ChatSide.of_guest(manager, with_template(), model, "/m/model", student_template)
     manager.chat_sides = ChatSides(teacher, student)
     return MixedOpenAIServingChat(manager, templates)
 
@@ -290,3 +298,99 @@ def test_a_named_template_that_the_student_lacks_ends_the_start(tokenizer, flags
     student.chat_template = {"default": "x"}
     with pytest.raises(ValueError, match="--hf-chat-template-name: /m has no template 'rag': default"):
         ChatSide.of_guest(Manager(), student, None, "/m")
+
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize("one", ["student", "teacher"])
+def test_a_text_beside_a_chat(tokenizer, flags, one):
+    """A base model reads plain text, with none of the other's template in it."""
+    flags()
+    chat = build(tokenizer, "small", two_models=True)
+    custom = {f"{one}_text": "Q: hi A:"}
+    teacher, student = sides(chat, {"messages": HI, "custom_params": custom})
+    text, messages = (student, teacher) if one == "student" else (teacher, student)
+    assert text == list(b"Q: hi A:") and tokenizer.decode(messages) == "<bos><usr>hi<ast>"
+    with pytest.raises(ValueError, match=f"{one}_chat_template_kwargs: is beside messages that both sides read"):
+        sides(chat, {"messages": HI, "custom_params": {**custom, f"{one}_chat_template_kwargs": {"a": 1}}})
+
+
+@pytest.mark.parametrize("given", [None, "file"])
+def test_a_template_of_the_student_s_own(tokenizer, flags, tmp_path, given):
+    """Beside one that the server gives to the teacher, or none."""
+    for name in ("teacher", "student"):
+        (tmp_path / f"{name}.jinja").write_text(f"[{name}]{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}")
+    server_s = str(tmp_path / "teacher.jinja") if given else None
+    flags(chat_template=server_s)
+    own = "<bos><usr>hi<ast>"
+
+    def texts(student_template):
+        chat = build(tokenizer, "small", chat_template=server_s, two_models=True, student_template=student_template)
+        teacher, student = sides(chat, {"messages": HI})
+        messages = chat.tokenizer_manager.chat_sides.student.ids(HI, "x")  # as /generate does it
+        assert messages == student
+        return tokenizer.decode(teacher), tokenizer.decode(student)
+
+    teacher = "[teacher]hi" if given else own
+    assert texts(None) == (teacher, teacher)
+    assert texts("own") == (teacher, own)
+    assert texts(str(tmp_path / "student.jinja")) == (teacher, "[student]hi")
+    assert texts("chatml")[1].endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_given_template_takes_the_place_of_a_named_one(tokenizer, flags, tmp_path):
+    flags(hf_chat_template_name="rag")
+    student = copy.deepcopy(tokenizer)
+    student.chat_template = {"default": "x"}
+    with pytest.raises(ValueError, match="has no template 'rag': default"):
+        ChatSide.of_guest(Manager(), student, None, "/m", "own")
+    file = tmp_path / "given.jinja"
+    file.write_text("given")
+    flags(hf_chat_template_name="rag")
+    chat = build(tokenizer, "small", two_models=True, student_template=str(file))
+    assert tokenizer.decode(chat.tokenizer_manager.chat_sides.student.ids(HI, "x")) == "given"
+
+
+def test_a_template_that_nobody_would_read_ends_the_start(tokenizer, flags):
+    """SGLang has code for the chats of some models."""
+    flags()
+    with pytest.raises(ValueError, match="student_chat_template.*without a template .dsv32.; leave it out"):
+        build(tokenizer, "none", two_models=True, student_template="chatml", architecture="DeepseekV3ForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("flags_", "message"),
+    [
+        (["--student-chat-template", "no-such"], "student_chat_template: no-such is no name of SGLang's and no .jinja"),
+        (["--student-chat-template", __file__], "student_chat_template: .* is no name of SGLang's and no .jinja"),
+        (["--student-chat-template", "own", "--skip-tokenizer-init"], "no effect with --skip-tokenizer-init"),
+        (["--teacher-chat-template", "own"], "teacher_chat_template: has no effect without teacher_model_path"),
+        (
+            ["--student-chat-template", "own", "--teacher-model-path", "t"],
+            "student_chat_template: with teacher_model_path the served model is the student",
+        ),
+        (
+            ["--student-chat-template", "own", "--student-weights", "none"],
+            "student_chat_template: has no effect with student_weights 'none'",
+        ),
+    ],
+)
+def test_a_template_without_effect_is_refused(tmp_path, flags_, message):
+    from sglang_optimal import launch_server
+
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    with pytest.raises(ValueError, match=message):
+        launch_server.parse(["--model-path", str(tmp_path), *flags_])
+
+
+@pytest.mark.parametrize("template", ["own", "chatml", "file"])
+def test_a_template_of_the_student_s_is_taken(tmp_path, template):
+    from sglang_optimal import launch_server
+
+    if template == "file":
+        template = str(tmp_path / "x.jinja")
+        Path(template).write_text("x")
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    _, config = launch_server.parse(["--model-path", str(tmp_path), "--student-chat-template", template])
+    assert config.guest_chat_template == template and config.shared_weights

@@ -11,9 +11,10 @@ import torch
 import yaml
 from serving import server_info
 from tiny_models import small_chat_ids, small_ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sglang_optimal.distill.cli import main
+from sglang_optimal.distill.export import export
 from sglang_optimal.distill.records import OPTIONAL_COLUMNS
 from sglang_optimal.distill.report import write_report
 from sglang_optimal.names import MORE_SERIES, SERIES, SIDES
@@ -95,6 +96,42 @@ def test_plain_contexts(client, tiny_oracle, tmp_path):
     teacher, student = small_ids(f"{answer} {question}"), small_ids(question)
     expected = tiny_oracle.generate_greedy(teacher, student, len(row["token_ids"]))
     assert row["token_ids"] == expected.token_ids
+
+
+@pytest.mark.parametrize("student", ["text", "chat"])
+def test_a_text_beside_a_chat(client, tiny_oracle, tiny_pair, tmp_path, capsys, student):
+    """A base student reads plain text and its teacher a chat, or the other way round; preview shows what both read."""
+    teacher = {"text": "chat", "chat": "text"}[student]
+    contexts = {
+        "format": {"teacher": teacher, "student": student},
+        "student": "{problem}",
+        "strategies": [{"name": "told", "teacher": "{answer} {problem}"}],
+    }
+    out = run(tmp_path, client, contexts=contexts)
+    rows = rows_of(out)
+    argv = ["--data", str(tmp_path / "problems.jsonl"), "--tokenizer", str(tiny_pair[0])]
+    capsys.readouterr()
+    assert main(["preview", str(tmp_path / "run.yaml"), *argv, "--problems", "6", "--json"]) == 0
+    previewed = {shown["problem"]: shown for shown in json.loads(capsys.readouterr().out)["problems"]}
+    assert len(rows) == 6
+    for i, problem in enumerate(PROBLEMS):
+        texts = {"student": problem["question"], "teacher": f"{problem['answer']} {problem['question']}"}
+        forms = {"text": small_ids, "chat": lambda text: small_chat_ids(("user", text))}
+        ids = {side: forms[form](texts[side]) for side, form in contexts["format"].items()}
+        row = rows[f"p{i}/told/0"]
+        assert (row["teacher_prompt_ids"], row["student_prompt_ids"]) == (ids["teacher"], ids["student"])
+        assert row[f"student_{'messages' if student == 'text' else 'text'}"] is None
+        expected = tiny_oracle.generate_greedy(ids["teacher"], ids["student"], len(row["token_ids"]))
+        assert row["token_ids"] == expected.token_ids
+        np.testing.assert_allclose(row["alpha"], expected.alphas, atol=2e-4)
+        for side in ("teacher", "student"):
+            reading = previewed[f"p{i}"][side][0]["reading"]
+            assert reading["text"] == AutoTokenizer.from_pretrained(tiny_pair[0]).decode(ids[side])
+            assert reading["tokens"] == len(ids[side])
+    done = export(out, tmp_path / "sft.jsonl", "trl-sft", on_mismatch="keep")
+    assert done.checked and done.written == 6 and "prompt" not in done.differing
+    first = json.loads((tmp_path / "sft.jsonl").read_text().splitlines()[0])
+    assert isinstance(first["prompt"], str) == (student == "text")
 
 
 def test_sampled_filtered_and_reported(client, tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sglang_optimal.distill.card import read_as
 from sglang_optimal.distill.records import MODEL_COLUMNS
 from sglang_optimal.distill.report.samples import choose_tokenizer, sample_data
 from sglang_optimal.distill.report.statistics import KLS, Statistics, collect
@@ -95,6 +96,8 @@ def _settings(statistics: Statistics, named: list[dict[str, str | None]]) -> lis
     for side in ("teacher", "student"):
         models = _distinct(m[f"{side}_model"] for m in named)
         rows.append((side, ", ".join(models) or "not stored"))
+    if reads := read_as(run.config):
+        rows.append(("read as", reads))
     if run.method == "fixed":
         alpha = "fixed" if run.fixed_alpha is None else f"fixed at {run.fixed_alpha:g}"
     else:

@@ -4,21 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Arguments of apply_chat_template that decide what it returns or run a client's template; never a client's to set.
-_RESERVED = (
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "max_length",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "tokenize",
-    "tokenizer_kwargs",
-    "truncation",
-)
+from sglang_optimal.names import RESERVED_VARIABLES
 
 
 def checked_messages(value: Any, name: str) -> list[dict[str, Any]]:
@@ -98,7 +84,7 @@ def checked_template_kwargs(value: Any, name: str, allowed: tuple[str, ...] = ()
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{name}: must be a mapping from names to values.")
     for key in value:
-        if key in _RESERVED and key not in allowed:
+        if key in RESERVED_VARIABLES and key not in allowed:
             raise ValueError(f"{name}: {key!r} may not be set by a request.")
     return dict(value)
 

@@ -127,7 +127,9 @@ class MixedTokenizerManager(MixedTokenizerControlMixin, TokenizerManager):
         model_config = guest_model_config(self.server_args, config.guest_path, config.guest_revision)
         self.guest_model_config = model_config
         if self.tokenizer is not None:
-            self.guest_tokenizer = self.tokenizer if self._one_tokenizer() else self._guest_s_own_tokenizer()
+            # SGLang puts a template into the tokenizer, so that another one needs another tokenizer.
+            one = self._one_tokenizer() and config.guest_chat_template is None
+            self.guest_tokenizer = self.tokenizer if one else self._guest_s_own_tokenizer()
         sizes: dict[str, int] = {config.host: self.model_config.vocab_size, config.guest: model_config.vocab_size}
         size = min(sizes.values())
         of_one = config.tokens_of_one.items()
@@ -170,7 +172,9 @@ class MixedTokenizerManager(MixedTokenizerControlMixin, TokenizerManager):
             return
         host = guest = ChatSide.of_host(self, templates)
         if self.guest_tokenizer is not self.tokenizer:
-            guest = ChatSide.of_guest(self, self.guest_tokenizer, self.guest_model_config, config.guest_path)
+            guest = ChatSide.of_guest(
+                self, self.guest_tokenizer, self.guest_model_config, config.guest_path, config.guest_chat_template
+            )
         self.chat_sides = ChatSides(**{config.host: host, config.guest: guest})
 
     @property

@@ -15,6 +15,7 @@ from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.parser.template_manager import TemplateManager
 from sglang.srt.runtime_context import get_serving
 
+from sglang_optimal.config import OWN_TEMPLATE
 from sglang_optimal.runtime.releases import python_chat_template
 
 # What a template raises, or an expression within, over messages that it was not made for.
@@ -50,19 +51,31 @@ class ChatSide:
         return cls(OpenAIServingChat(manager, templates))
 
     @classmethod
-    def of_guest(cls, manager: Any, tokenizer: Any, model_config: Any, model_path: str) -> ChatSide:
-        """The side of the other model, with a tokenizer of its own; the server's flags about templates hold for it too.
+    def of_guest(
+        cls, manager: Any, tokenizer: Any, model_config: Any, model_path: str, chat_template: str | None = None
+    ) -> ChatSide:
+        """The side of the other model, with a tokenizer of its own; the server's flags about templates hold for it too,
+        but for ``--chat-template`` where it has a ``chat_template``, see `sglang_optimal.config.MixingConfig`.
 
         Raises:
-            ValueError: it has no template of the name that --hf-chat-template-name gives.
+            ValueError: it has no template of the name that --hf-chat-template-name gives, or reads none at all.
         """
+        given = get_serving().chat_template if chat_template is None else chat_template
+        explicit = None if given == OWN_TEMPLATE else given
         view = _GuestView(manager, tokenizer, model_config, model_path)
         wanted, named = get_serving().hf_chat_template_name, tokenizer.chat_template
-        if wanted is not None and isinstance(named, dict) and wanted not in named:
+        # As SGLang has it, a template that is given takes the place of one that is named.
+        if explicit is None and wanted is not None and isinstance(named, dict) and wanted not in named:
             raise ValueError(f"--hf-chat-template-name: {model_path} has no template {wanted!r}: {', '.join(named)}.")
         templates = TemplateManager()
-        templates.load_chat_template(view, get_serving().chat_template, model_path)
-        return cls(OpenAIServingChat(view, templates))
+        templates.load_chat_template(view, explicit, model_path)
+        side = cls(OpenAIServingChat(view, templates))
+        if chat_template is not None and side.serving.chat_encoding_spec is not None:
+            raise ValueError(
+                f"student_chat_template, teacher_chat_template: SGLang encodes the chats of {model_path} without a "
+                f"template ({side.serving.chat_encoding_spec}); leave it out."
+            )
+        return side
 
     def ids(self, messages: list[dict[str, Any]], name: str, kwargs: dict[str, Any] | None = None) -> list[int]:
         """Token ids of a conversation, ready for the assistant to go on; a last message of the assistant is continued.
