@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from importlib import resources
 
@@ -16,11 +17,8 @@ def viewer(suffix: str) -> str:
 
 
 def page() -> str:
-    """The page at ``/mixing``: one self-contained HTML file that talks to ``/generate``."""
-    html = _static("mixing.html")
-    for suffix in ("css", "js"):
-        html = html.replace(f"/* tokens.{suffix} */", viewer(suffix))
-    return html
+    """The page at ``/mixing``: one self-contained HTML file that talks to the server that it came from."""
+    return re.sub(r"/\* (\w+\.(?:css|js)) \*/", lambda match: _static(match[1]), _static("mixing.html"))
 
 
 def _static(name: str) -> str:

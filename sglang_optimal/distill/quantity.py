@@ -9,6 +9,8 @@ from fractions import Fraction
 
 LARGEST_POWER = 400
 """Digits that a power may have and still be worked out."""
+LONGEST_NUMBER = 4000
+"""Characters of a number that is worked out; a longer one is equal to the same text alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,17 +88,22 @@ def _simplified(text: str) -> str:
     text = text.replace("٫", ".").replace("٬", ",").translate(_MINUS).replace("\u2044", "/")
     text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!;: ]|\{\\,\}|,\\!)(?=\d{3}(?!\d))", ",", text)
     text = re.sub(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d/])", lambda match: match[1].replace(" ", ","), text)
-    text = _FRAC.sub(_fraction, text)
+    text = _fractions(text)
     text = text.replace("\\left", "").replace("\\right", "").replace("\\$", "$").replace("\\%", "%")
     for _ in range(3):  # one within the other
         text = _WRAPPERS.sub(r" \1 ", text)
     text = re.sub(r"(?<![\\\w])\$(?=\s*-?\d[^$]*\$)|(?<=[\d}])\$", " ", text)  # $7$ is no price
-    text = _FRAC.sub(_fraction, text)
+    text = _fractions(text)
     text = re.sub(r"\s*(?:\\times|\\cdot|[×·*])\s*10\s*\^\s*\{?\s*(-?\d+)\s*\}?", r"e\1", text)
     return re.sub(r"(?<=\d)\s*\^\s*\{\s*(-?\d+)\s*\}", r"^\1", text)
 
 
-_FRAC = re.compile(r"(-?)\s*(\d*)\s*\\[dtc]?frac\s*(?:\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))")
+_FRAC = re.compile(r"(-?)(?:\s*(?<!\d)(\d+))?\s*\\[dtc]?frac\s*(?:\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))")
+
+
+def _fractions(text: str) -> str:
+    # Looking for one takes time with the square of a run of blanks.
+    return _FRAC.sub(_fraction, text) if "frac" in text else text
 
 
 def _grouped(match: re.Match) -> str:
@@ -130,7 +137,9 @@ def _read(match: re.Match) -> Quantity:
 
 
 def _value(body: str) -> Fraction | None:
-    """None for what is no single number."""
+    """None for what is no single number, or longer than any that Python reads."""
+    if len(body) > LONGEST_NUMBER:
+        return None
     for pattern, separators in _GROUPED:
         if pattern.fullmatch(body):
             return Fraction(re.sub(f"[{separators}]", "", body))

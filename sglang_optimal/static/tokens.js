@@ -33,15 +33,22 @@ function colour(alpha) {
   return `hsla(var(${side < 0 ? "--student" : "--teacher"}), ${strength.toFixed(3)})`;
 }
 
-function showTip(token) {
+function rowsOf(token) {
   const table = element("table");
   for (const [label, text] of token.rows) {
     const row = table.insertRow();
     row.append(element("th", "", label));
     row.insertCell().textContent = text;
   }
+  return table;
+}
+
+// `token.picture()` makes what is shown of a token, where a page has more to say than rows.
+const explained = (token) => token.rows || token.picture;
+
+function showTip(token) {
   const tip = $("tip");
-  tip.replaceChildren(table);
+  tip.replaceChildren(token.picture ? token.picture() : rowsOf(token));
   tip.hidden = false;
   const box = token.getClientRects()[0] || token.getBoundingClientRect(); // a token may be broken over two lines
   const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 12);
@@ -53,16 +60,16 @@ const hideTip = () => { $("tip").hidden = true; };
 
 // Tips for the tokens in `area`: at the mouse, and at the keyboard's focus, which is one stop for Tab and goes with the arrows.
 function explain(area) {
-  for (const type of ["mouseover", "focusin"]) {
-    area.addEventListener(type, (event) => event.target.rows && showTip(event.target));
+  for (const type of ["mouseover", "focusin", "click"]) { // a tap is a click, with the focus or without
+    area.addEventListener(type, (event) => explained(event.target) && showTip(event.target));
   }
   area.addEventListener("focusout", hideTip);
   area.addEventListener("mouseout", () => { // back to the token with the keyboard's focus, if there is one
-    if (document.activeElement.rows) showTip(document.activeElement);
+    if (explained(document.activeElement)) showTip(document.activeElement);
     else hideTip();
   });
   area.addEventListener("keydown", (event) => {
-    if (!event.target.rows) return;
+    if (!explained(event.target)) return;
     const all = [...event.target.parentElement.children];
     const place = all.indexOf(event.target);
     const next = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: all.length - 1 }[event.key];

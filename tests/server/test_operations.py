@@ -67,13 +67,42 @@ def test_server_info(client, tiny_pair, route):
 
 
 @pytest.mark.parametrize(
-    "method,route", [("GET", "/mixing"), ("POST", "/update_student_weights_from_disk"), ("GET", "/get_server_info")]
+    "method,route",
+    [
+        ("GET", "/mixing"),
+        ("POST", "/update_student_weights_from_disk"),
+        ("GET", "/get_server_info"),
+        ("POST", "/mixing/verdict"),
+    ],
 )
 def test_api_key_on_our_routes(client, method, route):
     for headers in ({}, {"Authorization": "Bearer another-key"}):
         response = httpx.request(method, client.base_url.join(route), json={"model_path": "x"}, headers=headers)
         assert response.status_code == 401
     assert client.get("/mixing").status_code == 200
+
+
+def test_the_page_with_a_key(client, tmp_path):
+    """As docs/api.md has it: fetched with the key, opened as a file, given the server's URL and the key."""
+    pytest.importorskip("selenium", reason="selenium is not installed")
+    from browser import CHROMEDRIVER, CHROMIUM, Page, chromium
+
+    if CHROMIUM is None or CHROMEDRIVER is None:
+        pytest.skip("chromium and chromedriver are not installed")
+    (tmp_path / "mixing.html").write_text(client.get("/mixing").text, encoding="utf-8")
+    with chromium() as driver:
+        page = Page(driver, (tmp_path / "mixing.html").as_uri(), path="")
+        assert driver.find_element("id", "status").text == "Choose an example, or press Sample."  # no first run
+        page.compare("mixture")
+        page.fill(server=str(client.base_url), tokens=8, problem="what is 12+30?", answer="42")
+        page.sample()
+        assert page.part("mixture", "error").text != "" and page.tokens("mixture") == []
+        page.fill(key=API_KEY)
+        page.sample()
+        assert page.part("mixture", "error").text == "" and page.tokens("mixture")
+        assert page.part("mixture", "verdict").text[0] in "✓✗–"
+        words = [row.word for row in page.tip(page.tokens("mixture")[0]).rows]
+        assert not any("#" in word for word in words), words
 
 
 def test_api_key_on_every_route(client):

@@ -17,7 +17,7 @@ TABLE = {
     if row.startswith("| `/")
     for route in re.findall("`(/[^`]*)`", row.split("|")[1])
 }
-OURS = {"/mixing", "/score_mixture", "/update_student_weights_from_disk"}
+OURS = {"/mixing", "/mixing/verdict", "/score_mixture", "/update_student_weights_from_disk"}
 OF_FASTAPI = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
 
 

@@ -58,11 +58,14 @@ class Answer(Filter):
         return self.check
 
     def check(self, record: Record) -> str | None:
-        expected = record.fields.get(self.field)
+        return self.judge(record.text, record.fields.get(self.field))
+
+    def judge(self, text: str, expected: object) -> str | None:
+        """Why ``text`` does not come to the ``expected`` answer; None where it does."""
         if expected is None or not str(expected).strip():
             return f"the problem has no {self.field}"
         expected_text = _found(self.expected_pattern, str(expected)) if self.expected_pattern else str(expected)
-        said = self._extracted(record.text)
+        said = self._extracted(text)
         if said is None or expected_text is None:
             return "no answer found"
         if not expected_text.strip():

@@ -7,12 +7,14 @@ from typing import Annotated
 
 from fastapi import Body, Request
 from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BaseModel, Field
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import GenerateReqInput, UpdateWeightFromDiskReqInput
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from sglang_optimal import token_view
 from sglang_optimal.config import MixingConfig
+from sglang_optimal.distill.verdict import Verdict, judged
 from sglang_optimal.names import CARRIER
 from sglang_optimal.runtime.entrypoints import body_guard
 from sglang_optimal.runtime.entrypoints.openai import serving_chat as openai_api
@@ -23,6 +25,18 @@ from sglang_optimal.runtime.managers.tokenizer_control_mixin import RouteRefused
 async def mixing_page() -> HTMLResponse:
     """A page to try mixing in a browser."""
     return HTMLResponse(token_view.page())
+
+
+class Judged(BaseModel):
+    """A text, and the answer that it should come to."""
+
+    text: Annotated[str, Field(max_length=100_000)]
+    answer: Annotated[str, Field(max_length=20_000)]
+
+
+def verdict(obj: Judged) -> Verdict:
+    """Whether a text comes to an answer, as a run's ``answer`` filter judges it. In a thread: it is no coroutine."""
+    return judged(obj.text, obj.answer)
 
 
 @auth_level(AuthLevel.ADMIN_OPTIONAL)
@@ -65,6 +79,7 @@ def install(config: MixingConfig) -> None:
     app = http_server.app
     openai_api.install()
     app.add_api_route("/mixing", mixing_page, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/mixing/verdict", verdict, methods=["POST"])
     app.add_api_route("/score_mixture", score_mixture, methods=["POST"])
     app.add_api_route("/update_student_weights_from_disk", update_student_weights_from_disk, methods=["POST"])
     app.add_exception_handler(RouteRefused, _refused)
