@@ -69,13 +69,15 @@ def _settled(folder: Path) -> dict[str, list[Path]]:
     No journals: another machine may be writing them, and writes the card again when it is done.
     """
     shards = _finished(folder)
-    if not shards["accepted"]:
-        # Without a default configuration `load_dataset` would give the rejected records for it, where it says so now.
-        write_empty_shard(folder, optional_columns(shards["rejected"]))
-    elif len(shards["accepted"]) > 1:
+    whole = [path for path in shards["accepted"] if path.name != EMPTY_SHARD]
+    empty = len(shards["accepted"]) > len(whole)
+    if whole and empty:
         (folder / "data" / EMPTY_SHARD).unlink(missing_ok=True)  # of a time when there were none
-    else:
-        return shards
+    elif not whole:
+        # Without a default configuration `load_dataset` would give the rejected records for it, where it says so now.
+        optional = optional_columns(shards["rejected"])
+        if not empty or optional_columns(shards["accepted"]) != optional:
+            write_empty_shard(folder, optional)
     return _finished(folder)
 
 
