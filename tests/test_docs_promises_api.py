@@ -90,7 +90,9 @@ def flags() -> set[str]:
 
 OF_OTHERS = {"--custom-generate-function-path", "--use-tis", "--no-deps", "--input-key", "--label-key"}
 OF_OTHERS |= {"--apply-chat-template", "--apply-chat-template-kwargs"}
-"""Flags of trainers and of pip."""
+OF_OTHERS |= {"--gpus", "--ipc", "--array", "--cpus-per-task", "--gres", "--job-name", "--open-mode", "--requeue"}
+OF_OTHERS |= {"--signal", "--time"}
+"""Flags of trainers, of pip, Docker and Slurm."""
 
 
 @every_page

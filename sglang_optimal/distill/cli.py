@@ -175,7 +175,12 @@ def _stops() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield came
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # nohup ignores SIGHUP, so that the end of a terminal stops nothing.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As in what a script starts with "&" (a Slurm job): the stop, which is a SIGINT, would be lost.
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield came
     finally:

@@ -336,6 +336,34 @@ def test_load_dataset_of_a_run_that_was_killed_before_its_first_shard(folder, st
         datasets.load_dataset(str(folder.out), split="train")
 
 
+def started_with(ignored: signal.Signals, folder, stub):
+    """A run whose parent ignores a signal."""
+    before = signal.signal(ignored, signal.SIG_IGN)
+    try:
+        process = folder.process(stub.url)
+    finally:
+        signal.signal(ignored, before)
+    while sum(stub.seen.values()) < 8 and process.poll() is None:
+        time.sleep(0.01)
+    return process
+
+
+def test_a_script_s_background_run_is_stopped_too(folder, stub):
+    """A shell without job control ignores SIGINT in what it starts with "&": Slurm's batch script, for one."""
+    stub.delay = 0.1
+    process = started_with(signal.SIGINT, folder, stub)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert json.loads((folder.out / "run.json").read_text())["state"] == "stopped"
+
+
+def test_nohup_goes_on(folder, stub):
+    process = started_with(signal.SIGHUP, folder, stub)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
+    folder.check_complete()
+
+
 def test_one_of_two_servers_dies(folder, stub):
     doomed = StubServer()
     doomed.dies_after = 20
