@@ -87,11 +87,14 @@ def as_flags(values: dict) -> list[str]:
 
 def test_links_and_anchors():
     for text, target in re.findall(r"\[([^\]]+)\]\(([^)]+)\)", GUIDE):
-        if target.startswith("#"):
-            headings = re.findall(r"^#+ (.+)$", GUIDE, re.MULTILINE)
-            assert target[1:] in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], text
-        elif not target.startswith("http"):
-            assert (REPOSITORY / "docs" / target).exists(), target
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        page = REPOSITORY / "docs" / file if file else None
+        assert page is None or page.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", page.read_text() if page else GUIDE, re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], text
 
 
 def test_every_filter_and_format_is_there():
