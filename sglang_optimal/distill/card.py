@@ -23,6 +23,7 @@ from sglang_optimal.distill.store import (
     stored_columns,
     write_empty_shard,
 )
+from sglang_optimal.distill.surprise import RARE
 
 
 def write_card(folder: Path) -> Path:
@@ -139,7 +140,13 @@ def _body(
         "|---|---|",
         f"| accepted records | {tally.accepted:,} |",
         f"| rejected records | {tally.rejected:,} |",
+        f"| problems covered (with an accepted record) | {tally.covered:,} of {len(tally.problems):,} |",
         f"| tokens, of accepted records | {tally.accepted_tokens:,} |",
+        *(
+            [f"| accepted records with a surprise (a token below {RARE:g} under the student) | {_of(tally)} |"]
+            if tally.judged
+            else []
+        ),
         f"| mean alpha | {'–' if tally.mean_alpha is None else f'{tally.mean_alpha:.3f}'} |",
     ]
     for names in models:
@@ -152,6 +159,9 @@ def _body(
     states = {manifest.get("state") for manifest in manifests}
     if states != {"complete"}:
         lines.append("| state | not complete: run the same command again |")
+    if tally.problems:
+        lines += ["", "## Accepted records of a problem", "", "| accepted | problems |", "|---|---|"]
+        lines += [f"| {accepted} | {problems:,} |" for accepted, problems in tally.k_of_n.items()]
     if tally.reasons:
         lines += ["", "## Why records were rejected", "", "| filter | reason | records |", "|---|---|---|"]
         by_filter: Counter[tuple[str, str]] = Counter(tally.reasons)
@@ -167,6 +177,12 @@ def _body(
         text = yaml.safe_dump(public_settings(config), sort_keys=False, allow_unicode=True)
         lines += ["", "## Settings", "", "```yaml", text.replace("```", "` ` `").rstrip(), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _of(tally: Tally) -> str:
+    """Of records that older versions wrote it is not known."""
+    known = "" if tally.judged == tally.accepted else f" of which it is known, of {tally.accepted:,}"
+    return f"{tally.surprising:,} of {tally.judged:,}{known}"
 
 
 def public_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -191,6 +191,7 @@ def _stops() -> Iterator[list[int]]:
 def _run(args: argparse.Namespace) -> int:
     from sglang_optimal.distill.client import NoServerAvailable
     from sglang_optimal.distill.pipeline import run
+    from sglang_optimal.distill.progress import coverage
 
     config = _config(args)
     try:
@@ -199,6 +200,7 @@ def _run(args: argparse.Namespace) -> int:
         return _say(f"stopped: {error} The same command goes on from here.", 1)
     tally = result.tally
     print(f"{result.folder}: {tally.accepted} accepted, {tally.rejected} rejected, {tally.tokens} tokens")
+    print(f"  {coverage(tally)}")
     for (name, reason), count in tally.reasons.most_common(10):
         print(f"  {count:>7}  {name}: {reason}")
     if not args.no_report and tally.total:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -138,6 +139,11 @@ class Servers:
     def models(self, endpoint: str) -> dict[str, str | None]:
         """Names of models and versions at an endpoint; empty for a router, which does not tell."""
         return next(e.models for e in self._endpoints if e.url == endpoint)
+
+    def model_names(self) -> list[str]:
+        """Of the students that are known, then of the teachers."""
+        named = (e.models.get(f"{side}_model") for side in ("student", "teacher") for e in self._endpoints)
+        return [name for name in named if name]
 
     async def refresh(self) -> None:
         """Look again what the servers run: someone may put new weights into them. Servers that do not answer keep what
@@ -306,7 +312,7 @@ def _sample(response: httpx.Response, endpoint: str, latency: float, wanted: Wan
     reason = (meta.get("finish_reason") or {}).get("type", "abort")
     if reason == "abort":  # the server let go of it: shutting down, flushing, pausing
         raise _Failed(f"{endpoint}: aborted the request")
-    series = {name: meta[name] for name in wanted.series if meta.get(name) is not None}
+    series = {name: _numbers(name, meta[name]) for name in wanted.series if meta.get(name) is not None}
     tokens = answer["output_ids"]
     top_k = _top_k(meta.get(TOP_K), wanted, len(tokens))
     short = [name for name in wanted.series if len(series.get(name, ())) != len(tokens)]
@@ -329,6 +335,12 @@ def _sample(response: httpx.Response, endpoint: str, latency: float, wanted: Wan
         student_prompt_text=meta.get("student_prompt_text"),
         top_k=top_k,
     )
+
+
+def _numbers(name: str, values: list[float | None]) -> list[float]:
+    """A series without nulls, which is what JSON makes of −inf (a token without support) and NaN."""
+    missing = -math.inf if name.endswith("logprob") else math.nan
+    return [missing if value is None else value for value in values]
 
 
 def _top_k(sent: Any, wanted: Wanted, tokens: int) -> dict[str, dict[str, np.ndarray]]:

@@ -306,6 +306,10 @@ class Client(Section):
     """Seconds without one answer from any server, after which the run stops (and can be resumed)."""
     api_key_env: str | None = None
     """Environment variable with the servers' API key."""
+    tokenizer: str | None = None
+    """Folder or id of the tokenizer that says which tokens of a sample write the expected answer, for the column
+    ``answer_probability`` and the filter ``surprise``; by default the student's or the teacher's, where it is on this
+    machine. Nothing is downloaded."""
 
     @field_validator("endpoints")
     @classmethod

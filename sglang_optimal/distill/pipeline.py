@@ -24,13 +24,15 @@ from sglang_optimal.distill.card import renew_card, write_card
 from sglang_optimal.distill.client import BadRequestError, NoServerAvailable, RetriesExhausted, Sample, Servers
 from sglang_optimal.distill.config import DistillConfig
 from sglang_optimal.distill.contexts import ContextBuilder, Task
-from sglang_optimal.distill.filters import FilterChain
+from sglang_optimal.distill.filters import FilterChain, Rejection
+from sglang_optimal.distill.mentions import AnswerField
 from sglang_optimal.distill.problems import Problem, load_problems
 from sglang_optimal.distill.progress import RunProgress
 from sglang_optimal.distill.records import Context, Record, stored_fields
 from sglang_optimal.distill.server import OwnServer
 from sglang_optimal.distill.shown import MissingValue
 from sglang_optimal.distill.store import RecordStore, Tally
+from sglang_optimal.distill.token_texts import AnswerProbabilities
 from sglang_optimal.names import SERIES
 from sglang_optimal.wanted import wanted_by
 
@@ -75,6 +77,7 @@ class Plan:
         index, count = shard
         self.problems = everything[index::count]
         self.filters = FilterChain(config.filters)
+        self.answers = AnswerProbabilities(AnswerField.of(config.filters), config.client.tokenizer)
         self.builder = ContextBuilder(
             config.contexts, list(everything[0].fields), config.data.privileged, config.sampling.seed
         )
@@ -147,10 +150,9 @@ _LATER = {
 def fingerprint(config: DistillConfig) -> str:
     """Hash of the settings that decide what a record is. More problems or samples, other servers: the same run."""
     values = config.model_dump(mode="json", exclude={"client": True, "server": True})
-    values["data"].pop("limit")
-    values["sampling"].pop("n")
-    for name in ("dir", "shard_records"):
-        values["output"].pop(name)
+    for section, names in _FREE.items():
+        for name in names:
+            values[section].pop(name)
     if not values["output"]["return_top_k"]:  # as it was before there were such columns
         for name in ("return_top_k", "top_k_of"):
             values["output"].pop(name)
@@ -288,7 +290,18 @@ class _Run:
                 endpoints, api_key = [own.url], config.server.get("api_key")
             servers = await stack.enter_async_context(Servers(endpoints, config.client, api_key=api_key))
             await servers.check()
+            await asyncio.to_thread(self._find_tokenizer, servers)
             yield servers
+
+    def _find_tokenizer(self, servers: Servers) -> None:
+        """Raises ValueError: a filter needs one, and there is none."""
+        found = self._plan.answers.find(servers.model_names())
+        needing = [f.label for f in self._config.filters if f.needs_tokenizer]
+        if needing and not found:
+            raise ValueError(
+                f"filters: {needing[0]}: min_answer_probability needs a tokenizer, and that of the servers' models is "
+                "not on this machine; give its folder or id as client.tokenizer."
+            )
 
     async def _sample_all(self, servers: Servers, tasks: list[Task]) -> int:
         """Returns how many samples servers gave up on."""
@@ -368,10 +381,14 @@ class _Run:
             self._plan.builder.check_read(task.problem, sample.student_prompt_text)
         models = {**servers.models(sample.endpoint), "teacher_weight_version": sample.weight_version}
         record = _record(task, teacher, student, {**sampling, **fields}, sample, models)
-        rejection = await asyncio.get_running_loop().run_in_executor(self._judge, self._plan.filters, record)
+        rejection = await asyncio.get_running_loop().run_in_executor(self._judge, self._judged, record)
         if rejection is not None:
             record.accepted, record.rejected_by, record.reject_reason = False, rejection.filter, rejection.reason
         return record
+
+    def _judged(self, record: Record) -> Rejection | None:
+        self._plan.answers(record)
+        return self._plan.filters(record)
 
     def _sampling_seconds(self) -> float:
         return time.monotonic() - self._sampling_since if self._sampling_since is not None else 0.0
@@ -391,6 +408,8 @@ class _Run:
             "accepted": tally.accepted,
             "rejected": tally.rejected,
             "tokens": tally.tokens,
+            "problems": len(tally.problems),
+            "problems_covered": tally.covered,
             "filters": [f.label for f in self._config.filters],
             "versions": {"sglang_optimal": __version__},
             "config": self._config.model_dump(mode="json", exclude={"server": {"api_key", "admin_api_key"}}),
@@ -453,6 +472,10 @@ def _first(errors: BaseExceptionGroup) -> BaseException:
     return next((e for e in flat if isinstance(e, ValueError | NoServerAvailable | OSError)), flat[0])
 
 
+_FREE = {"data": ("limit",), "sampling": ("n",), "output": ("dir", "shard_records")}
+"""Section: keys that may change when a run goes on."""
+
+
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The first few keys that differ."""
     names = []
@@ -461,7 +484,7 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
         if section in ("client", "server") or values == before:
             continue
         if isinstance(values, dict) and isinstance(before, dict):
-            ignored = {"data": ("limit",), "sampling": ("n",), "output": ("dir", "shard_records")}.get(section, ())
+            ignored = _FREE.get(section, ())
             # Older versions had fewer keys.
             keys: Any = DistillConfig.model_fields[section].annotation
             defaults = {k: field.get_default(call_default_factory=True) for k, field in keys.model_fields.items()}

@@ -71,7 +71,7 @@ class RunProgress:
         return (tokens - before) / (now - then) if now > then else 0.0
 
     def __rich__(self) -> Group:
-        return Group(self._bar, self._figures(), self._reasons())
+        return Group(self._bar, self._figures(), self._problems(), self._reasons())
 
     def _figures(self) -> Table:
         tally = self._tally
@@ -81,12 +81,16 @@ class RunProgress:
         figures.add_row(
             f"[green]accepted[/] {tally.accepted} ({share})",
             f"[yellow]rejected[/] {tally.rejected}",
+            f"[green]covered[/] {tally.covered} of {len(tally.problems)} problems",
             *([f"[red]failed[/] {self.failed}"] if self.failed else []),
             f"{self.rate():.0f} tok/s",
             f"{tally.tokens:,} tokens",
             f"mean α {alpha:.3f}" if alpha is not None else "mean α –",
         )
         return figures
+
+    def _problems(self) -> str:
+        return f"  [dim]accepted samples: problems — {k_of_n(self._tally)}[/]" if self._tally.problems else ""
 
     def _reasons(self) -> Table:
         table = Table.grid(padding=(0, 2))
@@ -103,6 +107,7 @@ class RunProgress:
         failed = f", failed {self.failed}" if self.failed else ""
         return (
             f"{tally.total}/{self._total} samples: accepted {tally.accepted}, rejected {tally.rejected}{failed}; "
+            f"{coverage(tally)}; "
             f"{tally.tokens} tokens, {self.rate():.0f} tok/s (average {overall:.0f}); mean alpha {alpha}; "
             f"ETA {self._eta()}"
         )
@@ -113,6 +118,26 @@ class RunProgress:
             return "-"
         left = (self._total - tally.total) * tally.tokens / tally.total / rate
         return f"{left:.0f} s" if left < 600 else f"{left / 60:.0f} min"
+
+
+def coverage(tally: Tally) -> str:
+    """Such as ``2 of 4 problems covered (accepted samples: problems — 0: 2, 1: 1, 3: 1)``."""
+    detail = f" (accepted samples: problems — {k_of_n(tally)})" if tally.problems else ""
+    return f"{tally.covered} of {len(tally.problems)} problems covered{detail}"
+
+
+SHOWN = 8
+"""Numbers of accepted samples that stand alone in a line."""
+
+
+def k_of_n(tally: Tally) -> str:
+    """How many problems have no accepted sample, one, two and so on."""
+    found = list(tally.k_of_n.items())
+    shown, more = found[:SHOWN], found[SHOWN:]
+    parts = [f"{accepted}: {problems}" for accepted, problems in shown]
+    if more:
+        parts.append(f"{more[0][0]} or more: {sum(problems for _, problems in more)}")
+    return ", ".join(parts)
 
 
 def _short(text: str, characters: int = 90) -> str:

@@ -127,7 +127,7 @@ def _read(match: re.Match) -> Quantity:
     after = (match["after"] or "").strip() if body == match["body"] else ""
     if match["open"] or (after and after not in _UNITS):
         return Quantity(None, None)
-    value = _value(body)
+    value = plain_number(body)
     if value is None:
         return Quantity(None, match["sign"].strip() + body)
     value *= _UNITS.get(after, 1)
@@ -136,8 +136,9 @@ def _read(match: re.Match) -> Quantity:
     return Quantity(value, body, integer=value.denominator == 1)
 
 
-def _value(body: str) -> Fraction | None:
-    """None for what is no single number, or longer than any that Python reads."""
+def plain_number(body: str) -> Fraction | None:
+    """A number as it is written in ASCII: with separators of thousands, as a fraction or a power; None for what is no
+    single number, or longer than any that Python reads."""
     if len(body) > LONGEST_NUMBER:
         return None
     for pattern, separators in _GROUPED:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sglang_optimal.distill.surprise import RARE, least_logprob, tokens_below
 from sglang_optimal.distill.tables import written_json
 from sglang_optimal.names import SERIES, SIDES, TOP_K
 from sglang_optimal.top_k import ARRAYS, decode_top_k, encoded, top_k_column, top_k_columns
@@ -41,6 +42,8 @@ class Record:
         teacher_prompt_tokens: tokens of the teacher's prompt.
         teacher_prompt_ids, student_prompt_ids: token ids that each model really read, chat template and all.
         latency: seconds from the request to its answer.
+        answer_probability: the student's, of the expected answer where the text first writes it, in [0, 1]; None where
+            that is not known, and then answer_unknown says why (it is not stored).
         models: ids, revision and versions of models and software, as the server named them.
         accepted: whether it passed all filters.
         rejected_by, reject_reason: the filter that refused it, and why.
@@ -71,6 +74,8 @@ class Record:
     teacher_prompt_ids: list[int] = dataclasses.field(default_factory=list)
     student_prompt_ids: list[int] = dataclasses.field(default_factory=list)
     latency: float = 0.0
+    answer_probability: float | None = None
+    answer_unknown: str | None = None
     models: dict[str, str | None] = dataclasses.field(default_factory=dict)
     accepted: bool = True
     rejected_by: str | None = None
@@ -111,6 +116,7 @@ class Record:
             "mean_kl_to_teacher": _stored(mean(self.kl_to_teacher)),
             "log_weight_student": _stored(_difference(self.student_logprob, self.mixture_logprob)),
             "log_weight_teacher": _stored(_difference(self.teacher_logprob, self.mixture_logprob)),
+            **self._surprise(),
             "sampling": _json(self.sampling),
             "seed": self.seed,
             "teacher_prompt_tokens": self.teacher_prompt_tokens,
@@ -133,12 +139,24 @@ class Record:
             row |= top_k_columns(self.top_k)
         return row
 
+    def _surprise(self) -> dict[str, Any]:
+        known = len(self.student_logprob) == len(self.token_ids)
+        least = least_logprob(self.student_logprob) if known else math.nan
+        return {
+            "min_student_logprob": _stored(least),
+            "rare_tokens": tokens_below(self.student_logprob) if known else None,
+            "answer_probability": self.answer_probability,
+        }
+
 
 def unpacked(row: dict[str, Any]) -> dict[str, Any]:
     """A row of `Record.row` with ``packed`` as one without."""
     top_k = row.pop(TOP_K, None)
     return row if top_k is None else row | top_k_columns(decode_top_k(top_k))
 
+
+SURPRISE_COLUMNS = ("min_student_logprob", "rare_tokens", "answer_probability")
+"""Columns of how much of a sample surprises the student, see `sglang_optimal.distill.surprise`."""
 
 MODEL_COLUMNS = (
     "teacher_model",
@@ -184,6 +202,10 @@ COLUMNS = {
     "mean_kl_to_teacher": "mean over the tokens",
     "log_weight_student": "log importance weight of the sample: Σ student_logprob − mixture_logprob",
     "log_weight_teacher": "the same for the teacher",
+    "min_student_logprob": "student_logprob of the token that surprises the student most; null where it is −inf",
+    "rare_tokens": f"how many tokens have a probability below {RARE:g} under the student",
+    "answer_probability": "the student's probability of the expected answer where the text first writes it; null where "
+    "it does not, or where no tokenizer said which tokens do",
     "sampling": "what the request asked for, as JSON",
     "seed": "the request's sampling_seed",
     "teacher_prompt_tokens": "length of the teacher's prompt",
@@ -233,6 +255,9 @@ def schema(optional: Collection[str] = ()) -> pyarrow.Schema:
         "teacher_messages": messages,
         "token_ids": pa.list_(pa.int32()),
         "num_tokens": pa.int32(),
+        "min_student_logprob": pa.float64(),
+        "rare_tokens": pa.int32(),
+        "answer_probability": pa.float64(),
         **{name: pa.list_(pa.float32()) for name in SERIES},
         "seed": pa.int64(),
         "teacher_prompt_tokens": pa.int32(),

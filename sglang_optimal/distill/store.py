@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_optimal.distill.manifests import lock_name, manifest_name
-from sglang_optimal.distill.records import OPTIONAL_COLUMNS, Record, has_top_k, schema, unpacked
+from sglang_optimal.distill.records import OPTIONAL_COLUMNS, SURPRISE_COLUMNS, Record, has_top_k, schema, unpacked
 
 KINDS = {"accepted": "data", "rejected": "rejected"}
 """Kind of record: folder of its finished shards."""
@@ -256,14 +256,15 @@ class _Journal:
             self._file = -1
 
 
-LATER_COLUMNS = ("teacher_prompt_ids", "student_prompt_ids", *OPTIONAL_COLUMNS)
+LATER_COLUMNS = ("teacher_prompt_ids", "student_prompt_ids", *SURPRISE_COLUMNS, *OPTIONAL_COLUMNS)
 """Columns that the records of older versions, or of runs that did not ask for them, have not got."""
 
 BATCH, LARGE_BATCH = 256, 8
 """Rows in memory at a time; the latter where each has k values a token."""
 
 TALLIED = (
-    "id", "problem_id", "strategy", "num_tokens", "mean_alpha", "accepted", "rejected_by", "reject_reason",
+    "id", "problem_id", "strategy", "num_tokens", "mean_alpha", "rare_tokens", "accepted", "rejected_by",
+    "reject_reason",
 )  # fmt: skip
 """Columns that `Tally` reads."""
 
@@ -277,6 +278,9 @@ class Tally:
         alpha_sum: sum of alpha over all tokens.
         reasons: (filter, reason): records.
         strategies: strategy: [accepted, all].
+        problems: problem id: [accepted, all].
+        surprising, judged: accepted records with a token that surprises the student (`surprise.RARE`), of those of
+            which it is known.
     """
 
     def __init__(self) -> None:
@@ -284,17 +288,25 @@ class Tally:
         self.alpha_sum = 0.0
         self.reasons: Counter[tuple[str, str]] = Counter()
         self.strategies: dict[str, list[int]] = {}
+        self.problems: dict[str, list[int]] = {}
+        self.surprising = self.judged = 0
 
     def add(self, row: dict[str, Any]) -> None:
         tokens = row["num_tokens"]
         strategy = self.strategies.setdefault(row["strategy"], [0, 0])
+        problem = self.problems.setdefault(row["problem_id"], [0, 0])
         strategy[1] += 1
+        problem[1] += 1
         self.tokens += tokens
         self.alpha_sum += tokens * (row["mean_alpha"] or 0.0)
         if row["accepted"]:
             self.accepted += 1
             self.accepted_tokens += tokens
             strategy[0] += 1
+            problem[0] += 1
+            if row["rare_tokens"] is not None:
+                self.judged += 1
+                self.surprising += row["rare_tokens"] > 0
         else:
             self.rejected += 1
             self.reasons[row["rejected_by"], row["reject_reason"]] += 1
@@ -302,6 +314,16 @@ class Tally:
     @property
     def total(self) -> int:
         return self.accepted + self.rejected
+
+    @property
+    def covered(self) -> int:
+        """Problems with an accepted sample, of ``len(problems)`` that have any."""
+        return sum(accepted > 0 for accepted, _ in self.problems.values())
+
+    @property
+    def k_of_n(self) -> dict[int, int]:
+        """Accepted samples of a problem: problems, from none on."""
+        return dict(sorted(Counter(accepted for accepted, _ in self.problems.values()).items()))
 
     @property
     def mean_alpha(self) -> float | None:

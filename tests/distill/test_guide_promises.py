@@ -21,11 +21,12 @@ from stub_server import stub_answer, stub_server
 from test_filters import record, verdict
 
 from sglang_optimal import supervise, wanted
-from sglang_optimal.distill import leaks, server
+from sglang_optimal.distill import leaks, server, surprise
 from sglang_optimal.distill.cli import main
 from sglang_optimal.distill.config import Output
+from sglang_optimal.distill.filters.surprise import Surprise
 from sglang_optimal.distill.records import OPTIONAL_COLUMNS, Record, schema
-from sglang_optimal.distill.report import statistics, verdicts
+from sglang_optimal.distill.report import verdicts
 from sglang_optimal.distill.store import RecordStore, find_shards, read_rows
 from sglang_optimal.mixing import AlphaParams, mix
 from sglang_optimal.names import SERIES, SIDES
@@ -57,7 +58,11 @@ def words(text: str) -> str:
         ("distillation_guide", "five starts in all", server.STARTS, 5),
         ("distillation_guide", "2,000,000 ids over its `max_new_tokens`", wanted.LARGEST_TOP_K, 2_000_000),
         ("distillation_guide", "amber above 10 %", verdicts.BOUND_SHARE, 0.1),
-        ("distillation_guide", "a probability of 10⁻³", statistics.RARE, 1e-3),
+        ("distillation_guide", "probability below 10⁻³", surprise.RARE, 1e-3),
+        ("distillation_guide", "`floor`, by default 0.001", Surprise.model_fields["floor"].default, 1e-3),
+        ("distillation_guide", "gives less than 0.1 where it first stands", surprise.LEAP, 0.1),
+        ("distillation_guide", "amber above 10 % of the accepted", verdicts.SURPRISE_SHARE, 0.1),
+        ("distillation_guide", "Below 50 % the training sees", verdicts.COVERED_SHARE, 0.5),
         ("operations", "a run of ten minutes forgives", supervise.STEADY_SECONDS, 600),
         ("architecture", "A prefix of at least 32 tokens", guest_kv.MIN_ALIASED_PREFIX, 32),
     ],

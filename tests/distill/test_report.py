@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from sglang_optimal.distill.records import Record
 from sglang_optimal.distill.report import write_report
 from sglang_optimal.distill.report.histogram import ALPHA_EDGES, KL_EDGES, LOGPROB_EDGES
-from sglang_optimal.distill.report.samples import Selection, token_limit
+from sglang_optimal.distill.report.samples import Selection, problem_name, token_limit
 from sglang_optimal.distill.report.statistics import collect
-from sglang_optimal.distill.report.verdicts import judge, wilson
+from sglang_optimal.distill.report.verdicts import headline, judge, more_often, self_check, wilson
 from sglang_optimal.distill.store import RecordStore
 from sglang_optimal.names import SERIES
 from sglang_optimal.token_view import token_pieces
@@ -100,11 +100,14 @@ class _Tags(html.parser.HTMLParser):
         self.attributes: list[tuple[str, str | None]] = []
         self.data, self._in_data = "", False
         self.visible: list[str] = []
+        self._by_id: dict[str, list] = {}
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags[tag] += 1
         self.attributes += attrs
+        if name := dict(attrs).get("id"):
+            self._by_id[name] = attrs
         self._in_data = dict(attrs).get("id") == "data"
 
     def handle_endtag(self, tag):
@@ -115,6 +118,10 @@ class _Tags(html.parser.HTMLParser):
             self.data += data
         elif self.lasttag not in ("script", "style"):
             self.visible.append(data)
+
+    def of(self, name: str) -> list[tuple[str, str | None]]:
+        """Attributes of the element of this id."""
+        return self._by_id[name]
 
     @property
     def samples(self) -> list[dict]:
@@ -245,7 +252,7 @@ def test_the_choice_of_samples_is_fair():
 
 def marks(folder, **mixing) -> dict[str, tuple[str, str]]:
     statistics = collect(folder, 0)
-    return {verdict.title: (verdict.mark, verdict.text) for verdict in judge(statistics)}
+    return {verdict.title: (verdict.mark, verdict.text) for verdict in [*judge(statistics), *self_check(statistics)]}
 
 
 def balanced(rng, i: int, **values) -> Record:
@@ -274,17 +281,20 @@ def test_what_is_wrong_is_amber(tmp_path):
     rng = np.random.default_rng(0)
     records = []
     for i in range(40):
-        strategy = ("copy", "hint")[i % 2]
+        strategy = ("hint", "copy")[i < 19]
         reject = ("deduplicate", "duplicate") if strategy == "hint" else None
         one = balanced(rng, i, strategy=strategy, reject=reject, finish_reason="length")
         size = len(one.token_ids)
-        one.kl_to_student, one.student_logprob, one.ess_ratio = [0.4] * size, [-8.0] * size, [10.0] * size
+        one.answer_probability = 0.05
+        one.kl_to_student, one.ess_ratio = [0.4] * size, [10.0] * size
+        if reject is None:
+            one.student_logprob = [-8.0] * size
         one.alpha[: size // 2] = [0.1] * (size // 2)
         at_bound = 100 * (size // 2) / size
         records.append(one)
     manifest = {"config": {"mixing": {"alpha_method": "kl_symmetry", "alpha_min": 0.1, "alpha_max": 0.9}}}
     found = marks(build(tmp_path, records, manifest))
-    assert {mark for mark, _ in found.values()} == {"warn"} and len(found) == 8
+    assert {mark for mark, _ in found.values()} == {"warn"} and len(found) == 12
     assert "ratio 2.000" in found["KL balance"][1]
     assert f"{at_bound:.0f} % of tokens are at α = 0.1" in found["α at its bounds"][1]
     assert "`copy` has 100 %" in found["Prefix strategies"][1]
@@ -334,6 +344,110 @@ def test_a_budget_is_judged_by_what_was_used(tmp_path, side):
     assert marks(clamped)["α at its bounds"][0] == "warn"
 
 
+def surprising(rng, i: int, count: int, *, answer: float | None = None, **values) -> Record:
+    """With so many tokens of which the student thinks little."""
+    one = balanced(rng, i, answer_probability=answer, **values)
+    one.student_logprob[:count] = [-8.0] * count
+    return one
+
+
+def test_the_report_opens_with_what_came_of_the_run(tmp_path):
+    rng = np.random.default_rng(0)
+    records = [surprising(rng, i, int(i < 5)) for i in range(14)]
+    for i, one in enumerate(records):
+        one.id, one.problem_id = f"p{i // 4}/copy/{i}", f"p{i // 4}"
+        if i % 4 and i < 8:
+            rejected(one)
+    # Of p0 the first is accepted, of p1 too, with a surprise; all of p2 (4) and p3 (2).
+    folder = build(tmp_path / "some", records, MANIFEST | {"planned": 14})
+    found = headline(collect(folder, 0))
+    assert found.text == "8 of 14 accepted, 4 of 4 problems covered, 25 % of the accepted have a surprise."
+    assert found.mark == "warn" and "Filter them before training" in found.next_step
+    assert found.text in page_of(folder).text
+    assert collect(folder, 0).tally.k_of_n == {1: 2, 2: 1, 4: 1}
+
+    planned = headline(collect(build(tmp_path / "begun", records, MANIFEST), 0))
+    assert planned.text.startswith("So far: 8 of 14 accepted")
+    calm = [surprising(rng, i, 0) for i in range(4)]
+    done = MANIFEST | {"planned": 4}
+    assert "`distill export`" in headline(collect(build(tmp_path / "calm", calm, done), 0)).next_step
+    for one in calm[1:]:
+        rejected(one)
+    few = headline(collect(build(tmp_path / "few", calm, done), 0))
+    assert few.mark == "warn" and few.next_step.startswith("3 problems have no accepted sample")
+    rejected(calm[0])
+    none = headline(collect(build(tmp_path / "none", calm, done), 0))
+    assert none.text == "0 of 4 accepted, 0 of 4 problems covered." and "what `answer` refused" in none.next_step
+
+
+def test_surprises_are_counted_by_the_sample(tmp_path):
+    """One token of 56 in a fifth of the samples is no share of tokens that alarms, and is a fifth of the data."""
+    rng = np.random.default_rng(0)
+    records = [surprising(rng, i, int(i % 5 == 0), answer=0.05 if i % 4 == 0 else 0.9) for i in range(20)]
+    found = marks(build(tmp_path, records, MANIFEST))
+    assert found["Surprises"][0] == "warn" and "4 of 20 accepted samples (20 %)" in found["Surprises"][1]
+    assert (
+        found["Leaps to the answer"][0] == "warn"
+        and "In 5 of 20 accepted samples (25 %)" in found["Leaps to the answer"][1]
+    )
+    assert "What filtering did" not in found  # nothing was rejected
+
+
+@pytest.mark.parametrize(("accepted_ones", "rejected_ones", "mark"), [(18, 2, "warn"), (4, 4, "good"), (2, 18, "good")])
+def test_what_filtering_did(tmp_path, accepted_ones, rejected_ones, mark):
+    rng = np.random.default_rng(0)
+    records = [
+        surprising(
+            rng, i, int(i // 2 < (rejected_ones if i % 2 else accepted_ones)), reject=REASONS[1] if i % 2 else None
+        )
+        for i in range(40)
+    ]
+    verdict = marks(build(tmp_path, records, MANIFEST))["What filtering did"]
+    assert verdict[0] == mark
+    assert f"{5 * accepted_ones} % of accepted and {5 * rejected_ones} % of rejected samples" in verdict[1]
+
+
+def test_more_often():
+    assert more_often((33, 91), (20, 178)) and not more_often((2, 4), (1, 4)) and not more_often((1, 10), (1, 10))
+
+
+def test_strategies_and_their_sound_samples(tmp_path):
+    """Of those that came as far as `equations`."""
+    rng = np.random.default_rng(0)
+    rejects = [None, None, ("answer", "wrong answer"), ("sums", "a false equation"), ("deduplicate", "duplicate")]
+    records = [
+        surprising(rng, i, int(i == 0), reject=reject, strategy=("copy", "hint")[i // 5])
+        for i, reject in enumerate([*rejects, None, None, None])
+    ]
+    filters = [{"type": "answer"}, {"type": "equations", "name": "sums"}, {"type": "deduplicate"}]
+    labels = ["answer", "sums", "deduplicate"]
+    manifest = {"filters": labels, "config": {"filters": filters, "mixing": {}}}
+    text = page_of(build(tmp_path, records, manifest)).text
+    assert "strategy samples accepted passed sums student logprob, nats with a surprise" in text
+    assert "hint 3 3 (100 %; 44–100 %) 3 of 3 −0.500 0 of 3 (0 %)" in text
+    size = len(records[0].token_ids)
+    logprob = f"{-(0.5 * (2 * size - 1) + 8) / (2 * size):.3f}".replace("-", "−")
+    assert f"copy 5 2 (40 %; 12–77 %) 3 of 4 {logprob} 1 of 2 (50 %)" in text
+
+
+def test_the_self_check_is_folded_unless_it_fails(tmp_path):
+    rng = np.random.default_rng(0)
+    records = [balanced(rng, i) for i in range(3)]
+    assert ("open", None) not in page_of(build(tmp_path / "good", records, MANIFEST)).of("self-check")
+    for one in records:
+        one.kl_to_student = [0.4] * len(one.token_ids)
+    assert ("open", None) in page_of(build(tmp_path / "bad", records, MANIFEST)).of("self-check")
+
+
+def test_problems_are_named_by_their_first_words():
+    row = {"problem": "How  many\napples? " + "more " * 40, "student_messages": None, "student_text": "s", "id": "i"}
+    assert problem_name(row).startswith("How many apples? more") and problem_name(row).endswith("more …")
+    assert len(problem_name(row)) <= 92
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "What is 3?"}]
+    assert problem_name(row | {"problem": None, "student_messages": messages}) == "What is 3?"
+    assert problem_name(row | {"problem": " ", "student_text": None}) == "i"
+
+
 def test_wilson():
     low, high = wilson(8, 10)
     assert (low, high) == pytest.approx((0.490, 0.943), abs=1e-3)  # a textbook's example
@@ -350,10 +464,11 @@ def test_header_figures_and_reasons(tmp_path):
     for text in ("my run", "40 / 60", f"{tokens:,}", f"{flat(records, 'alpha').mean():.3f}", f"{tokens / 10:,.0f}",
                  "missing/teacher", "kl_symmetry, bounds 0 to 1", "complete: 60 of 60 planned samples",
                  "α by position in the sample", "KL by position", "Distribution of KL", "ESS ratio", "Coverage",
-                 "Length of samples", "Filters, in their order", "Acceptance by prefix strategy", "Latency",
-                 "after answer = accepted", "wrong answer"):  # fmt: skip
+                 "Length of samples", "Filters, in their order", "Latency",
+                 "after answer = accepted", "wrong answer", "Accepted samples of a problem", "greatest surprise",
+                 "40 / 60 problems covered", "copy 30 20 (67 %; 49–81 %)"):  # fmt: skip
         assert text in page.text, text
-    assert page.tags["figure"] == page.tags["svg"] == 10
+    assert page.tags["figure"] == page.tags["svg"] == 11
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     assert len(page.samples) == 60 and {s["accepted"] for s in page.samples} == {True, False}
@@ -400,8 +515,8 @@ def fixed(one: Record) -> None:
 
 @pytest.mark.parametrize(
     ("change", "manifest", "figures"),
-    [(rejected, MANIFEST, 10), (accepted, {}, 8), (refused, MANIFEST, 2),
-     (fixed, {"config": {"mixing": {"fixed_alpha": -1.5}}}, 10)],
+    [(rejected, MANIFEST, 10), (accepted, {}, 10), (refused, MANIFEST, 1),
+     (fixed, {"config": {"mixing": {"fixed_alpha": -1.5}}}, 11)],
 )  # fmt: skip
 def test_unusual_runs(tmp_path, change, manifest, figures):
     records = mixed_records()
@@ -428,7 +543,7 @@ def test_without_series(tmp_path):
     for group, accepted in ((statistics.accepted, True), (statistics.rejected, False)):
         members = [one for one in records if one.accepted is accepted]
         assert group.logprob.value == pytest.approx(flat(members, "student_logprob").mean())
-    assert page.tags["figure"] == 6
+    assert page.tags["figure"] == 7
 
 
 # -- tokens --------------------------------------------------------------------------------------------------------
@@ -543,12 +658,12 @@ def fill(driver, name: str, value: str) -> None:
 
 
 def listed(driver) -> list[str]:
-    return [entry.text for entry in css(driver, "#list b")]
+    return [entry.get_attribute("data-id") for entry in css(driver, "#list button")]
 
 
 def tip(driver) -> dict[str, str]:
     rows = css(driver, "#tip:not([hidden]) tr")
-    return {css(row, "th")[0].text: css(row, "td")[0].text.replace("−", "-") for row in rows}
+    return {css(row, "th")[0].text.replace("−", "-"): css(row, "td")[0].text.replace("−", "-") for row in rows}
 
 
 def test_browsing(opened, tmp_path):
@@ -574,9 +689,14 @@ def test_browsing(opened, tmp_path):
     def value(name):
         return lambda one: len(one.token_ids) if name is None else np.mean(getattr(one, name))
 
-    sorts = [value(name) for name in ("alpha", "kl_to_student", "kl_to_teacher", None, "student_logprob")]
+    sorts = [
+        lambda one: -min(one.student_logprob), lambda one: sum(p < np.log(1e-3) for p in one.student_logprob), None,
+        *(value(name) for name in ("alpha", "kl_to_student", "kl_to_teacher", None, "student_logprob")),
+    ]  # fmt: skip
     for reverse in (True, False):
-        for i, key in enumerate(sorts, 1):
+        for i, key in enumerate(sorts):
+            if key is None:
+                continue  # no answer's probability is known
             fill(driver, "sort", str(i))
             values = [key(by_id[name]) for name in listed(driver)]
             assert np.allclose(values, sorted(values, reverse=reverse), atol=2e-3), i
@@ -590,15 +710,16 @@ def test_a_samples_tokens(opened, tmp_path):
     rng = np.random.default_rng(0)
     records = [record(i, rng) for i in range(3)]
     driver = opened(records, tokenizer=str(tokenizer))
+    fill(driver, "sort", "8")  # as they are stored
     css(driver, "#list button")[1].click()
     one = records[1]
-    assert css(driver, "#detail h3")[0].text == one.id
+    assert css(driver, "#detail h3")[0].text == one.fields["problem"]
     details = css(driver, "#detail details")
     assert [css(d, "summary")[0].text for d in details] == [
-        "Problem", "Answer", "Teacher context", "Student context", "Other fields",
+        "Answer", "What they read", "Problem", "Teacher context", "Student context", "Other fields",
     ]  # fmt: skip
-    details[2].find_element("css selector", "summary").click()
-    assert details[2].text == "Teacher context\nuser\nproblem 1? the answer is 1."
+    details[3].find_element("css selector", "summary").click()
+    assert details[3].text == "Teacher context\nuser\nproblem 1? the answer is 1."
     tokens = css(driver, "#detail .text .token")
     assert "".join(t.get_property("textContent") for t in tokens) == TEXT + EOS
     assert [i for i, t in enumerate(tokens) if "end" in t.get_attribute("class").split()] == [len(TEXT)]
@@ -610,6 +731,10 @@ def test_a_samples_tokens(opened, tmp_path):
 
     def check(place: int) -> None:
         shown = tip(driver)
+        probability = float(shown.pop("p, student").replace("−", "-"))
+        assert probability == pytest.approx(np.exp(one.student_logprob[place]), rel=0.06)
+        pull = one.teacher_logprob[place] - one.student_logprob[place]
+        assert float(shown.pop("pull, teacher − student".replace("−", "-"))) == pytest.approx(pull, abs=2e-3)
         assert shown.pop("token") == f"{place + 1} of {len(tokens)}, id {one.token_ids[place]}"
         assert shown.keys() == labels.keys()
         for label, name in labels.items():
@@ -628,13 +753,60 @@ def test_a_samples_tokens(opened, tmp_path):
     assert tip(driver) == {}
 
     # Students' tokens are blue, teachers' orange.
+    fill(driver, "colour", "alpha")
+    tokens = css(driver, "#detail .text .token")
     for token, alpha in zip(tokens, one.alpha, strict=True):
         colour = token.value_of_css_property("background-color")
         red, _, blue = (float(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3])
         assert abs(alpha - 0.5) < 0.01 or (red > blue) == (alpha > 0.5)
 
     css(driver, "#list button")[1].send_keys(Keys.ARROW_DOWN)
-    assert css(driver, "#detail h3")[0].text == records[2].id
+    assert css(driver, "#detail h3")[0].text == records[2].fields["problem"]
+
+
+def test_colours_and_what_both_read(opened, tmp_path):
+    tokenizer = build_small_tokenizer(tmp_path / "tokenizer")
+    rng = np.random.default_rng(0)
+    one = record(
+        0, rng, student_context=[{"role": "user", "content": "problem 0? Be brief."}],
+        teacher_context=[{"role": "user", "content": "problem 0?\n\nThe answer is <b>0</b>."}],
+    )  # fmt: skip
+    size = len(one.token_ids)
+    one.student_logprob, one.teacher_logprob = [-0.01] * size, [-0.01] * size
+    one.student_logprob[3], one.student_logprob[4], one.teacher_logprob[5] = -9.0, float("-inf"), -9.0
+    one.kl_to_student = [0.0] * 6 + [3.0] + [0.0] * (size - 7)
+    driver = opened([one], tokenizer=str(tokenizer))
+
+    def strengths(choice: str | None) -> dict[int, str]:
+        if choice:
+            fill(driver, "colour", choice)
+        colours = [token.value_of_css_property("background-color") for token in css(driver, "#detail .text .token")]
+        return {i: colour for i, colour in enumerate(colours) if colour.endswith("0.62)")}
+
+    assert strengths(None).keys() == {3, 4}  # by surprise
+    pull = strengths("pull")
+    assert pull.keys() == {3, 4, 5} and pull[3] == pull[4] != pull[5]
+    assert strengths("kl").keys() == {6} and driver.find_element("id", "high").text == "2 nats"
+    marked = css(driver, "#detail .token.rare")
+    assert [token.get_property("textContent") for token in marked] == [TEXT[3], TEXT[4]]
+    assert [part.text for part in css(driver, ".diff ins")] == ["The answer is <b>0</b>."]
+    assert [part.text for part in css(driver, ".diff del")] == ["Be brief."]
+    assert css(driver, ".diff")[0].text.startswith("user:\nproblem 0?")
+    assert [key.text for key in css(driver, "#detail .key")] == ["the teacher alone", "the student alone"]
+    assert "least p 0 " in css(driver, "#list button")[0].text  # −inf
+
+
+@pytest.mark.parametrize("width", [390, 768, 1600])
+def test_nothing_is_wider_than_the_screen(opened, width):
+    driver = opened(mixed_records())
+    try:
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+        tops = [card.location["y"] for card in css(driver, ".numbers .card")]
+        assert tops.count(tops[0]) == (2 if width < 620 else 3)
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_strips_and_hostile_text(opened):
@@ -646,6 +818,7 @@ def test_strips_and_hostile_text(opened):
     assert driver.title == "run: distillation report"
     assert css(driver, "img") == [] and len(css(driver, "script")) == 2
     assert css(driver, "#detail > p.plain")[0].get_property("textContent") == HOSTILE
+    fill(driver, "colour", "alpha")
     cells = css(driver, "#detail .strip .token")
     assert len(cells) == len(one.token_ids) and cells[0].text == ""
     driver.execute_script("arguments[0].focus()", cells[0])

@@ -10,25 +10,40 @@ from sglang_optimal.distill.filters.answer import Answer
 from sglang_optimal.distill.filters.base import Filter
 from sglang_optimal.distill.filters.chain import FilterChain, Rejection
 from sglang_optimal.distill.filters.custom import Function
+from sglang_optimal.distill.filters.equations import Equations
 from sglang_optimal.distill.filters.mixture import KL, Alpha, Coverage
+from sglang_optimal.distill.filters.surprise import Surprise
 from sglang_optimal.distill.filters.text import Deduplicate, Finish, Language, Length, Repetition
 
 FILTERS: dict[str, type[Filter]] = {
     "length": Length,
     "finish": Finish,
     "answer": Answer,
+    "equations": Equations,
     "repetition": Repetition,
     "language": Language,
     "alpha": Alpha,
     "kl": KL,
     "coverage": Coverage,
+    "surprise": Surprise,
     "deduplicate": Deduplicate,
     "function": Function,
 }
 """Type in the file: class."""
 
 FilterConfig = Annotated[
-    Length | Finish | Answer | Repetition | Language | Alpha | KL | Coverage | Deduplicate | Function,
+    Length
+    | Finish
+    | Answer
+    | Equations
+    | Repetition
+    | Language
+    | Alpha
+    | KL
+    | Coverage
+    | Surprise
+    | Deduplicate
+    | Function,
     Field(discriminator="type"),
 ]
 

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sglang_optimal.distill.filters import math_process
 from sglang_optimal.distill.filters.base import Check, Filter
+from sglang_optimal.distill.mentions import last_group
 from sglang_optimal.distill.quantity import equal, last_quantity
 from sglang_optimal.distill.records import Record
 
@@ -64,7 +65,7 @@ class Answer(Filter):
         """Why ``text`` does not come to the ``expected`` answer; None where it does."""
         if expected is None or not str(expected).strip():
             return f"the problem has no {self.field}"
-        expected_text = _found(self.expected_pattern, str(expected)) if self.expected_pattern else str(expected)
+        expected_text = last_group(self.expected_pattern, str(expected)) if self.expected_pattern else str(expected)
         said = self._extracted(text)
         if said is None or expected_text is None:
             return "no answer found"
@@ -101,21 +102,11 @@ class Answer(Filter):
             return last_boxed(text)
         if self.extract == "pattern":
             assert self.pattern is not None, "checked with the settings"
-            return _found(self.pattern, text)
+            return last_group(self.pattern, text)
         if self.extract == "last_line":
             lines = [line for line in text.splitlines() if line.strip()]
             return lines[-1] if lines else None
         return text
-
-
-def _found(pattern: str, text: str) -> str | None:
-    """The first group of the last match (the whole of it without groups); None without a match."""
-    last = None
-    for last in re.finditer(pattern, text):  # noqa: B007
-        pass
-    if last is None:
-        return None
-    return last.group(1) if last.re.groups else last.group()
 
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(?P<brace>\{)|(?P<one>[^\s{}\\]))")

@@ -25,6 +25,11 @@ class Filter(Section, abc.ABC):
     def label(self) -> str:
         return self.name or self.type  # type: ignore[attr-defined]
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether it reads `Record.answer_probability`, which a tokenizer is needed for."""
+        return False
+
     @abc.abstractmethod
     def check(self, record: Record) -> str | None:
         """None when the record passes, else why not, in a few words."""

@@ -10,8 +10,9 @@ from sglang_optimal.distill.card import read_as
 from sglang_optimal.distill.records import MODEL_COLUMNS
 from sglang_optimal.distill.report.samples import choose_tokenizer, sample_data
 from sglang_optimal.distill.report.statistics import KLS, Statistics, collect
-from sglang_optimal.distill.report.verdicts import judge, minus, percent
+from sglang_optimal.distill.report.verdicts import headline, judge, minus, percent, self_check, wilson
 from sglang_optimal.distill.store import find_shards, replace_file
+from sglang_optimal.distill.surprise import RARE
 from sglang_optimal.token_view import viewer
 
 __all__ = ["write_report"]
@@ -33,7 +34,7 @@ def write_report(folder: Path, output: Path | None = None, *, tokenizer: str | N
     Raises:
         ValueError: no run, no records, a damaged file, or a tokenizer that cannot be read.
     """
-    from sglang_optimal.distill.report.figures import figures  # matplotlib, which takes a second
+    from sglang_optimal.distill.report.figures import figures, self_check_figures  # matplotlib, which takes a second
 
     folder = Path(folder)
     if samples < 0:
@@ -49,8 +50,13 @@ def write_report(folder: Path, output: Path | None = None, *, tokenizer: str | N
         statistics=statistics,
         settings=_settings(statistics, named),
         numbers=_numbers(statistics),
+        headline=headline(statistics),
         verdicts=judge(statistics),
+        self_check=self_check(statistics),
+        strategies=_strategies(statistics),
         figures=figures(statistics),
+        self_check_figures=self_check_figures(statistics),
+        rare=RARE,
         throughput=_throughput(statistics),
         samples=shown,
         cut=max((len(s["ids"]) for s in shown if len(s["ids"]) < s["num_tokens"]), default=0),
@@ -128,14 +134,38 @@ def _numbers(statistics: Statistics) -> list[tuple[str, str, str]]:
     """The row of big numbers: (number, what it is, more)."""
     tally = statistics.tally
     alpha, student, teacher = (_mean(statistics, name) for name in ("alpha", *KLS))
-    rate, rate_of = _rate(statistics)
+    group, problems = statistics.accepted, len(tally.problems)
+    surprising = percent(group.surprising / group.judged) if group.judged else "–"
+    leaps = f"; {group.leaps:,} of {group.answered:,} leap to the answer" if group.answered else ""
     return [
         (f"{tally.accepted:,} / {tally.total:,}", "accepted / all samples", percent(tally.accepted / tally.total)),
+        (f"{tally.covered:,} / {problems:,}", "problems covered", "with an accepted sample"),
+        (surprising, "have a surprise", f"of the accepted{leaps}"),
         (f"{tally.tokens:,}", "tokens", f"{tally.accepted_tokens:,} in accepted samples"),
         (alpha, "mean α", "the teacher's weight, over all tokens"),
         (f"{student} | {teacher}", "mean KL, nats", "to the student | to the teacher"),
-        ("–" if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", rate_of, "sampled, kept or not"),
     ]
+
+
+def _strategies(statistics: Statistics) -> dict[str, Any]:
+    """The table of strategies: its columns' names, and rows of texts, those with the most accepted first."""
+    names = ["strategy", "samples", "accepted"]
+    if statistics.equations is not None:
+        names.append(f"passed {statistics.equations}")
+    names += ["student logprob, nats", "with a surprise"]
+    rows = []
+    tally = statistics.tally.strategies
+    for name, (accepted, total) in sorted(tally.items(), key=lambda item: -item[1][0] / item[1][1])[:20]:
+        counts = statistics.strategies[name]
+        low, high = wilson(accepted, total)
+        cells = [name, f"{total:,}", f"{accepted:,} ({percent(accepted / total)}; {100 * low:.0f}–{100 * high:.0f} %)"]
+        if statistics.equations is not None:
+            cells.append(f"{counts.sound:,} of {counts.reached:,}")
+        logprob = counts.logprob.value
+        cells.append("–" if logprob is None else minus(logprob, ".3f"))
+        share = f" ({percent(counts.surprising / counts.judged)})" if counts.judged else ""
+        rows.append([*cells, f"{counts.surprising:,} of {counts.judged:,}{share}" if share else "–"])
+    return {"names": names, "rows": rows}
 
 
 def _mean(statistics: Statistics, name: str) -> str:

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from sglang_optimal.distill.report.histogram import POSITION_EDGES, Histogram, PositionSeries
-from sglang_optimal.distill.report.statistics import RARE, Group, Statistics
-from sglang_optimal.distill.report.verdicts import rejections, shortened, wilson
+from sglang_optimal.distill.report.statistics import Group, Statistics
+from sglang_optimal.distill.report.verdicts import rejections, shortened
+from sglang_optimal.distill.surprise import RARE
 
 # matplotlib knows no CSS variables, so each has a colour of its own until the SVG is written.
 _VARIABLES = {
@@ -50,14 +51,69 @@ Drawn = tuple[Axes, str]
 
 
 def figures(statistics: Statistics) -> list[tuple[str, str]]:
-    """Every figure that the run has data for: an ``<svg>`` element, and how to read it."""
-    kinds: tuple[Callable[[Statistics], Drawn | None], ...] = (
-        _alpha_distribution, _alpha_by_position, _kl_by_position, _kl_distribution, _ess_distribution,
-        _student_logprobs, _lengths, _funnel, _acceptance, _latency,
+    """Every figure of the data that the run has data for: an ``<svg>`` element, and how to read it."""
+    return _figures(
+        statistics, "f", _accepted_of_problems, _surprises, _student_logprobs, _kl_by_position, _kl_distribution,
+        _lengths, _funnel, _latency,
     )  # fmt: skip
+
+
+def self_check_figures(statistics: Statistics) -> list[tuple[str, str]]:
+    """Likewise, of what the method for alpha makes much the same in every run."""
+    return _figures(statistics, "s", _alpha_distribution, _alpha_by_position, _ess_distribution)
+
+
+def _figures(statistics: Statistics, name: str, *kinds: Callable[[Statistics], Drawn | None]) -> list[tuple[str, str]]:
     with matplotlib.rc_context(_STYLE):
         drawn = [found for kind in kinds if (found := kind(statistics)) is not None]
-        return [(_svg(_root(axes), f"f{i}"), note) for i, (axes, note) in enumerate(drawn)]
+        return [(_svg(_root(axes), f"{name}{i}"), note) for i, (axes, note) in enumerate(drawn)]
+
+
+MOST_BARS = 24
+
+
+def _accepted_of_problems(statistics: Statistics) -> Drawn | None:
+    counts = statistics.tally.k_of_n
+    most = max(counts)
+    if not most:
+        return None
+    step = most // MOST_BARS + 1  # none stands alone
+    bars = [counts.get(0, 0)] + [
+        sum(counts.get(k, 0) for k in range(low, low + step)) for low in range(1, most + 1, step)
+    ]
+    names = ["none"] + [f"{low}" if step == 1 else f"{low}–{low + step - 1}" for low in range(1, most + 1, step)]
+    axes = _axes("Accepted samples of a problem", "accepted samples", "problems")
+    drawn = axes.bar(range(len(bars)), bars, color=[REJECTED, *[ACCEPTED] * (len(bars) - 1)], width=0.72, alpha=0.85)
+    if len(bars) <= 12:
+        axes.bar_label(drawn, [f"{count:,}" for count in bars], fontsize=10, padding=2)
+    ticks = range(0, len(bars), max(1, len(bars) // 10))
+    axes.set_xticks(ticks, [names[i] for i in ticks])
+    axes.grid(axis="x", visible=False)
+    axes.set_ylim(0, 1.12 * max(bars))
+    _whole_numbers(axes.yaxis)
+    total, samples = len(statistics.tally.problems), Counter(total for _, total in statistics.tally.problems.values())
+    each = f"{next(iter(samples)):,}" if len(samples) == 1 else f"{min(samples):,} to {max(samples):,}"
+    return axes, f"Of {total:,} problems with {each} samples each. Training sees those that are not in the bar “none”."
+
+
+def _surprises(statistics: Statistics) -> Drawn | None:
+    if not any(group.least.total for group in statistics.groups):
+        return None
+    axes = _axes("The greatest surprise of each sample", "student's log-probability of its least likely token, nats",
+                 "share of samples")  # fmt: skip
+    for group, colour, label in _groups(statistics):
+        if group.least.total:
+            edges = group.least.edges[::4]
+            shares = np.add.reduceat(group.least.counts, np.arange(0, len(edges) - 1) * 4) / group.least.total
+            axes.stairs(shares, edges, color=colour, fill=True, alpha=0.16)
+            axes.stairs(shares, edges, color=colour, linewidth=1.7, label=f"{label} ({group.least.total:,})")
+    axes.axvline(np.log(RARE), color=INK, linewidth=1.2, linestyle="--", label=f"probability {RARE:g}")
+    low = min(group.least.low for group in statistics.groups)
+    axes.set_xlim(max(-20.2, min(np.floor(low), -12)), 0.2)
+    axes.set_ylim(0)
+    _percent(axes.yaxis)
+    axes.legend(loc="upper left")
+    return axes, "Samples left of the dashed line have a surprise. The leftmost bin has all below −20."
 
 
 def _alpha_distribution(statistics: Statistics) -> Drawn | None:
@@ -209,25 +265,6 @@ def _funnel(statistics: Statistics) -> Drawn | None:
     axes.set_xlim(0, total * 1.22)
     _whole_numbers(axes.xaxis)
     return axes, "The first filter that a sample fails rejects it, so later filters see only what earlier ones passed."
-
-
-def _acceptance(statistics: Statistics) -> Drawn | None:
-    strategies = sorted(statistics.tally.strategies.items(), key=lambda item: -item[1][0] / item[1][1])[:20]
-    if len(strategies) < 2:
-        return None
-    rates = np.array([accepted / total for _, (accepted, total) in strategies])
-    low, high = np.array([wilson(*counts) for _, counts in strategies]).T
-    names = [shortened(name, 24) for name, _ in strategies]
-    axes = _bars("Acceptance by prefix strategy", "accepted share of samples", names, rates)
-    whiskers = np.clip([rates - low, high - rates], 0, None)
-    axes.errorbar(rates, range(len(names)), xerr=whiskers, fmt="none", ecolor=INK, capsize=3, linewidth=1.2)
-    for i, (_, (accepted, total)) in enumerate(strategies):
-        text = f"{100 * rates[i]:.0f} %  ({accepted:,} of {total:,})"
-        axes.text(1.03, i, text, va="center", fontsize=10)
-    axes.set_xlim(0, 1.45)
-    axes.set_xticks(np.linspace(0, 1, 6))
-    _percent(axes.xaxis)
-    return axes, "Whiskers: 95 % interval."
 
 
 def _latency(statistics: Statistics) -> Drawn | None:

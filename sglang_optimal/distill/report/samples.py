@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from sglang_optimal.distill.surprise import finite_or_impossible, least_logprob, tokens_below
+from sglang_optimal.distill.token_texts import local_tokenizer
 from sglang_optimal.names import SERIES
 from sglang_optimal.token_view import decoder, token_pieces
 
@@ -21,7 +23,8 @@ TOKEN_BUDGET = 250_000
 _KEPT = (
     "id", "problem_id", "strategy", "sample_index", "text", "num_tokens", "finish_reason", "mean_alpha",
     "mean_teacher_logprob", "mean_student_logprob", "mean_mixture_logprob", "mean_kl_to_student",
-    "mean_kl_to_teacher", "log_weight_student", "seed", "latency", "accepted", "rejected_by", "reject_reason",
+    "mean_kl_to_teacher", "log_weight_student", "answer_probability", "seed", "latency", "accepted",
+    "rejected_by", "reject_reason",
 )  # fmt: skip
 
 
@@ -64,16 +67,6 @@ class Selection:
         return max((s for s in self._kept if s is not None), key=lambda s: len(self._kept[s]))
 
 
-def _load_tokenizer(name: str):
-    """A tokenizer from this machine; None when there is none of that name."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    except Exception:  # transformers and tokenizers raise whatever a broken file leads to
-        return None
-
-
 def choose_tokenizer(explicit: str | None, models: Sequence[str], rows: Sequence[dict[str, Any]]):
     """The tokenizer that splits the samples.
 
@@ -89,7 +82,7 @@ def choose_tokenizer(explicit: str | None, models: Sequence[str], rows: Sequence
         ValueError: ``explicit`` cannot be read or cannot decode the samples.
     """
     for name in [explicit] if explicit else models:
-        tokenizer = _load_tokenizer(name)
+        tokenizer = local_tokenizer(name)
         if tokenizer is None:
             if explicit:
                 raise ValueError(f"tokenizer: {name!r} is no tokenizer in a folder or in the local Hugging Face cache.")
@@ -122,7 +115,9 @@ def sample_data(rows: Sequence[dict[str, Any]], tokenizer: Any = None) -> list[d
         others = {name: value for name, value in fields.items() if name not in ("problem", "answer")}
         samples.append(
             {name: _number(row[name]) for name in _KEPT}
+            | _surprise(row)
             | {
+                "name": problem_name(row),
                 "problem": row["problem"],
                 "answer": row["answer"],
                 "fields": json.dumps(others, ensure_ascii=False, indent=2) if others else None,
@@ -135,6 +130,30 @@ def sample_data(rows: Sequence[dict[str, Any]], tokenizer: Any = None) -> list[d
             }
         )
     return samples
+
+
+def _surprise(row: dict[str, Any]) -> dict[str, Any]:
+    """``least``: the student's probability of the token that surprises most; ``rare``: tokens below `RARE`; None where
+    they are not known."""
+    rare, least = row["rare_tokens"], row["min_student_logprob"]
+    if rare is None and len(row["student_logprob"]) == row["num_tokens"]:  # of an older version
+        rare, least = tokens_below(row["student_logprob"]), least_logprob(row["student_logprob"])
+    if not row["num_tokens"] or rare is None:
+        return {"rare": None, "least": None}
+    return {"rare": rare, "least": _number(math.exp(finite_or_impossible(least)))}
+
+
+NAME_CHARACTERS = 90
+
+
+def problem_name(row: dict[str, Any]) -> str:
+    """The first words of the problem: of its field, or of what the student read last; else the record's id."""
+    said = row["problem"] or (_context(row, "student") or [{"content": ""}])[-1]["content"] or ""
+    line = " ".join(said.split())
+    if len(line) > NAME_CHARACTERS:
+        line = line[:NAME_CHARACTERS].rpartition(" ")[0] or line[:NAME_CHARACTERS]
+        line += " …"
+    return line or row["id"]
 
 
 def token_limit(lengths: Sequence[int], budget: int) -> int:

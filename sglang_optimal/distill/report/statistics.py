@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,9 @@ from sglang_optimal.distill.report.histogram import (
 )
 from sglang_optimal.distill.report.samples import Selection
 from sglang_optimal.distill.store import TALLIED, Tally, find_shards, read_rows
+from sglang_optimal.distill.surprise import LEAP, RARE
 from sglang_optimal.names import SERIES
 
-RARE = 1e-3
-"""A token with a smaller probability under the student is far from what it would write."""
 BOUND_MARGIN = 1e-4
 """A solved alpha so near to a bound counts as being at it."""
 KLS = ("kl_to_student", "kl_to_teacher")
@@ -106,13 +105,44 @@ class Group:
         lengths: tokens of a sample: samples.
         alpha, student_logprob: histograms over tokens. logprob: mean of the student's log-probability over tokens.
         rare: tokens with a student's probability below `RARE`, of ``student_logprob.total``.
+        surprising: samples with such a token, of judged. least: histogram over samples, of the student's
+            log-probability of the token that surprises most.
+        leaps: samples with a student's probability of the answer below `LEAP` where it first stands, of answered.
     """
 
     def __init__(self) -> None:
         self.lengths: Counter[int] = Counter()
         self.alpha, self.student_logprob = Histogram(ALPHA_EDGES), Histogram(LOGPROB_EDGES)
         self.logprob = Mean()
-        self.rare = 0
+        self.least = Histogram(LOGPROB_EDGES)
+        self.rare = self.surprising = self.judged = self.leaps = self.answered = 0
+
+    def add_surprises(self, rare: np.ndarray, least: np.ndarray, answer: np.ndarray) -> None:
+        """Of samples, shape (samples,), NaN where it is not known: tokens below `RARE`, the least log-probability, and
+        the probability of the answer."""
+        judged, answered = ~np.isnan(rare), ~np.isnan(answer)
+        self.judged += int(judged.sum())
+        self.surprising += int((rare[judged] > 0).sum())
+        self.least.add(np.maximum(least, LOGPROB_EDGES[0]))
+        self.answered += int(answered.sum())
+        self.leaps += int((answer[answered] < LEAP).sum())
+
+
+@dataclasses.dataclass
+class StrategyCounts:
+    """A prefix strategy.
+
+    Attributes:
+        logprob: mean of the student's log-probability over the tokens of accepted samples, nats.
+        surprising: accepted samples with a token below `RARE`, of judged.
+        sound: samples that passed the filter `equations`, of reached, which earlier filters had passed.
+    """
+
+    logprob: Mean = dataclasses.field(default_factory=Mean)
+    surprising: int = 0
+    judged: int = 0
+    sound: int = 0
+    reached: int = 0
 
 
 class Statistics:
@@ -131,6 +161,7 @@ class Statistics:
         at_min, at_max: tokens with alpha at a bound. inner_tokens: tokens with alpha strictly between the bounds, and
         inner: means of `KLS` and ``log_ess`` over them.
         by_length: samples that ended by length.
+        strategies: by name. equations: label of the run's filter of this kind, None without one.
         latency: seconds, of all requests that have one.
         selection: rows to look at.
     """
@@ -144,6 +175,9 @@ class Statistics:
         self.by_position = {"alpha": PositionSeries(ALPHA_EDGES)} | {name: PositionSeries() for name in KLS}
         self.known = self.at_min = self.at_max = self.inner_tokens = self.by_length = 0
         self.inner = {name: Mean() for name in (*KLS, "log_ess")}
+        self.strategies: dict[str, StrategyCounts] = defaultdict(StrategyCounts)
+        configured = run.config.get("filters") or []
+        self.equations = next((f.get("name") or f["type"] for f in configured if f.get("type") == "equations"), None)
         self.latency = Histogram(LATENCY_EDGES)
         self.selection = Selection(samples)
 
@@ -172,6 +206,7 @@ class Statistics:
             group.lengths.update(sizes[mask].tolist())
             group.alpha.add(alpha[np.repeat(mask, lengths)])
             group.logprob.add(_repeated(batch["mean_student_logprob"], sizes, mask & ~whole))
+        self._add_surprises(batch, whole, accepted)
         for name in KLS:
             self.means[name].add(_repeated(batch[f"mean_{name}"], sizes, ~whole))
         self.means["alpha"].add(alpha)
@@ -184,6 +219,26 @@ class Statistics:
         for i, reason in enumerate(reasons):
             row = functools.partial(_row, batch, i)
             self.selection.offer(None if accepted[i] else reason, row)
+
+    def _add_surprises(self, batch: pyarrow.RecordBatch, whole: np.ndarray, accepted: np.ndarray) -> None:
+        rare, least = _surprises(batch, whole)
+        answer = _floats(batch["answer_probability"])
+        logprob, sizes = _floats(batch["mean_student_logprob"]), batch["num_tokens"].to_numpy()
+        rare[sizes == 0] = np.nan  # what a server refused is no calm sample
+        for group, mask in ((self.accepted, accepted), (self.rejected, ~accepted)):
+            group.add_surprises(rare[mask], least[mask], answer[mask])
+        labels = self.run.filters
+        place = labels.index(self.equations) if self.equations in labels else None
+        columns = (batch[name].to_pylist() for name in ("strategy", "rejected_by"))
+        for i, (strategy, rejected_by) in enumerate(zip(*columns, strict=True)):
+            counts = self.strategies[strategy]
+            if accepted[i]:
+                counts.logprob.add(np.repeat(logprob[i], sizes[i]))
+                counts.judged += not np.isnan(rare[i])
+                counts.surprising += bool(rare[i] > 0)
+            if place is not None and (accepted[i] or rejected_by in labels[place:]):
+                counts.reached += 1
+                counts.sound += rejected_by != self.equations
 
     def _add_series(self, batch: pyarrow.RecordBatch, accepted: np.ndarray) -> None:
         lengths, alpha = _lists(batch["alpha"])
@@ -256,6 +311,22 @@ def _lists(column: pyarrow.ListArray) -> tuple[np.ndarray, np.ndarray]:
     """Lengths of the lists, and their values one after the other; float64 with NaN for null."""
     lengths = column.value_lengths().fill_null(0).to_numpy().astype(np.int64)
     return lengths, _floats(column.flatten())
+
+
+def _surprises(batch: pyarrow.RecordBatch, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row: how many tokens have a student's probability below `RARE`, and the log-probability of the least
+    likely token, nats. From the columns, in rows of older versions from the series; NaN where neither is."""
+    # A copy: Arrow's may be read-only.
+    rare, least = (np.array(_floats(batch[name])) for name in ("rare_tokens", "min_student_logprob"))
+    old = whole & np.isnan(rare)
+    if old.any():
+        lengths, logprob = _lists(batch.filter(pyarrow.array(old))["student_logprob"])
+        logprob = np.nan_to_num(logprob, nan=-np.inf)
+        starts = np.cumsum(lengths) - lengths
+        rare[old] = np.add.reduceat((logprob < np.log(RARE)).astype(np.float64), starts)
+        least[old] = np.minimum.reduceat(logprob, starts)
+    least[np.isnan(least) & (rare > 0)] = -np.inf
+    return rare, least
 
 
 def _floats(column: pyarrow.Array) -> np.ndarray:

@@ -6,12 +6,15 @@ import dataclasses
 import math
 from typing import Literal
 
-from sglang_optimal.distill.report.statistics import KLS, RARE, RunInfo, Statistics
+from sglang_optimal.distill.report.statistics import KLS, RunInfo, Statistics
+from sglang_optimal.distill.surprise import LEAP, RARE
 
 KL_TOLERANCE = 0.05
 ESS_TOLERANCE, ESS_WIDE = 0.1, 3.0
 BOUND_SHARE = 0.10
-RARE_SHARE, LOW_LOGPROB = 0.02, -2.0
+LOW_LOGPROB = -2.0
+SURPRISE_SHARE = 0.10
+COVERED_SHARE = 0.50
 LENGTH_SHARE = 0.05
 FILTER_SHARE = 0.30
 DUPLICATE_SHARE = 0.10
@@ -27,10 +30,56 @@ class Verdict:
     text: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Headline:
+    """What came of the run in a sentence, and what to do next. mark: as of a `Verdict`."""
+
+    mark: Literal["good", "warn"]
+    text: str
+    next_step: str
+
+
+def headline(statistics: Statistics) -> Headline:
+    """What a reader should know first."""
+    tally, accepted = statistics.tally, statistics.accepted
+    problems = len(tally.problems)
+    text = f"{tally.accepted:,} of {tally.total:,} accepted, {tally.covered:,} of {problems:,} problems covered"
+    share = accepted.surprising / accepted.judged if accepted.judged else 0.0
+    if accepted.judged:
+        text += f", {percent(share)} of the accepted have a surprise"
+    unfinished = tally.total < statistics.run.planned
+    begun = f"So far: {text}." if unfinished else f"{text}."
+    if not tally.accepted:
+        name = max(by_filter, key=by_filter.__getitem__) if (by_filter := rejections(statistics)) else None
+        return Headline("warn", begun, f"Nothing to train on yet: read what `{name}` refused, below.")
+    if share > SURPRISE_SHARE:
+        return Headline(
+            "warn", begun,
+            "Filter them before training (`surprise`), or read them first, below: a leap to the answer, or a slip that "
+            "the teacher put right?",
+        )  # fmt: skip
+    if tally.covered < COVERED_SHARE * problems:
+        return Headline(
+            "warn", begun,
+            f"{problems - tally.covered:,} problems have no accepted sample: raise `sampling.n`, or tell the teacher "
+            "more, before training.",
+        )  # fmt: skip
+    if unfinished:
+        return Headline("good", begun, "The run is not complete: the same command goes on.")
+    return Headline("good", begun, "Read a few samples below, then write them for a trainer: `distill export`.")
+
+
 def judge(statistics: Statistics) -> list[Verdict]:
-    """All checks that apply."""
-    checks = (_kl_balance, _ess_balance, _bounds, _coverage, _length, _filters, _duplicates, _strategies)
+    """All checks of the data that apply."""
+    checks = (
+        _surprises, _leaps, _filtering, _covered, _coverage, _bounds, _length, _filters, _duplicates, _strategies,
+    )  # fmt: skip
     return [verdict for check in checks if (verdict := check(statistics)) is not None]
+
+
+def self_check(statistics: Statistics) -> list[Verdict]:
+    """Checks of what the method makes true by construction: of the servers, not of the data."""
+    return [_kl_balance(statistics), _ess_balance(statistics)]
 
 
 def percent(share: float) -> str:
@@ -151,6 +200,69 @@ def _bounds(statistics: Statistics) -> Verdict:
     )  # fmt: skip
 
 
+def _surprises(statistics: Statistics) -> Verdict:
+    group, title = statistics.accepted, "Surprises"
+    if not group.judged:
+        nothing = "No sample was accepted." if not statistics.tally.accepted else "Log-probabilities are not stored."
+        return Verdict("none", title, nothing)
+    share = group.surprising / group.judged
+    return _judged(
+        title, share <= SURPRISE_SHARE,
+        f"{group.surprising:,} of {group.judged:,} accepted samples ({percent(share)}) have a token to which the "
+        f"student gives less than {RARE:g}; amber above {percent(SURPRISE_SHARE)}.",
+        "They come first below. The filter `surprise` drops them.",
+    )  # fmt: skip
+
+
+def _leaps(statistics: Statistics) -> Verdict | None:
+    group, title = statistics.accepted, "Leaps to the answer"
+    if not group.answered:
+        return None
+    share = group.leaps / group.answered
+    known = "" if group.answered == statistics.tally.accepted else " that are known to write it"
+    return _judged(
+        title, share <= SURPRISE_SHARE,
+        f"In {group.leaps:,} of {group.answered:,} accepted samples{known} ({percent(share)}) the student gives the "
+        f"answer less than {LEAP:g} where it first stands; amber above {percent(SURPRISE_SHARE)}.",
+        "A jump, or a slip of the student's that was put right: the filter `equations` refuses the jumps alone.",
+    )  # fmt: skip
+
+
+def _filtering(statistics: Statistics) -> Verdict | None:
+    accepted, rejected = statistics.groups
+    if not accepted.judged or not rejected.judged:
+        return None
+    title, of_accepted = "What filtering did", accepted.surprising / accepted.judged
+    of_rejected = rejected.surprising / rejected.judged
+    tokens = accepted.student_logprob.total, rejected.student_logprob.total
+    shares = [group.rare / total if total else 0.0 for group, total in zip(statistics.groups, tokens, strict=True)]
+    more = more_often((accepted.surprising, accepted.judged), (rejected.surprising, rejected.judged))
+    if all(tokens):
+        more = more or more_often((accepted.rare, tokens[0]), (rejected.rare, tokens[1]))
+        of_tokens = f", {percent(shares[0])} of accepted and {percent(shares[1])} of rejected tokens are one"
+    else:
+        of_tokens = ""
+    return _judged(
+        title, not more,
+        f"{percent(of_accepted)} of accepted and {percent(of_rejected)} of rejected samples have a surprise{of_tokens};"
+        " amber where the accepted have more than chance explains (95 %).",
+        "The filters pick the samples that were led: being right is not being likely. Add the filter `surprise`.",
+    )  # fmt: skip
+
+
+def _covered(statistics: Statistics) -> Verdict:
+    tally = statistics.tally
+    problems, share = len(tally.problems), tally.covered / len(tally.problems)
+    most = max(tally.k_of_n)
+    some = f"; at most {most:,} samples of one" if most > 1 else ""
+    return _judged(
+        "Problems covered", share >= COVERED_SHARE,
+        f"{tally.covered:,} of {problems:,} problems ({percent(share)}) have an accepted sample{some}; amber below "
+        f"{percent(COVERED_SHARE)}.",
+        "Training would see the easy ones alone: raise sampling.n, or tell the teacher more.",
+    )  # fmt: skip
+
+
 def _coverage(statistics: Statistics) -> Verdict:
     accepted = statistics.tally.accepted_tokens > 0
     group, which = (statistics.accepted, "accepted") if accepted else (statistics.rejected, "rejected")
@@ -159,12 +271,10 @@ def _coverage(statistics: Statistics) -> Verdict:
         return Verdict("none", title, "Log-probabilities under the student are not stored.")
     measured = f"Tokens of {which} samples have log-probability {minus(mean, '.3f')} nats under the student on average"
     amber = f"Amber below {minus(LOW_LOGPROB, 'g')} nats"
-    rare = group.rare / known if known else 0.0
     if known:
-        measured += f", and {percent(rare)} of them a probability below {RARE:g}"
-        amber += f" or above {percent(RARE_SHARE)}"
+        measured += f", and {percent(group.rare / known)} of them a probability below {RARE:g}"
     return _judged(
-        title, mean >= LOW_LOGPROB and rare <= RARE_SHARE, f"{measured}. {amber}.",
+        title, mean >= LOW_LOGPROB, f"{measured}. {amber}.",
         "The student would hardly write this: lower alpha_max, or shorten what the teacher is told.",
     )  # fmt: skip
 
@@ -247,6 +357,14 @@ def wilson(successes: int, total: int, z: float = 1.96) -> tuple[float, float]:
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def more_often(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether the first share, (count, total), is greater than the second by more than chance explains: Newcombe's 95 %
+    interval of the difference of two shares is above 0, see https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8."""
+    (low, _), (_, high) = wilson(*one), wilson(*other)
+    p, q = one[0] / one[1], other[0] / other[1]
+    return p - q > math.hypot(p - low, high - q)
 
 
 def shortened(text: str | None, length: int = 120) -> str:
