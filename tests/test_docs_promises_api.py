@@ -171,7 +171,7 @@ def test_flags_and_routes_of_a_server(monkeypatch):
         for method in getattr(route, "methods", None) or ()
     }
     named = {name for name in table if " " in name}
-    assert len(named) == 7 and named - there == {"GET /metrics"}  # comes with --enable-metrics
+    assert len(named) == 8 and named - there == {"GET /metrics"}  # comes with --enable-metrics
 
 
 def test_metrics(monkeypatch):

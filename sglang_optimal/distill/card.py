@@ -24,6 +24,7 @@ from sglang_optimal.distill.store import (
     write_empty_shard,
 )
 from sglang_optimal.distill.surprise import RARE
+from sglang_optimal.names import SIDES
 
 
 def write_card(folder: Path) -> Path:
@@ -132,9 +133,7 @@ def _body(
     lines = [
         f"# {folder.resolve().name}",
         "",
-        "Samples of the optimal mixture of a teacher and a student, q* ∝ π_student^(1−α)·π_teacher^α with α solved for",
-        "every token, made with `sglang_optimal.distill`. The teacher may have seen what the student has not",
-        "(`data.privileged`).",
+        *_of_what(manifests),
         "",
         "| | |",
         "|---|---|",
@@ -151,9 +150,9 @@ def _body(
     ]
     for names in models:
         named = dict(zip(MODEL_COLUMNS, names, strict=True))
-        if named["teacher_model"]:
-            teacher, student = (_cell(public_name(str(named[f"{side}_model"]))) for side in ("teacher", "student"))
-            lines.append(f"| teacher, student | {teacher}, {student} |")
+        shown = {s: _cell(public_name(str(named[f"{s}_model"]))) for s in SIDES[:2] if named[f"{s}_model"]}
+        if shown:
+            lines.append(f"| {', '.join(shown)} | {', '.join(shown.values())} |")
     if reads := read_as(config):
         lines.append(f"| read as | {reads} |")
     states = {manifest.get("state") for manifest in manifests}
@@ -183,6 +182,20 @@ def _of(tally: Tally) -> str:
     """Of records that older versions wrote it is not known."""
     known = "" if tally.judged == tally.accepted else f" of which it is known, of {tally.accepted:,}"
     return f"{tally.surprising:,} of {tally.judged:,}{known}"
+
+
+def _of_what(manifests: list[dict[str, Any]]) -> list[str]:
+    ran = {manifest.get("models_run") for manifest in manifests}
+    if len(ran) == 1 and (side := ran.pop()) in SIDES[:2]:
+        return [
+            f"Samples of the {side} alone, made with `sglang_optimal.distill`: the other model did not run, and what",
+            "only it could say of a token is null or empty.",
+        ]
+    return [
+        "Samples of the optimal mixture of a teacher and a student, q* ∝ π_student^(1−α)·π_teacher^α with α solved for",
+        "every token, made with `sglang_optimal.distill`. The teacher may have seen what the student has not",
+        "(`data.privileged`).",
+    ]
 
 
 def public_settings(config: dict[str, Any]) -> dict[str, Any]:

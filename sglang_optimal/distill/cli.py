@@ -1,4 +1,4 @@
-"""``python -m sglang_optimal.distill``: run, preview, report, export, push, schema."""
+"""``python -m sglang_optimal.distill``: run, filter, merge, compare, preview, report, export, push, schema."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from sglang_optimal.distill.store import Tally
 
 PROGRAM = "sglang_optimal.distill"
 
@@ -31,6 +34,35 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--n", type=int, help="Samples a problem; over sampling.n.")
     run.add_argument("--shard", default="0/1", metavar="i/n", help="This machine's part of the problems. Default: 0/1.")
     run.add_argument("--no-report", action="store_true", help="Do not write report.html at the end.")
+
+    from sglang_optimal.distill.selection import BY
+
+    refilter = commands.add_parser(
+        "filter", help="judge a run's samples anew, into another folder; samples nothing, asks no server"
+    )
+    refilter.add_argument("folder", help="Folder of the run; nothing is written there.")
+    refilter.add_argument(
+        "--config",
+        help="YAML file: a run's, or one with filters, select, and output's format and shard_records alone. Without "
+        "filters the verdicts stay.",
+    )
+    refilter.add_argument("--out", required=True, help="Folder of the new run; not there yet, or empty.")
+    refilter.add_argument("--best", type=int, metavar="K", help="Keep K samples of a problem; over select.best.")
+    refilter.add_argument("--by", metavar="WHAT", help=f"{', '.join(BY)}; over select.by.")
+    refilter.add_argument(
+        "--reward", metavar="NAME", help="A column, a field or module:function, for --by reward; over select.reward."
+    )
+    refilter.add_argument("--no-report", action="store_true", help="Do not write report.html.")
+
+    merge = commands.add_parser("merge", help="the records of several runs in one, in another folder")
+    merge.add_argument("folders", nargs="+", metavar="folder", help="Folders of runs; nothing is written there.")
+    merge.add_argument("--out", required=True, help="Folder of the new run; not there yet, or empty.")
+    merge.add_argument("--no-report", action="store_true", help="Do not write report.html.")
+
+    compare = commands.add_parser("compare", help="runs side by side on the problems that they have in common")
+    compare.add_argument("folders", nargs="+", metavar="folder", help="Folders of runs; two or more.")
+    compare.add_argument("--output", help="A .json file, with every figure.")
+    compare.add_argument("--seed", type=int, default=0, help="Of the bootstrap. Default: %(default)s.")
 
     preview = commands.add_parser("preview", help="check the file and print what both sides read; samples nothing")
     _add_settings(preview)
@@ -142,8 +174,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _status(args: argparse.Namespace, stops: list[int]) -> int:
-    commands = {
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "run": _run,
+        "filter": _filter,
+        "merge": _merge,
+        "compare": _compare,
         "preview": _preview,
         "report": _report,
         "export": _export,
@@ -191,24 +226,69 @@ def _stops() -> Iterator[list[int]]:
 def _run(args: argparse.Namespace) -> int:
     from sglang_optimal.distill.client import NoServerAvailable
     from sglang_optimal.distill.pipeline import run
-    from sglang_optimal.distill.progress import coverage
 
     config = _config(args)
     try:
         result = run(config, shard=_shard(args.shard))
     except NoServerAvailable as error:
         return _say(f"stopped: {error} The same command goes on from here.", 1)
-    tally = result.tally
-    print(f"{result.folder}: {tally.accepted} accepted, {tally.rejected} rejected, {tally.tokens} tokens")
+    _print_tally(result.folder, result.tally, report=not args.no_report)
+    if not result.complete:
+        return _say(f"{result.failed} samples failed; the same command tries them again.", 1)
+    return 0
+
+
+def _print_tally(folder: Path, tally: Tally, *, report: bool) -> None:
+    from sglang_optimal.distill.progress import coverage
+
+    print(f"{folder}: {tally.accepted} accepted, {tally.rejected} rejected, {tally.tokens} tokens")
     print(f"  {coverage(tally)}")
     for (name, reason), count in tally.reasons.most_common(10):
         print(f"  {count:>7}  {name}: {reason}")
-    if not args.no_report and tally.total:
+    if report and tally.total:
         from sglang_optimal.distill.report import write_report
 
-        print(f"report: {write_report(result.folder)}")
-    if not result.complete:
-        return _say(f"{result.failed} samples failed; the same command tries them again.", 1)
+        print(f"report: {write_report(folder)}")
+
+
+def _filter(args: argparse.Namespace) -> int:
+    from sglang_optimal.distill.config import parse_select
+    from sglang_optimal.distill.refilter import filter_run
+
+    given = {"best": args.best, "by": args.by, "reward": args.reward}
+    given = {name: value for name, value in given.items() if value is not None}
+    config, out = Path(args.config) if args.config else None, Path(args.out)
+    select = parse_select(config, given) if given else None
+    done = filter_run(Path(args.folder), out, config, select=select)
+    _print_tally(out, done.tally, report=not args.no_report)
+    print(f"newly accepted: {done.newly_accepted}; newly rejected: {done.newly_rejected}")
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from sglang_optimal.distill.merge import merge_runs
+
+    out = Path(args.out)
+    done = merge_runs([Path(folder) for folder in args.folders], out)
+    _print_tally(out, done.tally, report=not args.no_report)
+    if done.doubled:
+        print(f"{done.doubled} records were in several runs, and are there once")
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sglang_optimal.distill.compare import compare, write_comparison
+    from sglang_optimal.distill.comparison_table import show
+
+    if args.seed < 0:
+        raise ValueError(f"--seed: must not be negative, got {args.seed}.")
+    result = compare([Path(folder) for folder in args.folders], seed=args.seed)
+    console = Console(highlight=False)
+    show(result, console if console.is_terminal else Console(highlight=False, width=200))
+    if args.output:
+        write_comparison(result, Path(args.output))
     return 0
 
 

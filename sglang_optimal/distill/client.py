@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -16,8 +18,9 @@ import numpy as np
 import tenacity
 
 from sglang_optimal import __version__
+from sglang_optimal.distill.one_model import series_of
 from sglang_optimal.distill.records import Context
-from sglang_optimal.names import CARRIER, TOP_K
+from sglang_optimal.names import CARRIER, OTHER_MODEL, SIDES, TOP_K
 from sglang_optimal.top_k import ARRAYS, decode_top_k
 from sglang_optimal.wanted import Wanted, wanted_by
 
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before a request, or a server that failed, is tried again; doubled each time, with jitter."""
+
+PROMPTS_KEPT = 4096
+"""Prompts whose token ids are remembered."""
 
 
 class BadRequestError(Exception):
@@ -80,12 +86,15 @@ class Sample:
 
 @dataclasses.dataclass
 class _Endpoint:
-    """url. failures: in a row. resting_until: when it may be asked again (monotonic). models: see `Servers.models`."""
+    """url. failures: in a row. resting_until: when it may be asked again (monotonic). models: see `Servers.models`.
+    mixes: whether it has a student. serves: sides that answer plain requests; none of a router, which does not tell."""
 
     url: str
     failures: int = 0
     resting_until: float = 0.0
     models: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    mixes: bool = True
+    serves: tuple[str, ...] = ()
 
 
 class Servers:
@@ -95,15 +104,20 @@ class Servers:
         endpoints: their URLs.
         settings: the section ``client`` of the run's file.
         api_key: in place of the one that ``api_key_env`` names.
+        alone: ``student`` or ``teacher``, where requests are for that model and no other; see `generate_alone`.
     """
 
-    def __init__(self, endpoints: Sequence[str], settings: Client, *, api_key: str | None = None):
+    def __init__(
+        self, endpoints: Sequence[str], settings: Client, *, api_key: str | None = None, alone: str | None = None
+    ):
         if api_key is None and settings.api_key_env is not None:
             api_key = os.environ.get(settings.api_key_env)
             if not api_key:
                 raise ValueError(f"client.api_key_env: the environment has no {settings.api_key_env}.")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._settings = settings
+        self._settings, self._alone = settings, alone
+        self._prompts: dict[str, tuple[list[int], str]] = {}
+        self._rendering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._endpoints = [_Endpoint(url) for url in endpoints]
         self._next = 0
         self._last_answer = time.monotonic()
@@ -137,8 +151,30 @@ class Servers:
             await asyncio.sleep(FIRST_PAUSE)
 
     def models(self, endpoint: str) -> dict[str, str | None]:
-        """Names of models and versions at an endpoint; empty for a router, which does not tell."""
-        return next(e.models for e in self._endpoints if e.url == endpoint)
+        """Names of models and versions at an endpoint; empty for a router, which does not tell. Where one model is
+        asked alone, of that one."""
+        models = next(e.models for e in self._endpoints if e.url == endpoint)
+        if self._alone is None:
+            return models
+        return {name: value for name, value in models.items() if not name.startswith(OTHER_MODEL[self._alone])}
+
+    def not_serving_alone(self) -> list[str]:
+        """Of the servers that have answered, those where a plain request is not for the one model that is asked."""
+        return [e.url for e in self._endpoints if e.models and self._alone not in e.serves]
+
+    def without_student(self) -> list[str]:
+        """Of the servers that have answered, those that serve one model and cannot mix."""
+        return [e.url for e in self._endpoints if not e.mixes]
+
+    def ask_both(self) -> None:
+        """From now on requests are for both models.
+
+        Raises:
+            ValueError: a server has no student.
+        """
+        self._alone = None
+        for url in self.without_student():
+            raise _no_student(url)
 
     def model_names(self) -> list[str]:
         """Of the students that are known, then of the teachers."""
@@ -166,6 +202,76 @@ class Servers:
             NoServerAvailable: see `check`; or an answer lacks what was asked for.
         """
         body = request_body(teacher, student, sampling, fields)
+        wanted = wanted_by(body["session_params"][CARRIER])
+
+        async def ask(endpoint: _Endpoint) -> Sample:
+            began = time.monotonic()
+            response = await self._post(endpoint, "/generate", body)
+            return _sample(response, endpoint.url, time.monotonic() - began, wanted)
+
+        return await self._tried(ask)
+
+    async def generate_alone(
+        self, context: Context, sampling: dict[str, Any], template_kwargs: dict[str, Any] | None = None
+    ) -> Sample:
+        """One sample of the one model that is asked, by a plain request: one forward pass a token.
+
+        Its prompt is what the model reads in a mixed request, rendered and tokenized by SGLang's own code. Its
+        log-probabilities are SGLang's: at the request's temperature (1 for a greedy one), after penalties and masks,
+        before top-p and the like, which is what the series of a mixture are.
+
+        Args:
+            context: what the model reads.
+            sampling: SGLang's sampling parameters.
+            template_kwargs: extra variables for its chat template.
+
+        Raises:
+            BadRequestError, RetriesExhausted, NoServerAvailable: as `generate`.
+        """
+        side = self._alone
+        assert side is not None, "no model is asked alone"
+
+        async def ask(endpoint: _Endpoint) -> Sample:
+            began = time.monotonic()
+            ids, text = await self._prompt(endpoint, context, template_kwargs)
+            body = {"input_ids": ids, "sampling_params": dict(sampling), "return_logprob": True}
+            response = await self._post(endpoint, "/generate", body)
+            sample = _sample_alone(response, endpoint.url, time.monotonic() - began, side)
+            prompt: dict[str, Any] = {f"{side}_prompt_ids": ids, "prompt_tokens": len(ids) if side == "teacher" else 0}
+            return dataclasses.replace(sample, **prompt, student_prompt_text=text if side == "student" else None)
+
+        return await self._tried(ask)
+
+    async def _prompt(
+        self, endpoint: _Endpoint, context: Context, template_kwargs: dict[str, Any] | None
+    ) -> tuple[list[int], str]:
+        """(token ids, their text with special tokens); asked once for the samples of a problem."""
+        key = json.dumps([context, template_kwargs], sort_keys=True)
+        if key in self._prompts:
+            return self._prompts[key]
+        async with self._rendering[key]:  # its samples come together, and one asks for all
+            if key in self._prompts:
+                return self._prompts[key]
+            if isinstance(context, str):
+                body: dict[str, Any] = {"prompt": context}
+            else:
+                body = {"messages": context, "continue_final_message": context[-1]["role"] == "assistant"}
+                body |= {"chat_template_kwargs": template_kwargs} if template_kwargs else {}
+            ids = _json(await self._post(endpoint, "/v1/tokenize", body), endpoint.url)["tokens"]
+            asked = {"tokens": ids, "skip_special_tokens": False}
+            text = _json(await self._post(endpoint, "/v1/detokenize", asked), endpoint.url)["text"]
+            while len(self._prompts) >= PROMPTS_KEPT:
+                del self._prompts[next(iter(self._prompts))]
+            self._prompts[key] = ids, text
+            self._rendering.pop(key, None)
+            return ids, text
+
+    async def _post(self, endpoint: _Endpoint, path: str, body: dict[str, Any]) -> httpx.Response:
+        with closed_at_once():
+            return await self._http.post(f"{endpoint.url}{path}", json=body)
+
+    async def _tried(self, ask: Callable[[_Endpoint], Awaitable[Sample]]) -> Sample:
+        """Ask one server after the other, as long as there is hope; raises as `generate`."""
         began = time.monotonic()
         failures = 0  # of this request; that a server was away is not its fault
 
@@ -184,7 +290,7 @@ class Servers:
             reraise=True,
         )
         try:
-            return await retrying(self._once, body)
+            return await retrying(self._once, ask)
         except _Failed as error:
             if failures > self._settings.retries and self._last_answer > began:
                 raise RetriesExhausted(str(error)) from None
@@ -192,14 +298,10 @@ class Servers:
                 f"no server has answered for {self._settings.max_downtime:.0f} s: {error}"
             ) from None
 
-    async def _once(self, body: dict[str, Any]) -> Sample:
+    async def _once(self, ask: Callable[[_Endpoint], Awaitable[Sample]]) -> Sample:
         endpoint = await self._choose()
-        began = time.monotonic()
         try:
-            with closed_at_once():
-                response = await self._http.post(f"{endpoint.url}/generate", json=body)
-            wanted = wanted_by(body["session_params"][CARRIER])
-            sample = _sample(response, endpoint.url, time.monotonic() - began, wanted)
+            sample = await ask(endpoint)
         except httpx.TransportError as error:
             self._back_off(endpoint)
             reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
@@ -221,8 +323,9 @@ class Servers:
                 endpoint = self._endpoints[(self._next + i) % len(self._endpoints)]
                 if endpoint.resting_until <= now:
                     self._next = (self._next + i + 1) % len(self._endpoints)
-                    if not endpoint.models:
-                        await self._probe(endpoint)
+                    if not endpoint.models and await self._probe(endpoint) and self._alone is not None:
+                        for url in self.not_serving_alone():
+                            raise ValueError(f"{url}: answers plain requests not as the {self._alone}; leave it out.")
                     return endpoint
             await asyncio.sleep(max(0.01, min(e.resting_until for e in self._endpoints) - now))
 
@@ -254,18 +357,32 @@ class Servers:
             endpoint.models = {"sglang_optimal_version": __version__}  # a router: it does not tell
             return True
         mixing = states[0].get("mixing") if states else None
+        versions = {"sglang_version": info.get("version"), "sglang_optimal_version": __version__}
+        endpoint.mixes = mixing is not None
         if mixing is None:
-            raise ValueError(f"{endpoint.url}: runs no student; start it with python -m sglang_optimal.launch_server.")
+            if self._alone is None:
+                raise _no_student(endpoint.url)
+            # Whichever model it is, it is the one that is asked.
+            endpoint.serves = (self._alone,)
+            model = {"model": info.get("model_path"), "revision": info.get("revision")}
+            endpoint.models = {f"{self._alone}_{name}": value for name, value in model.items()} | versions
+            return True
+        # One model in both roles is itself, whichever side it reads for; with an adapter the student is another.
+        one = mixing.get("shared_weights") and mixing.get("student_lora_path", "?") is None
+        endpoint.serves = SIDES[:2] if one else (mixing.get("served_model", "teacher"),)
         endpoint.models = {
             "teacher_model": mixing["teacher_model_path"],
             "teacher_revision": info.get("revision"),
             "student_model": mixing["student_model_path"],
             "student_revision": mixing.get("student_revision"),
             "student_weight_version": mixing.get("student_weight_version"),
-            "sglang_version": info.get("version"),
-            "sglang_optimal_version": __version__,
+            **versions,
         }
         return True
+
+
+def _no_student(url: str) -> ValueError:
+    return ValueError(f"{url}: runs no student; start it with python -m sglang_optimal.launch_server.")
 
 
 @contextlib.contextmanager
@@ -296,7 +413,8 @@ def request_body(
     return body
 
 
-def _sample(response: httpx.Response, endpoint: str, latency: float, wanted: Wanted) -> Sample:
+def _json(response: httpx.Response, endpoint: str) -> Any:
+    """What a server answered. Raises `_Failed`, `BadRequestError` and `NoServerAvailable`."""
     if response.status_code in (401, 403):
         raise NoServerAvailable(f"{endpoint}: wants an API key; set client.api_key_env.")
     if response.status_code in (408, 429) or response.status_code >= 500:
@@ -308,10 +426,39 @@ def _sample(response: httpx.Response, endpoint: str, latency: float, wanted: Wan
         raise _Failed(f"{endpoint}: the answer is no JSON (HTTP {response.status_code})") from None
     if response.status_code != 200:
         raise BadRequestError(_message(answer))
-    meta = answer["meta_info"]
+    return answer
+
+
+def _finish_reason(meta: dict[str, Any], endpoint: str) -> str:
     reason = (meta.get("finish_reason") or {}).get("type", "abort")
     if reason == "abort":  # the server let go of it: shutting down, flushing, pausing
         raise _Failed(f"{endpoint}: aborted the request")
+    return reason
+
+
+def _sample_alone(response: httpx.Response, endpoint: str, latency: float, side: str) -> Sample:
+    answer = _json(response, endpoint)
+    meta, tokens = answer["meta_info"], answer["output_ids"]
+    reason = _finish_reason(meta, endpoint)
+    drawn = meta.get("output_token_logprobs") or []
+    if [entry[1] for entry in drawn] != tokens:
+        raise NoServerAvailable(f"{endpoint}: answers without the log-probability of every token; is it SGLang?")
+    return Sample(
+        text=answer["text"],
+        token_ids=tokens,
+        finish_reason=reason,
+        series=series_of(side, [entry[0] for entry in drawn]),
+        prompt_tokens=0,
+        latency=latency,
+        endpoint=endpoint,
+        weight_version=meta.get("weight_version"),
+    )
+
+
+def _sample(response: httpx.Response, endpoint: str, latency: float, wanted: Wanted) -> Sample:
+    answer = _json(response, endpoint)
+    meta = answer["meta_info"]
+    reason = _finish_reason(meta, endpoint)
     series = {name: _numbers(name, meta[name]) for name in wanted.series if meta.get(name) is not None}
     tokens = answer["output_ids"]
     top_k = _top_k(meta.get(TOP_K), wanted, len(tokens))

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from sglang_optimal.config import ALPHA_KEYS, SETTINGS, MixingConfig
 from sglang_optimal.distill.filters import FILTERS, FilterConfig
 from sglang_optimal.distill.section import Section
+from sglang_optimal.distill.selection import Select
 from sglang_optimal.names import (
     ALL_SERIES,
     MAX_TOP_K,
@@ -240,6 +241,10 @@ class Sampling(Section):
     """The text must match it."""
     json_schema: str | None = None
     """The text must be JSON of this schema."""
+    one_model: Literal["auto", "always", "never"] = "auto"
+    """With ``fixed_alpha`` 0 (the student's text) or 1 (the teacher's) only that model need run, at half the forward
+    passes; its records lack the other's series. ``auto``: the student alone, where a server can and no ``output`` key
+    asks for more; ``always``: either, or the run is refused; ``never``: both run."""
     seed: int = 0
     """Decides which strategy each sample draws, and is the base of each request's ``sampling_seed``, which SGLang
     honours with ``enable_deterministic_inference``."""
@@ -392,6 +397,9 @@ class DistillConfig(Section):
     sampling: Sampling = Sampling()
     filters: list[FilterConfig] = []
     """In this order; the first that a sample fails rejects it."""
+    select: Select | None = None
+    """Which samples of a problem are kept of those that the filters accept; for ``distill filter``, refused by
+    ``distill run``."""
     output: Output = Output()
     client: Client = Client()
     mixing: Mixing = Mixing()
@@ -443,6 +451,15 @@ def load_config(path: str | Path) -> DistillConfig:
         ValueError: no such file, no YAML mapping, an unknown key, a missing one or a value out of range. The message
             names the file, every key that is wrong, and the nearest known key for a misspelt one.
     """
+    return parse_config(read_values(path), str(path))
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The sections of a run's file as they stand there.
+
+    Raises:
+        ValueError: no such file, or no YAML mapping.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no such configuration file: {path}")
@@ -452,7 +469,7 @@ def load_config(path: str | Path) -> DistillConfig:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping with the sections {', '.join(SECTIONS)}.")
-    return parse_config(values, str(path))
+    return values
 
 
 def parse_config(values: dict[str, Any], where: str = "config") -> DistillConfig:
@@ -468,8 +485,25 @@ def parse_config(values: dict[str, Any], where: str = "config") -> DistillConfig
     try:
         return DistillConfig.model_validate(values)
     except ValidationError as error:
-        messages = _messages(error)
-        raise ValueError(f"{where}: {messages[0]}" if len(messages) == 1 else _listed(where, messages)) from None
+        raise ValueError(_listed_or_one(where, _messages(error))) from None
+
+
+def parse_select(path: Path | None, given: dict[str, Any]) -> Select:
+    """The section ``select`` of a file, if it has one, with the command line's values on top.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    section = (read_values(path).get("select") if path is not None else None) or {}
+    where = "the command line" if path is None else f"{path} and the command line"
+    contexts = {"student": "-", "strategies": [{"teacher": "-"}]}
+    select = parse_config({"contexts": contexts, "select": {**section, **given}}, where).select
+    assert select is not None
+    return select
+
+
+def _listed_or_one(where: str, messages: list[str]) -> str:
+    return f"{where}: {messages[0]}" if len(messages) == 1 else _listed(where, messages)
 
 
 def _listed(where: str, messages: list[str]) -> str:
@@ -540,6 +574,7 @@ def _known_keys(location: tuple) -> list[str]:
 _FORMS = {"<turns>": Turns, "<messages>": Message, "<sides>": SideFormats}
 _SECTIONS: dict[tuple[Any, str], Any] = {
     **{(DistillConfig, name): f.annotation for name, f in DistillConfig.model_fields.items()},
+    (DistillConfig, "select"): Select,
     (Contexts, "strategies"): Strategy,
 }
 

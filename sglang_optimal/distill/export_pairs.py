@@ -13,6 +13,7 @@ from typing import Any
 
 from sglang_optimal.distill.filters.chain import CHARACTERS
 from sglang_optimal.distill.manifests import read_manifests
+from sglang_optimal.distill.selection import SELECT
 
 PAIRS, LABELS = "trl-dpo", "trl-kto"
 JUDGED = (PAIRS, LABELS)
@@ -25,11 +26,12 @@ PICKS = {
 }
 """Which pairs of a problem come first: what that means."""
 
-NO_TEXT, DUPLICATE, OTHER_FILTER = "no-text", "duplicate", "other-filter"
+NO_TEXT, DUPLICATE, OTHER_FILTER, NOT_SELECTED = "no-text", "duplicate", "other-filter", "not-selected"
 UNPAIRED_RECORDS = {
     NO_TEXT: "nothing was sampled (the server refused them), or their text has bytes that are no character",
     DUPLICATE: "the student has another sample of the same text in this context",
     OTHER_FILTER: "another filter than those of --rejected-by refused them",
+    NOT_SELECTED: "the filters accepted them, and `distill filter` selected others of the problem",
 }
 """Why a record is in no row of a format of `JUDGED`: what it means."""
 ONE_SIDED = "one-sided"
@@ -89,7 +91,8 @@ class Judged:
         filters = [
             filter
             for manifest in read_manifests(folder)
-            for filter in manifest.get("config", {}).get("filters") or ()
+            for run in (manifest, *(manifest.get("sources") or ()))
+            for filter in (run.get("config") or {}).get("filters") or ()
             if isinstance(filter, dict)
         ]
         labels = {filter.get("name") or filter.get("type") for filter in filters}
@@ -149,6 +152,8 @@ class Judged:
             reason = NO_TEXT
         elif not row["accepted"] and row["rejected_by"] in self._repeats:
             reason = DUPLICATE
+        elif not row["accepted"] and row["rejected_by"] == SELECT:  # right, and not the best
+            reason = NOT_SELECTED
         elif not row["accepted"] and self._by is not None and row["rejected_by"] not in self._by:
             reason = OTHER_FILTER
         if reason is not None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang_optimal.distill.quantity import Quantity, equal, last_quantity
 
 if TYPE_CHECKING:
-    from sglang_optimal.distill.filters import FilterConfig
+    from sglang_optimal.distill.filters import Filter
 
 NO_ANSWER = "the problem has no expected answer"
 NO_MENTION = "the expected answer is nowhere in the text"
@@ -32,13 +33,16 @@ class AnswerField:
     ignore_case: bool = False
 
     @classmethod
-    def of(cls, filters: list[FilterConfig]) -> AnswerField:
+    def of(cls, filters: Sequence[Filter]) -> AnswerField:
         """That of the first filter that compares answers; by default the field ``answer``."""
+        from sglang_optimal.distill.filters.answer import Answer
+        from sglang_optimal.distill.filters.equations import Equations
+
         for f in filters:
-            if f.type == "answer":
+            if isinstance(f, Answer):
                 return cls(f.field, f.expected_pattern, f.match, f.ignore_case)
         for f in filters:
-            if f.type == "equations":
+            if isinstance(f, Equations):
                 return cls(f.field, f.expected_pattern, "numeric")
         return cls()
 

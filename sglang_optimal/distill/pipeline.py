@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import json
 import time
 import uuid
@@ -26,10 +25,13 @@ from sglang_optimal.distill.config import DistillConfig
 from sglang_optimal.distill.contexts import ContextBuilder, Task
 from sglang_optimal.distill.filters import FilterChain, Rejection
 from sglang_optimal.distill.mentions import AnswerField
+from sglang_optimal.distill.one_model import MISSING, asked, check_filters, needs, own_server, planned
+from sglang_optimal.distill.passes import ALONE
 from sglang_optimal.distill.problems import Problem, load_problems
 from sglang_optimal.distill.progress import RunProgress
-from sglang_optimal.distill.records import Context, Record, stored_fields
+from sglang_optimal.distill.records import Context, NotStored, PartialRecord, Record, stored_fields
 from sglang_optimal.distill.server import OwnServer
+from sglang_optimal.distill.settings import fingerprint, is_same, refusal
 from sglang_optimal.distill.shown import MissingValue
 from sglang_optimal.distill.store import RecordStore, Tally
 from sglang_optimal.distill.token_texts import AnswerProbabilities
@@ -119,7 +121,7 @@ class Plan:
 
     def sampling(self, task: Task) -> dict[str, Any]:
         """SGLang's sampling parameters for one sample."""
-        params = self.config.sampling.model_dump(exclude={"n", "seed"}, exclude_defaults=True)
+        params = self.config.sampling.model_dump(exclude={"n", "seed", "one_model"}, exclude_defaults=True)
         params |= {
             "max_new_tokens": self.config.sampling.max_new_tokens,
             "temperature": self.config.sampling.temperature,
@@ -140,29 +142,6 @@ def seed_of(base: int, task_id: str) -> int:
     return zlib.crc32(f"{base}/{task_id}".encode()) & 0x7FFFFFFF
 
 
-_LATER = {
-    "contexts": ("teacher_chat_template_kwargs", "student_chat_template_kwargs"),
-    "mixing": ("student_chat_template", "teacher_chat_template"),
-}
-"""Keys that older versions had not got: left out of the fingerprint where they say nothing."""
-
-
-def fingerprint(config: DistillConfig) -> str:
-    """Hash of the settings that decide what a record is. More problems or samples, other servers: the same run."""
-    values = config.model_dump(mode="json", exclude={"client": True, "server": True})
-    for section, names in _FREE.items():
-        for name in names:
-            values[section].pop(name)
-    if not values["output"]["return_top_k"]:  # as it was before there were such columns
-        for name in ("return_top_k", "top_k_of"):
-            values["output"].pop(name)
-    for section, names in _LATER.items():
-        for name in names:
-            if not values[section][name]:
-                values[section].pop(name)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def run(config: DistillConfig, *, shard: tuple[int, int] = (0, 1), console: Console | None = None) -> RunResult:
     """Sample, filter and store every planned sample that the folder has not got; blocks until done.
 
@@ -181,6 +160,12 @@ def run(config: DistillConfig, *, shard: tuple[int, int] = (0, 1), console: Cons
     """
     if config.output.dir is None:
         raise ValueError("output.dir: is required (or give --out).")
+    if config.select is not None:
+        raise ValueError(
+            "select: is not read by `run`, which has not got all samples of a problem while it goes on; leave it out, "
+            "and give it to `distill filter RUN` when the run is done."
+        )
+    planned(config)  # raises where it asks for what cannot be
     _check_server(config)
     plan = Plan(config, shard)
     folder = Path(config.output.dir)
@@ -216,23 +201,30 @@ class _Run:
         self._refused: dict[str, set[str]] = {}  # message: problems
         self._carded = 0  # shards that the card knows of
         self._sampling_since: float | None = None
+        self._alone: str | None = None
         self._elapsed_before = float(self._manifest.get("elapsed_seconds", 0.0))
 
     def _resumed_manifest(self) -> dict[str, Any]:
         path = self._store.manifest_path
         ours = fingerprint(self._config)
-        if not path.exists():
-            if self._store.done:
-                raise ValueError(f"{self._store.folder}: has records but no {path.name}; give another --out.")
+        if not self._store.done:  # a start that came to nothing binds nobody
             return {"run_id": uuid.uuid4().hex, "fingerprint": ours, "started": _now()}
+        if not path.exists():
+            raise ValueError(f"{self._store.folder}: has records but no {path.name}; give another --out.")
         manifest = json.loads(path.read_text())
-        if manifest.get("fingerprint") != ours:
-            changed = _changed(manifest.get("config", {}), self._config.model_dump(mode="json"))
+        if manifest.get("sources"):
             raise ValueError(
-                f"{self._store.folder}: holds a run with other settings ({changed}); give another --out, or the old "
-                "settings to resume it."
+                f"{self._store.folder}: holds runs of different settings that were merged, and no plan to go on with; "
+                "give another --out, and merge again."
             )
-        return manifest
+        if (manifest.get("config") or {}).get("select"):
+            raise ValueError(
+                f"{self._store.folder}: holds what `distill filter` selected (select); go on in the run that it was "
+                "made of, and filter that again, or give another --out."
+            )
+        if not is_same(manifest, self._config):
+            raise ValueError(f"{self._store.folder}: {refusal(manifest, self._config)}")
+        return manifest | {"fingerprint": ours}
 
     async def run(self) -> RunResult:
         store, plan = self._store, self._plan
@@ -280,18 +272,75 @@ class _Run:
     @contextlib.asynccontextmanager
     async def _servers(self) -> AsyncIterator[Servers]:
         config = self._config
+        self._alone = self._models_to_run()
         async with contextlib.AsyncExitStack() as stack:
             endpoints: Sequence[str] = config.client.endpoints
             api_key = None
             if not endpoints:
                 self._say(f"starting a server; its log: {self._store.folder / 'server.log'}")
-                own = OwnServer(config.mixing.given(), config.server, self._store.folder / "server.log")
+                mixing, server = config.mixing.given(), config.server
+                if self._alone is not None:
+                    mixing, server = own_server(config, self._alone)
+                own = OwnServer(mixing, server, self._store.folder / "server.log")
                 await stack.enter_async_context(own)
                 endpoints, api_key = [own.url], config.server.get("api_key")
-            servers = await stack.enter_async_context(Servers(endpoints, config.client, api_key=api_key))
+            servers = await stack.enter_async_context(
+                Servers(endpoints, config.client, api_key=api_key, alone=self._alone)
+            )
             await servers.check()
             await asyncio.to_thread(self._find_tokenizer, servers)
+            self._settle_models(servers)
             yield servers
+
+    def _models_to_run(self) -> str | None:
+        """The side that is to run alone, if its servers can; None: both run.
+
+        Raises:
+            ValueError: filters need what it does not say; or the settings ask for what cannot be.
+        """
+        side, why = planned(self._config)
+        ran = self._manifest.get("models_run", "both" if self._store.done else None)
+        if ran is not None:  # what a record is stays as it was
+            side, why = (None, None) if ran == "both" else (ran, None)
+        if why is not None:
+            self._say(f"both models run: {why}.")
+        if side is not None and not self._config.client.endpoints:
+            check_filters(self._config, side)  # before a server is started
+        return side
+
+    def _settle_models(self, servers: Servers) -> None:
+        """Decide whether one model runs alone, now that it is known what the servers serve.
+
+        Raises:
+            ValueError: they cannot serve it alone, and the run has begun so or asks for it; or filters need what it
+                does not say.
+        """
+        side = self._alone
+        if side is not None and (urls := servers.not_serving_alone()):
+            begun = self._manifest.get("models_run") == side
+            what = f"{urls[0]}: its plain requests are not answered by the {side}"
+            if begun or self._config.sampling.one_model == "always":
+                because = "as the run has begun" if begun else "as sampling.one_model: always asks"
+                raise ValueError(
+                    f"{what}, so that it cannot run alone, {because}; start one with --model-path of the {side} and "
+                    "--student-weights none, or leave client.endpoints out, so that the run does."
+                )
+            servers.ask_both()
+            self._alone = None
+            self._say(
+                f"both models run: {what}. One with --model-path of the {side} and --student-weights none (or the "
+                "run's own server) halves the forward passes."
+            )
+        elif side is not None:
+            check_filters(self._config, side)
+            for url in servers.without_student():
+                self._say(f"{url}: serves {servers.models(url)[f'{side}_model']} alone, which is taken for the {side}.")
+            self._say(
+                f"the {side} alone runs, one forward pass a token: {', '.join(MISSING[side])} are not known "
+                "(sampling.one_model: never for both models)."
+            )
+        self._manifest["models_run"] = self._alone or "both"
+        self._save("running")
 
     def _find_tokenizer(self, servers: Servers) -> None:
         """Raises ValueError: a filter needs one, and there is none."""
@@ -368,20 +417,29 @@ class _Run:
     async def _sampled_record(self, servers: Servers, task: Task) -> Record:
         teacher, student = self._plan.builder.render(task)
         sampling, fields = self._plan.sampling(task), self._plan.mixing_fields()
+        side = self._alone
+        asked_for = {**sampling, **fields} if side is None else asked(sampling, side)
         try:
-            sample = await servers.generate(teacher, student, sampling, fields)
+            if side is None:
+                sample = await servers.generate(teacher, student, sampling, fields)
+            else:
+                kwargs = fields.get(f"{side}_chat_template_kwargs")
+                sample = await servers.generate_alone(student if side == "student" else teacher, sampling, kwargs)
         except BadRequestError as error:
             problems = self._refused.setdefault(str(error), set())
             problems.add(task.problem.id)
             if self._sampled == 0 and len(problems) >= min(REFUSALS, len(self._plan.problems)):
                 raise ValueError(f"the server refuses every request: {error}") from None
-            return _refusal(task, teacher, student, {**sampling, **fields}, str(error))
+            return _refusal(task, teacher, student, asked_for, str(error))
         self._sampled += 1
         if sample.student_prompt_text is not None:
             self._plan.builder.check_read(task.problem, sample.student_prompt_text)
-        models = {**servers.models(sample.endpoint), "teacher_weight_version": sample.weight_version}
-        record = _record(task, teacher, student, {**sampling, **fields}, sample, models)
-        rejection = await asyncio.get_running_loop().run_in_executor(self._judge, self._judged, record)
+        models = {**servers.models(sample.endpoint), f"{side or 'teacher'}_weight_version": sample.weight_version}
+        record = _record(task, teacher, student, asked_for, sample, models)
+        try:
+            rejection = await asyncio.get_running_loop().run_in_executor(self._judge, self._judged, record)
+        except NotStored as error:
+            raise needs(f"filters: {error.filter}", error.name, side or "mixture") from None
         if rejection is not None:
             record.accepted, record.rejected_by, record.reject_reason = False, rejection.filter, rejection.reason
         return record
@@ -426,7 +484,8 @@ def _record(
     models: dict[str, str | None],
 ) -> Record:
     series: dict[str, Any] = {name: sample.series[name] for name in SERIES if name in sample.series}
-    return Record(
+    side: str | None = asked.get(ALONE)
+    record = (Record if side is None else PartialRecord)(
         id=task.id,
         problem_id=task.problem.id,
         strategy=task.strategy,
@@ -448,6 +507,9 @@ def _record(
         latency=sample.latency,
         models=models,
     )
+    if isinstance(record, PartialRecord) and side is not None:
+        record.missing = MISSING[side]
+    return record
 
 
 def _refusal(task: Task, teacher: Context, student: Context, asked: dict[str, Any], message: str) -> Record:
@@ -470,28 +532,6 @@ def _first(errors: BaseExceptionGroup) -> BaseException:
         else:
             flat.append(error)
     return next((e for e in flat if isinstance(e, ValueError | NoServerAvailable | OSError)), flat[0])
-
-
-_FREE = {"data": ("limit",), "sampling": ("n",), "output": ("dir", "shard_records")}
-"""Section: keys that may change when a run goes on."""
-
-
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first few keys that differ."""
-    names = []
-    for section, values in new.items():
-        before = old.get(section)
-        if section in ("client", "server") or values == before:
-            continue
-        if isinstance(values, dict) and isinstance(before, dict):
-            ignored = _FREE.get(section, ())
-            # Older versions had fewer keys.
-            keys: Any = DistillConfig.model_fields[section].annotation
-            defaults = {k: field.get_default(call_default_factory=True) for k, field in keys.model_fields.items()}
-            names += [f"{section}.{k}" for k in values if values[k] != before.get(k, defaults[k]) and k not in ignored]
-        else:
-            names.append(section)
-    return ", ".join(names[:4]) or "another version"
 
 
 def _now() -> str:

@@ -21,6 +21,20 @@ Context = str | list[dict[str, str]]
 """Plain text, or the messages of a chat."""
 
 
+class NotStored(ValueError):
+    """A filter reads of a record that was read again what its run did not store.
+
+    Attributes:
+        name: of it.
+        filter: the filter's label, where it is known.
+    """
+
+    def __init__(self, name: str):
+        super().__init__(f"{name} was not stored")
+        self.name = name
+        self.filter: str | None = None
+
+
 @dataclasses.dataclass
 class Record:
     """One sample of a run.
@@ -116,7 +130,7 @@ class Record:
             "mean_kl_to_teacher": _stored(mean(self.kl_to_teacher)),
             "log_weight_student": _stored(_difference(self.student_logprob, self.mixture_logprob)),
             "log_weight_teacher": _stored(_difference(self.teacher_logprob, self.mixture_logprob)),
-            **self._surprise(),
+            **self.surprises(),
             "sampling": _json(self.sampling),
             "seed": self.seed,
             "teacher_prompt_tokens": self.teacher_prompt_tokens,
@@ -139,7 +153,8 @@ class Record:
             row |= top_k_columns(self.top_k)
         return row
 
-    def _surprise(self) -> dict[str, Any]:
+    def surprises(self) -> dict[str, Any]:
+        """The values of `SURPRISE_COLUMNS`; None where they are not known."""
         known = len(self.student_logprob) == len(self.token_ids)
         least = least_logprob(self.student_logprob) if known else math.nan
         return {
@@ -147,6 +162,29 @@ class Record:
             "rare_tokens": tokens_below(self.student_logprob) if known else None,
             "answer_probability": self.answer_probability,
         }
+
+
+class PartialRecord(Record):
+    """A record without some of the seven series; reading one of those raises `NotStored`.
+
+    Attributes:
+        missing: their names.
+    """
+
+    missing: tuple[str, ...] = ()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in SERIES and name in object.__getattribute__(self, "missing"):
+            raise NotStored(name)
+        return object.__getattribute__(self, name)
+
+    def row(self, *, series: bool = True, packed: bool = False) -> dict[str, Any]:
+        """As `Record.row`; a series that is missing is empty, and what is taken of it null."""
+        missing, self.missing = self.missing, ()
+        try:
+            return super().row(series=series, packed=packed)
+        finally:
+            self.missing = missing
 
 
 def unpacked(row: dict[str, Any]) -> dict[str, Any]:
@@ -321,7 +359,7 @@ def _context(side: str, context: Context) -> dict[str, Any]:
 
 
 def _difference(values: Sequence[float], others: Sequence[float]) -> float:
-    return math.fsum(values) - math.fsum(others) if values else math.nan
+    return math.fsum(values) - math.fsum(others) if values and len(values) == len(others) else math.nan
 
 
 def _stored(value: float) -> float | None:

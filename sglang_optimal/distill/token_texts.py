@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from sglang_optimal.distill.mentions import AnswerField
-from sglang_optimal.distill.records import Record
+from sglang_optimal.distill.records import NotStored, Record
 from sglang_optimal.distill.surprise import span_probability, token_spans
 from sglang_optimal.token_view import Decode, decoder, token_pieces
 
 NO_TOKENIZER = "no tokenizer says which tokens write the answer"
+NO_LOGPROBS = "the student's log-probabilities are not known"
 OTHER_TEXT = "the tokens do not spell the text"
 
 
@@ -89,9 +90,14 @@ class AnswerProbabilities:
         except Exception:  # ids beyond its vocabulary, in the words of any tokenizer
             pieces = []
         spans = token_spans(pieces, record.text)
-        if spans is None or len(record.student_logprob) != len(record.token_ids):
+        try:
+            logprobs = record.student_logprob
+        except NotStored:
+            record.answer_unknown = NO_LOGPROBS
+            return
+        if spans is None or len(logprobs) != len(record.token_ids):
             record.answer_unknown = OTHER_TEXT
             return
-        record.answer_probability = span_probability(spans, [record.student_logprob[i] for i in kept], found)
+        record.answer_probability = span_probability(spans, [logprobs[i] for i in kept], found)
         if record.answer_probability is None:
             record.answer_unknown = OTHER_TEXT

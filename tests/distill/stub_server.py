@@ -23,7 +23,10 @@ Answer = tuple[int, Any] | None
 
 
 class StubServer:
-    """delay: seconds for one answer. behave: may answer in place of the stub: body -> Answer, or Ellipsis to leave it.
+    """more_info: of the mixing state. rendered: bodies of /v1/tokenize. decode: what
+    /v1/detokenize makes of token ids.
+
+    delay: seconds for one answer. behave: may answer in place of the stub: body -> Answer, or Ellipsis to leave it.
 
     dies_after: requests, after which it answers no more and closes its port.
     seen: how often each sampling_seed was asked for.
@@ -39,6 +42,9 @@ class StubServer:
         self.in_flight = self.most_in_flight = 0
         self.dies_after: int | None = None
         self.student_version = "v1"
+        self.more_info: dict[str, Any] = {}
+        self.rendered: list[dict] = []
+        self.decode: Callable[[list[int]], str] = lambda ids: f"<s>{bytes(ids).decode()}"
         self.stopped = threading.Event()
         self.lock = threading.Lock()
         self._http = _Server(("127.0.0.1", port), _handler(self))
@@ -61,7 +67,9 @@ class StubServer:
             "teacher_model_path": "teacher", "student_model_path": "student",
             "student_weight_version": self.student_version,
         }  # fmt: skip
-        return {"version": "stub", "internal_states": [{"mixing": mixing} if self.has_student else {}]}
+        mixing |= self.more_info
+        state = {"mixing": mixing} if self.has_student else {}
+        return {"version": "stub", "model_path": "served", "internal_states": [state]}
 
     def generate(self, body: dict) -> Answer:
         with self.lock:
@@ -91,6 +99,7 @@ class _Server(ThreadingHTTPServer):
 def stub_answer(body: dict) -> dict:
     """Deterministic in the request."""
     seed = body["sampling_params"]["sampling_seed"]
+    plain = "session_params" not in body
     tokens = [3 + (seed >> i) % 60 for i in range(4 + seed % 8)]
     fields = body.get("session_params", {}).get(CARRIER, {})
     wanted = wanted_by({"return_mixing_info": True, **fields})
@@ -103,6 +112,11 @@ def stub_answer(body: dict) -> dict:
     finish = {"type": "stop" if seed % 5 else "length"}
     text = f"sample {zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x} so the answer is {seed % 3}."
     meta = {"finish_reason": finish, "prompt_tokens": 7, "weight_version": "default", **series}
+    if plain:  # as SGLang
+        drawn = zip(series["student_logprob"], tokens, strict=True)
+        meta = {name: value for name, value in meta.items() if name not in series}
+        if body.get("return_logprob"):
+            meta["output_token_logprobs"] = [[logprob, token, None] for logprob, token in drawn]
     if wanted.sides:
         meta["top_k"] = public([stub_top_k(seed, i, wanted) for i in range(len(tokens))])
     return {"text": text, "output_ids": tokens, "meta_info": meta}
@@ -134,6 +148,13 @@ def _handler(stub: StubServer):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if stub.api_key is not None and self.headers.get("Authorization") != f"Bearer {stub.api_key}":
                 return self._send(401, {"error": "Unauthorized"})
+            if self.path == "/v1/tokenize":
+                stub.rendered.append(body)
+                text = body["prompt"] if "prompt" in body else "|".join(m["content"] for m in body["messages"])
+                return self._send(200, {"tokens": list(text.encode())})
+            if self.path == "/v1/detokenize":
+                assert body["skip_special_tokens"] is False
+                return self._send(200, {"text": stub.decode(body["tokens"])})
             answer = stub.generate(body)
             if answer is None:
                 self.close_connection = True

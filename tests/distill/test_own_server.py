@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 import yaml
 from harness import SMALL
 
@@ -87,3 +89,33 @@ def test_what_the_server_says_when_it_cannot_start(tiny_pair, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "the server ended with status 2" in done.stderr and "'no_such_flag'" in done.stderr
+
+
+@pytest.mark.slow  # a start of a server; tests/distill/test_one_model.py has the rest, without an engine
+def test_the_student_alone_takes_a_server_of_its_own(tiny_pair, tmp_path):
+    """What it reads and says is what transformers has for the student: prompts rendered with its template, and
+    log-probabilities at the request's temperature, before top-p."""
+    command = settings(tiny_pair, tmp_path)
+    content = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    content["mixing"] |= {"fixed_alpha": 0}
+    content["sampling"] = {"n": 2, "max_new_tokens": 12, "temperature": 0.7, "top_p": 0.9}
+    content["contexts"]["student"] = {"system": "Be brief.", "user": "{problem}", "assistant": "Well,"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "the student alone runs, one forward pass a token" in done.stderr
+    rows = records(tmp_path / "out")
+    assert len(rows) == 24
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_pair[1], dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_pair[1])
+    for row in rows:
+        assert row["student_model"] == str(tiny_pair[1]) and row["teacher_model"] is None
+        rendered = tokenizer.apply_chat_template(row["student_messages"], continue_final_message=True, tokenize=False)
+        prompt, drawn = row["student_prompt_ids"], row["token_ids"]
+        assert prompt == tokenizer.encode(rendered, add_special_tokens=False)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + drawn])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits / 0.7, -1)[range(len(drawn)), drawn].tolist()
+        assert row["student_logprob"] == pytest.approx(expected, abs=1e-4)
+        assert row["teacher_logprob"] == [] and row["alpha"] == [0.0] * len(drawn)
+    assert len({row["text"] for row in rows}) > 12

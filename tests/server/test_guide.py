@@ -45,7 +45,7 @@ def test_the_guide(client, tiny_pair, tmp_path, monkeypatch):
             values["filters"] = [{"type": "function", "function": "every_second:sample"}]
             values["sampling"]["temperature"] = 1.0
             Path(name).write_text(yaml.safe_dump(values))
-        elif name.endswith((".jsonl", ".py")):
+        elif name.endswith((".jsonl", ".py", ".yaml")):
             Path(name).write_text(code)
         elif language == "yaml":
             values = yaml.safe_load(Path("run.yaml").read_text())

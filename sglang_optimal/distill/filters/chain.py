@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from sglang_optimal.distill.filters.base import Check, Filter
-from sglang_optimal.distill.records import Record
+from sglang_optimal.distill.records import NotStored, Record
 
 CHARACTERS = "characters"
 """Rejects, in every run, text with U+FFFD: bytes of a token that are no character, such as the first half of one that
@@ -47,6 +47,9 @@ class FilterChain:
         for label, check in self._checks:
             try:
                 reason = check(record)
+            except NotStored as error:  # of no sample, but of the run that is filtered again
+                error.filter = label
+                raise
             except Exception as error:  # one strange sample must not end hours of work
                 reason = f"error: {type(error).__name__}: {error}"
             if reason is not None:

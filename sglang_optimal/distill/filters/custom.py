@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -29,18 +30,7 @@ class Function(Filter):
         return self.ready()(record)
 
     def ready(self) -> Check:
-        module, _, path = self.function.partition(":")
-        here = os.getcwd()
-        if here not in sys.path:
-            sys.path.insert(0, here)
-        try:
-            function: Any = importlib.import_module(module)
-            for name in path.split("."):
-                function = getattr(function, name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"function: cannot import {self.function!r}: {error}") from None
-        if not callable(function):
-            raise ValueError(f"function: {self.function!r} cannot be called.")
+        function = imported(self.function, "function")
 
         def check(record: Record) -> str | None:
             verdict = function(record, **self.arguments)
@@ -53,3 +43,28 @@ class Function(Filter):
             raise TypeError(f"{self.function} must return True, False, None or a reason; got {verdict!r}")
 
         return check
+
+
+def imported(name: str, key: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names, from the working directory or an installed package.
+
+    Args:
+        name: of the function.
+        key: of the settings, for messages.
+
+    Raises:
+        ValueError: it cannot be imported, or not be called.
+    """
+    module, _, path = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        function: Any = importlib.import_module(module)
+        for part in path.split("."):
+            function = getattr(function, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{key}: cannot import {name!r}: {error}") from None
+    if not callable(function):
+        raise ValueError(f"{key}: {name!r} cannot be called.")
+    return function

@@ -55,12 +55,11 @@ class KL(Filter):
         return _needs_one(self)
 
     def check(self, record: Record) -> str | None:
-        for limit, series, what in (
-            (self.max_mean_to_student, record.kl_to_student, "student"),
-            (self.max_mean_to_teacher, record.kl_to_teacher, "teacher"),
-        ):
-            if limit is not None and not mean(series) <= limit:
-                return f"far from the {what}"
+        # Of a stored record there may be what is needed, and no more.
+        if self.max_mean_to_student is not None and not mean(record.kl_to_student) <= self.max_mean_to_student:
+            return "far from the student"
+        if self.max_mean_to_teacher is not None and not mean(record.kl_to_teacher) <= self.max_mean_to_teacher:
+            return "far from the teacher"
         if self.max_token_to_student is not None and max(record.kl_to_student, default=0.0) > self.max_token_to_student:
             return "a token far from the student"
         return None

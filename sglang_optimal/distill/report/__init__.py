@@ -9,7 +9,7 @@ from typing import Any
 from sglang_optimal.distill.card import read_as
 from sglang_optimal.distill.records import MODEL_COLUMNS
 from sglang_optimal.distill.report.samples import choose_tokenizer, sample_data
-from sglang_optimal.distill.report.statistics import KLS, Statistics, collect
+from sglang_optimal.distill.report.statistics import KLS, SEVERAL, Statistics, collect
 from sglang_optimal.distill.report.verdicts import headline, judge, minus, percent, self_check, wilson
 from sglang_optimal.distill.store import find_shards, replace_file
 from sglang_optimal.distill.surprise import RARE
@@ -104,8 +104,11 @@ def _settings(statistics: Statistics, named: list[dict[str, str | None]]) -> lis
         rows.append((side, ", ".join(models) or "not stored"))
     if reads := read_as(run.config):
         rows.append(("read as", reads))
-    if run.method == "fixed":
+    if run.method == SEVERAL:
+        alpha = "differs between the runs that were merged"
+    elif run.method == "fixed":
         alpha = "fixed" if run.fixed_alpha is None else f"fixed at {run.fixed_alpha:g}"
+        alpha += f": the {run.alone} alone ran" if run.alone else ""
     else:
         method = run.method or "the server's own method (kl_symmetry, unless it was told otherwise)"
         budget = "" if run.kl_budget is None else f" of {run.kl_budget:g} nats"

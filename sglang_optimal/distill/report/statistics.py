@@ -36,6 +36,7 @@ from sglang_optimal.names import SERIES
 
 BOUND_MARGIN = 1e-4
 """A solved alpha so near to a bound counts as being at it."""
+SEVERAL = "several"
 KLS = ("kl_to_student", "kl_to_teacher")
 _BATCH = 256
 """Rows in memory at a time."""
@@ -48,9 +49,11 @@ class RunInfo:
     Attributes:
         name: of the folder.
         config: the settings of the run; {} when not known.
-        method: how alpha was solved; None: left to the server.
-        alpha_min, alpha_max: bounds on the solved alpha, infinite for the method ``fixed``. fixed_alpha: its alpha.
+        method: how alpha was solved; None: left to the server. `SEVERAL`: in different ways, in runs that were merged.
+        alpha_min, alpha_max: bounds on the solved alpha, infinite for ``fixed`` and `SEVERAL`. fixed_alpha: its
+        alpha.
         kl_budget: nats, of the methods that have a budget.
+        alone: the side that ran alone; None where both did.
         filters: labels in their order.
         states: of all machines. planned, failed: samples. elapsed: seconds of sampling, summed over machines.
         started: the earliest start.
@@ -63,6 +66,7 @@ class RunInfo:
     alpha_max: float
     fixed_alpha: float | None
     kl_budget: float | None
+    alone: str | None
     filters: list[str]
     states: set[str]
     machines: int
@@ -78,7 +82,11 @@ class RunInfo:
         config: dict[str, Any] = next((m["config"] for m in manifests if m.get("config")), {})
         mixing = {name: value for name, value in (config.get("mixing") or {}).items() if value is not None}
         method = override({}, mixing).get("alpha_method")
-        bounds = {"alpha_min": 0, "alpha_max": 1} | mixing if method != "fixed" else {}
+        sources = [(source.get("config") or {}).get("mixing") for m in manifests for source in m.get("sources") or ()]
+        if any(source != sources[0] for source in sources):
+            method, mixing = SEVERAL, {}
+        ran = {m.get("models_run") or "both" for m in manifests}
+        bounds = {"alpha_min": 0, "alpha_max": 1} | mixing if method not in ("fixed", SEVERAL) else {}
         configured = [f.get("name") or f.get("type") or "?" for f in config.get("filters") or []]
         return cls(
             name=folder.resolve().name,
@@ -88,6 +96,7 @@ class RunInfo:
             alpha_max=float(bounds.get("alpha_max", math.inf)),
             fixed_alpha=mixing.get("fixed_alpha"),
             kl_budget=mixing.get("kl_budget", mixing.get("kl_budget_teacher")),
+            alone=ran.pop() if len(ran) == 1 and "both" not in ran else None,
             filters=next((m["filters"] for m in manifests if m.get("filters")), configured),
             states={m["state"] for m in manifests if m.get("state")},
             machines=len(manifests),

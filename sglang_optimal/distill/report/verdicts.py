@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from sglang_optimal.distill.report.statistics import KLS, RunInfo, Statistics
+from sglang_optimal.distill.report.statistics import KLS, SEVERAL, RunInfo, Statistics
 from sglang_optimal.distill.surprise import LEAP, RARE
 
 KL_TOLERANCE = 0.05
@@ -104,7 +104,7 @@ def _judged(title: str, good: bool, text: str, advice: str) -> Verdict:
 
 def _where(statistics: Statistics) -> str:
     """Words for the tokens that the means of `_kl_balance` and `_ess_balance` are over."""
-    if statistics.run.method == "fixed":
+    if statistics.run.method in ("fixed", SEVERAL):
         return "over all tokens"
     share = percent(statistics.inner_tokens / statistics.known)
     return f"over the {share} of tokens with α strictly between its bounds"
@@ -134,7 +134,8 @@ def _kl_balance(statistics: Statistics) -> Verdict:
     if statistics.run.kl_budget is not None and statistics.known:
         return _kl_budget(statistics.run, student, teacher, where)
     if method not in (None, "kl_symmetry"):
-        name = "A fixed α" if method == "fixed" else f"The method {method}"
+        names = {"fixed": "A fixed α", SEVERAL: "A mixture of runs with different settings of α"}
+        name = names.get(str(method), f"The method {method}")
         return Verdict("none", title, f"{measured} {name} does not ask for equal KLs.")
     if not statistics.known:
         return Verdict("none", title, f"{measured} kl_symmetry makes them equal between the bounds only.")
@@ -187,6 +188,8 @@ def _bounds(statistics: Statistics) -> Verdict:
     if run.method == "fixed":
         value = "" if run.fixed_alpha is None else f" at {run.fixed_alpha:g}"
         return Verdict("none", title, f"α was fixed{value} for every token, so it has no bounds.")
+    if run.method == SEVERAL:
+        return Verdict("none", title, "The runs that were merged have different settings of α.")
     low, high = statistics.at_min / count, statistics.at_max / count
     together = low + high if run.alpha_min < run.alpha_max else low
     if run.kl_budget is not None:

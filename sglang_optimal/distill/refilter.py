@@ -1,0 +1,283 @@
+"""A run's samples judged anew, by other filters, into a run of its own: nothing is sampled, and no server is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sglang_optimal.distill.card import write_card
+from sglang_optimal.distill.config import DistillConfig, parse_config, read_values
+from sglang_optimal.distill.filters import Filter, FilterChain, Function, Rejection
+from sglang_optimal.distill.made import Sources, write_manifest
+from sglang_optimal.distill.mentions import AnswerField
+from sglang_optimal.distill.passes import ALONE
+from sglang_optimal.distill.records import SURPRISE_COLUMNS, NotStored, PartialRecord, Record
+from sglang_optimal.distill.selection import SELECT, Chosen, Select
+from sglang_optimal.distill.settings import changed
+from sglang_optimal.distill.store import KINDS, Tally, find_shards, optional_columns
+from sglang_optimal.distill.stored import ShardWriter, all_rows, held, new_folder, record_of
+from sglang_optimal.distill.token_texts import AnswerProbabilities
+from sglang_optimal.names import MORE_SERIES, SERIES
+
+REFUSED = "refused"
+"""``finish_reason`` of a request that a server refused: there is no sample to judge."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refiltered:
+    """tally: over all records of the new run. newly_accepted, newly_rejected: records that were the contrary before."""
+
+    tally: Tally
+    newly_accepted: int
+    newly_rejected: int
+
+
+def filter_run(folder: Path, out: Path, config: Path | None = None, *, select: Select | None = None) -> Refiltered:
+    """Judge every stored sample of a run anew, and write what comes of it as a run of its own.
+
+    Accepted and rejected records are judged alike: first those that were accepted, in their order, then the others, so
+    that the filters of before give the run of before. All columns are kept but the verdict's. What a server refused
+    stays rejected.
+
+    Args:
+        folder: of the run; it is read, and nothing is written there.
+        out: folder of the new run; not there yet, or empty.
+        config: YAML file, of a run or with ``filters``, ``select``, and ``format`` and ``shard_records`` of ``output``
+            alone. What else it says must be as it was in the run. Without ``filters``, or without a file, the verdicts
+            stay what they are.
+        select: in the place of the file's.
+
+    Raises:
+        ValueError: no run, or one that is written to now; a wrong file; filters that need what the run did not store;
+            ``out`` is in the run or not empty. There is no ``out`` then.
+    """
+    folder, out = Path(folder), Path(out)
+    with held([folder]), new_folder(out, [folder]) as target:
+        sources = Sources([folder])
+        settings = _settings(folder, sources, config, select)
+        done = _write(folder, target, settings)
+        planned = sum(manifest.get("planned") or 0 for manifest in sources.manifests)
+        came_from = {"folder": folder.resolve().name, "run_ids": [m.get("run_id") for m in sources.manifests]}
+        write_manifest(target, sources.manifest(settings.stored, done.tally, planned) | {"filtered": came_from})
+        write_card(target)
+    return done
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """filters: None: the verdicts stay. tokenizer: that says which tokens write the answer, if one was given. select,
+    format, shard_records: of the new run. stored: as its run.json has it."""
+
+    filters: Sequence[Filter] | None
+    tokenizer: str | None
+    select: Select | None
+    format: str
+    shard_records: int
+    stored: dict[str, Any]
+
+
+_OWN: dict[str, tuple[str, ...]] = {"filters": (), "select": (), "output": ("format", "shard_records")}
+"""Sections in which the new run may differ; in whole, or in these keys."""
+
+
+def _settings(folder: Path, sources: Sources, path: Path | None, select: Select | None) -> _Settings:
+    where = "the command line" if path is None else str(path)
+    values = {} if path is None else read_values(path)
+    if path is not None and not any(name in values for name in _OWN):
+        raise ValueError(f"{path}: has neither filters nor select.")
+    if path is None and select is None:
+        raise ValueError("--config: give a file with the new filters, or say what to select (--best, --by).")
+    if sources.one is not None:
+        base = sources.one.model_dump(mode="json")
+    else:
+        _check_own(folder, path, values)
+        # Whatever these are, they are not looked at.
+        base = {"contexts": {"student": "-", "strategies": [{"teacher": "-"}]}}
+        base["output"] = {
+            key: value for key, value in sources.common().get("output", {}).items() if key in _OWN["output"]
+        }
+    base["select"] = None
+    merged = dict(base)
+    for name, section in values.items():
+        of_both = isinstance(section, dict) and isinstance(base.get(name), dict)
+        merged[name] = {**base[name], **section} if of_both else section
+    new = parse_config(merged, where)
+    if select is not None:
+        new = new.model_copy(update={"select": select})
+    tokenizer = new.client.tokenizer
+    if sources.one is None:
+        own = new.model_dump(mode="json", include={"filters": True, "select": True})
+        stored = sources.common() | {name: own[name] for name in own if name in values or name == "select"}
+    else:
+        new = _with_the_run_s(sources.one, new)
+        _check_same(folder, where, sources.one, new)
+        stored = new.model_dump(mode="json", exclude={"server": {"api_key", "admin_api_key"}})
+    filters = new.filters if "filters" in values else None
+    return _Settings(filters, tokenizer, new.select, new.output.format, new.output.shard_records, stored)
+
+
+def _check_own(folder: Path, path: Path | None, values: dict[str, Any]) -> None:
+    """Raises ValueError: the file says more than a new run decides, and there is no one run to compare it with."""
+    for name, section in values.items():
+        more = [] if name in _OWN else [name]
+        if name == "output":
+            more = [f"{name}.{key}" for key in section or () if key not in _OWN[name]]
+        if more:
+            raise ValueError(
+                f"{path}: {more[0]}: {folder} holds runs of different settings, which it cannot be compared with; give "
+                "a file with filters, select, output.format and output.shard_records alone."
+            )
+
+
+def _with_the_run_s(old: DistillConfig, new: DistillConfig) -> DistillConfig:
+    """What decides nothing here stays as it was, above all how many samples there are to be."""
+    update = {
+        "data": new.data.model_copy(update={"limit": old.data.limit}),
+        "sampling": new.sampling.model_copy(update={"n": old.sampling.n}),
+        "output": new.output.model_copy(update={"dir": None}),
+        "client": old.client,
+        "server": old.server,
+    }
+    return new.model_copy(update=update)
+
+
+def _check_same(folder: Path, where: str, old: DistillConfig, new: DistillConfig) -> None:
+    """Raises ValueError: the file changes what only new samples can change."""
+    output = new.output.model_copy(update={key: getattr(old.output, key) for key in _OWN["output"]})
+    same = new.model_copy(update={"filters": old.filters, "select": old.select, "output": output})
+    names = changed(old.model_dump(mode="json"), same.model_dump(mode="json"))
+    if names:
+        raise ValueError(
+            f"{where}: {', '.join(names[:4])}: other than in {folder}, whose samples were drawn with what it says; "
+            "leave it out, or run the file with another --out."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Verdict:
+    accepted: bool
+    by: str | None
+    reason: str | None
+
+    @classmethod
+    def of(cls, rejection: Rejection | None) -> _Verdict:
+        return _ACCEPTED if rejection is None else cls(False, rejection.filter, rejection.reason)
+
+
+_ACCEPTED = _Verdict(True, None, None)
+
+
+class _Judge:
+    """Asks the filters about stored rows.
+
+    Args:
+        folder: of the run, for messages.
+        filters: None: the verdicts stay.
+        tokenizer: of the student, where one was given; by default that of the record's student, if it is here.
+    """
+
+    def __init__(self, folder: Path, filters: Sequence[Filter] | None, tokenizer: str | None):
+        self._folder, self._filters = folder, filters
+        # What was stored is of the answer that the run compared with.
+        self._answers: AnswerProbabilities | None = None
+        if any(f.needs_tokenizer for f in filters or ()):
+            self._answers = AnswerProbabilities(AnswerField.of(filters or ()), tokenizer)
+        self._chain = None if filters is None else FilterChain(filters)
+        self._tried: set[tuple[str, ...]] = set()
+
+    def __call__(self, record: PartialRecord) -> _Verdict:
+        if self._chain is None or record.finish_reason == REFUSED:
+            return _Verdict(record.accepted, record.rejected_by, record.reject_reason)
+        if record.missing and record.missing not in self._tried:
+            self._try(record)
+        if self._answers is not None:
+            if not self._answers.find([record.models["student_model"], record.models["teacher_model"]]):
+                label = next(f.label for f in self._filters or () if f.needs_tokenizer)
+                raise ValueError(
+                    f"filters: {label}: min_answer_probability needs a tokenizer, and that of the run's models is not "
+                    "on this machine; give its folder or id as client.tokenizer."
+                )
+            record.answer_probability = None
+            self._answers(record)
+        try:
+            return _Verdict.of(self._chain(record))
+        except NotStored as error:
+            raise self._needs(record, error.filter or "filters", error.name) from None
+
+    def _try(self, record: PartialRecord) -> None:
+        """Ask every filter of ours now what it needs, whether or not a record gets as far as it. Users' functions are
+        asked in their turn alone: nobody knows what else they do."""
+        self._tried.add(record.missing)
+        for f in self._filters or ():
+            if isinstance(f, Function):
+                continue
+            try:
+                f.ready()(record)
+            except NotStored as error:
+                raise self._needs(record, f.label, error.name) from None
+            except Exception:  # the chain makes a rejection of it
+                pass
+
+    def _needs(self, record: Record, label: str, name: str) -> ValueError:
+        labels = [f.label for f in self._filters or ()]
+        place = f"filters[{labels.index(label)}] ({label})" if label in labels else label
+        if side := record.sampling.get(ALONE):
+            return ValueError(
+                f"{place}: needs {name} of every token, which {self._folder} has not got: the {side} alone ran; leave "
+                "the filter out, or sample anew with sampling.one_model: never."
+            )
+        key = "output.series" if name in SERIES or name in MORE_SERIES else "output.return_top_k, output.top_k_of"
+        return ValueError(
+            f"{place}: needs {name} of every token, which {self._folder} did not store ({key} of that run); leave the "
+            "filter out, or sample anew."
+        )
+
+
+def _judged(folder: Path, settings: _Settings) -> Iterator[tuple[dict[str, Any], PartialRecord, _Verdict]]:
+    judge = _Judge(folder, settings.filters, settings.tokenizer)
+    for row in all_rows(folder):
+        record = record_of(row)
+        verdict = judge(record)
+        yield row | _surprises(row, record), record, verdict
+
+
+def _surprises(row: dict[str, Any], record: PartialRecord) -> dict[str, Any]:
+    """What is stored, and for an older version's record what its series say; the answer's as its filters found it."""
+    kept = {name: row[name] for name in SURPRISE_COLUMNS}
+    if row["rare_tokens"] is None and "student_logprob" not in record.missing:
+        kept |= record.surprises()
+    return kept | {"answer_probability": record.answer_probability}
+
+
+def _write(folder: Path, target: Path, settings: _Settings) -> Refiltered:
+    verdicts: Iterable[tuple[dict[str, Any], _Verdict]]
+    if settings.select is None:
+        verdicts = ((row, verdict) for row, _, verdict in _judged(folder, settings))
+    else:
+        verdicts = _selected(folder, settings, settings.select)
+    paths = [path for kind in KINDS for path in find_shards(folder, kind)]
+    writer = ShardWriter(target, settings.format, settings.shard_records, optional_columns(paths))
+    tally, newly = Tally(), {True: 0, False: 0}
+    for row, verdict in verdicts:
+        if row["accepted"] != verdict.accepted:
+            newly[verdict.accepted] += 1
+        row |= {"accepted": verdict.accepted, "rejected_by": verdict.by, "reject_reason": verdict.reason}
+        writer.write(row)
+        tally.add(row)
+    writer.close()
+    return Refiltered(tally, newly[True], newly[False])
+
+
+def _selected(folder: Path, settings: _Settings, select: Select) -> Iterator[tuple[dict[str, Any], _Verdict]]:
+    """Reads the rows twice: which are a problem's best is known when all of them have been judged."""
+    chosen, verdicts = Chosen(select), []
+    for row, record, verdict in _judged(folder, settings):
+        verdicts.append((verdict, {name: row[name] for name in SURPRISE_COLUMNS}))
+        if verdict.accepted:
+            chosen.offer(record, row)
+    kept, other = chosen.ids(), _Verdict(False, SELECT, select.reason)
+    for row, (verdict, surprises) in zip(all_rows(folder), verdicts, strict=True):
+        row |= surprises
+        yield row, other if verdict.accepted and row["id"] not in kept else verdict
