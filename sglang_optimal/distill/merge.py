@@ -13,6 +13,7 @@ import numpy as np
 
 from sglang_optimal.distill.card import write_card
 from sglang_optimal.distill.made import Sources, write_manifest
+from sglang_optimal.distill.records import SURPRISE_COLUMNS
 from sglang_optimal.distill.store import KINDS, Tally, find_shards, optional_columns
 from sglang_optimal.distill.stored import ShardWriter, all_rows, held, new_folder
 
