@@ -341,6 +341,14 @@ class MixingConfig(Settings):
         return self.student_chat_template if self.teacher_model_path is None else self.teacher_chat_template
 
     @property
+    def plain_sides(self) -> list[str]:
+        """The sides that a plain request is for: the served model's, and the other where it is the same in all."""
+        if self.plain_requests == "refuse":
+            return []
+        same = self.shared_weights and self.student_lora_path is None and self.guest_chat_template is None
+        return ["teacher", "student"] if same else [self.host]
+
+    @property
     def guest_max_total_tokens(self) -> int | None:
         return self.student_max_total_tokens if self.teacher_model_path is None else self.teacher_max_total_tokens
 

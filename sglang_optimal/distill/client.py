@@ -20,7 +20,7 @@ import tenacity
 from sglang_optimal import __version__
 from sglang_optimal.distill.one_model import series_of
 from sglang_optimal.distill.records import Context
-from sglang_optimal.names import CARRIER, OTHER_MODEL, SIDES, TOP_K
+from sglang_optimal.names import CARRIER, OTHER_MODEL, TOP_K
 from sglang_optimal.top_k import ARRAYS, decode_top_k
 from sglang_optimal.wanted import Wanted, wanted_by
 
@@ -367,9 +367,7 @@ class Servers:
             model = {"model": info.get("model_path"), "revision": info.get("revision")}
             endpoint.models = {f"{self._alone}_{name}": value for name, value in model.items()} | versions
             return True
-        # One model in both roles is itself, whichever side it reads for; with an adapter the student is another.
-        one = mixing.get("shared_weights") and mixing.get("student_lora_path", "?") is None
-        endpoint.serves = SIDES[:2] if one else (mixing.get("served_model", "teacher"),)
+        endpoint.serves = tuple(mixing.get("plain_requests_of", ()))  # older servers do not tell
         endpoint.models = {
             "teacher_model": mixing["teacher_model_path"],
             "teacher_revision": info.get("revision"),

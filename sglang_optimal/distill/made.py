@@ -78,6 +78,8 @@ class Sources:
             "accepted": tally.accepted,
             "rejected": tally.rejected,
             "tokens": tally.tokens,
+            "problems": len(tally.problems),
+            "problems_covered": tally.covered,
             "filters": [f.get("name") or f.get("type") for f in config.get("filters") or []],
             "versions": {"sglang_optimal": __version__},
             "config": config,

@@ -288,9 +288,19 @@ class _Run:
                 Servers(endpoints, config.client, api_key=api_key, alone=self._alone)
             )
             await servers.check()
-            await asyncio.to_thread(self._find_tokenizer, servers)
             self._settle_models(servers)
+            await asyncio.to_thread(self._find_tokenizer, servers)
             yield servers
+
+    def _find_tokenizer(self, servers: Servers) -> None:
+        """Raises ValueError: a filter needs one, and there is none."""
+        found = self._plan.answers.find(servers.model_names())
+        needing = [f.label for f in self._config.filters if f.needs_tokenizer]
+        if needing and not found:
+            raise ValueError(
+                f"filters: {needing[0]}: min_answer_probability needs a tokenizer, and that of the servers' models is "
+                "not on this machine; give its folder or id as client.tokenizer."
+            )
 
     def _models_to_run(self) -> str | None:
         """The side that is to run alone, if its servers can; None: both run.
@@ -341,16 +351,6 @@ class _Run:
             )
         self._manifest["models_run"] = self._alone or "both"
         self._save("running")
-
-    def _find_tokenizer(self, servers: Servers) -> None:
-        """Raises ValueError: a filter needs one, and there is none."""
-        found = self._plan.answers.find(servers.model_names())
-        needing = [f.label for f in self._config.filters if f.needs_tokenizer]
-        if needing and not found:
-            raise ValueError(
-                f"filters: {needing[0]}: min_answer_probability needs a tokenizer, and that of the servers' models is "
-                "not on this machine; give its folder or id as client.tokenizer."
-            )
 
     async def _sample_all(self, servers: Servers, tasks: list[Task]) -> int:
         """Returns how many samples servers gave up on."""
@@ -445,7 +445,8 @@ class _Run:
         return record
 
     def _judged(self, record: Record) -> Rejection | None:
-        self._plan.answers(record)
+        if not isinstance(record, PartialRecord) or "student_logprob" not in record.missing:
+            self._plan.answers(record)
         return self._plan.filters(record)
 
     def _sampling_seconds(self) -> float:

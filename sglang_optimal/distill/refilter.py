@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang_optimal.distill.card import write_card
 from sglang_optimal.distill.config import DistillConfig, parse_config, read_values
-from sglang_optimal.distill.filters import Filter, FilterChain, Function, Rejection
+from sglang_optimal.distill.filters import FilterChain, FilterConfig, Function, Rejection
 from sglang_optimal.distill.made import Sources, write_manifest
 from sglang_optimal.distill.mentions import AnswerField
 from sglang_optimal.distill.passes import ALONE
@@ -67,25 +67,27 @@ def filter_run(folder: Path, out: Path, config: Path | None = None, *, select: S
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """filters: None: the verdicts stay. tokenizer: that says which tokens write the answer, if one was given. select,
-    format, shard_records: of the new run. stored: as its run.json has it."""
+    """filters: None: the verdicts stay. select, format, shard_records: of the new run. stored: as its run.json has
+    it. tokenizer: that was named, for filters that need one."""
 
-    filters: Sequence[Filter] | None
-    tokenizer: str | None
+    filters: Sequence[FilterConfig] | None
     select: Select | None
     format: str
     shard_records: int
     stored: dict[str, Any]
+    tokenizer: str | None
 
 
-_OWN: dict[str, tuple[str, ...]] = {"filters": (), "select": (), "output": ("format", "shard_records")}
+_OWN: dict[str, tuple[str, ...]] = {
+    "filters": (), "select": (), "output": ("format", "shard_records"), "client": ("tokenizer",),
+}  # fmt: skip
 """Sections in which the new run may differ; in whole, or in these keys."""
 
 
 def _settings(folder: Path, sources: Sources, path: Path | None, select: Select | None) -> _Settings:
     where = "the command line" if path is None else str(path)
     values = {} if path is None else read_values(path)
-    if path is not None and not any(name in values for name in _OWN):
+    if path is not None and select is None and not any(name in values for name in ("filters", "select", "output")):
         raise ValueError(f"{path}: has neither filters nor select.")
     if path is None and select is None:
         raise ValueError("--config: give a file with the new filters, or say what to select (--best, --by).")
@@ -115,15 +117,15 @@ def _settings(folder: Path, sources: Sources, path: Path | None, select: Select 
         _check_same(folder, where, sources.one, new)
         stored = new.model_dump(mode="json", exclude={"server": {"api_key", "admin_api_key"}})
     filters = new.filters if "filters" in values else None
-    return _Settings(filters, tokenizer, new.select, new.output.format, new.output.shard_records, stored)
+    return _Settings(filters, new.select, new.output.format, new.output.shard_records, stored, tokenizer)
 
 
 def _check_own(folder: Path, path: Path | None, values: dict[str, Any]) -> None:
     """Raises ValueError: the file says more than a new run decides, and there is no one run to compare it with."""
     for name, section in values.items():
         more = [] if name in _OWN else [name]
-        if name == "output":
-            more = [f"{name}.{key}" for key in section or () if key not in _OWN[name]]
+        if keys := _OWN.get(name):
+            more = [f"{name}.{key}" for key in section or () if key not in keys]
         if more:
             raise ValueError(
                 f"{path}: {more[0]}: {folder} holds runs of different settings, which it cannot be compared with; give "
@@ -175,36 +177,50 @@ class _Judge:
     Args:
         folder: of the run, for messages.
         filters: None: the verdicts stay.
-        tokenizer: of the student, where one was given; by default that of the record's student, if it is here.
+        tokenizer: folder or id, for filters that need one; None: that of the records' models, if here.
+
+    Raises:
+        ValueError: a filter cannot be set up, or ``tokenizer`` is not on this machine.
     """
 
-    def __init__(self, folder: Path, filters: Sequence[Filter] | None, tokenizer: str | None):
+    def __init__(self, folder: Path, filters: Sequence[FilterConfig] | None, tokenizer: str | None):
         self._folder, self._filters = folder, filters
-        # What was stored is of the answer that the run compared with.
-        self._answers: AnswerProbabilities | None = None
-        if any(f.needs_tokenizer for f in filters or ()):
-            self._answers = AnswerProbabilities(AnswerField.of(filters or ()), tokenizer)
+        needing = [f.label for f in filters or () if f.needs_tokenizer]
+        self._needing = needing[0] if needing else None
+        self._answers = AnswerProbabilities(AnswerField.of(list(filters or ())), tokenizer) if needing else None
         self._chain = None if filters is None else FilterChain(filters)
         self._tried: set[tuple[str, ...]] = set()
+
+    @property
+    def works_out_answers(self) -> bool:
+        return self._answers is not None
 
     def __call__(self, record: PartialRecord) -> _Verdict:
         if self._chain is None or record.finish_reason == REFUSED:
             return _Verdict(record.accepted, record.rejected_by, record.reject_reason)
         if record.missing and record.missing not in self._tried:
             self._try(record)
-        if self._answers is not None:
-            if not self._answers.find([record.models["student_model"], record.models["teacher_model"]]):
-                label = next(f.label for f in self._filters or () if f.needs_tokenizer)
-                raise ValueError(
-                    f"filters: {label}: min_answer_probability needs a tokenizer, and that of the run's models is not "
-                    "on this machine; give its folder or id as client.tokenizer."
-                )
-            record.answer_probability = None
-            self._answers(record)
         try:
+            self._find_answer(record)
             return _Verdict.of(self._chain(record))
         except NotStored as error:
-            raise self._needs(record, error.filter or "filters", error.name) from None
+            raise self._needs(record, error.filter or self._needing or "filters", error.name) from None
+
+    def _find_answer(self, record: PartialRecord) -> None:
+        """What the expected answer is, the filters say: its probability is worked out anew.
+
+        Raises:
+            ValueError: there is no tokenizer.
+        """
+        if self._answers is None:
+            return
+        if not self._answers.find([record.models.get("student_model"), record.models.get("teacher_model")]):
+            raise ValueError(
+                f"filters: {self._needing}: min_answer_probability needs a tokenizer, and that of the records' models "
+                "is not on this machine; give its folder or id as client.tokenizer."
+            )
+        record.answer_probability = None
+        self._answers(record)
 
     def _try(self, record: PartialRecord) -> None:
         """Ask every filter of ours now what it needs, whether or not a record gets as far as it. Users' functions are
@@ -235,20 +251,16 @@ class _Judge:
         )
 
 
-def _judged(folder: Path, settings: _Settings) -> Iterator[tuple[dict[str, Any], PartialRecord, _Verdict]]:
+def _judged(folder: Path, settings: _Settings) -> Iterator[tuple[dict[str, Any], Record, _Verdict]]:
     judge = _Judge(folder, settings.filters, settings.tokenizer)
     for row in all_rows(folder):
         record = record_of(row)
         verdict = judge(record)
-        yield row | _surprises(row, record), record, verdict
-
-
-def _surprises(row: dict[str, Any], record: PartialRecord) -> dict[str, Any]:
-    """What is stored, and for an older version's record what its series say; the answer's as its filters found it."""
-    kept = {name: row[name] for name in SURPRISE_COLUMNS}
-    if row["rare_tokens"] is None and "student_logprob" not in record.missing:
-        kept |= record.surprises()
-    return kept | {"answer_probability": record.answer_probability}
+        if row["rare_tokens"] is None and "student_logprob" not in record.missing:  # of an older version
+            row |= record.surprises()
+        if judge.works_out_answers:
+            row["answer_probability"] = record.answer_probability
+        yield row, record, verdict
 
 
 def _write(folder: Path, target: Path, settings: _Settings) -> Refiltered:

@@ -99,7 +99,6 @@ class _Server(ThreadingHTTPServer):
 def stub_answer(body: dict) -> dict:
     """Deterministic in the request."""
     seed = body["sampling_params"]["sampling_seed"]
-    plain = "session_params" not in body
     tokens = [3 + (seed >> i) % 60 for i in range(4 + seed % 8)]
     fields = body.get("session_params", {}).get(CARRIER, {})
     wanted = wanted_by({"return_mixing_info": True, **fields})
@@ -112,11 +111,10 @@ def stub_answer(body: dict) -> dict:
     finish = {"type": "stop" if seed % 5 else "length"}
     text = f"sample {zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x} so the answer is {seed % 3}."
     meta = {"finish_reason": finish, "prompt_tokens": 7, "weight_version": "default", **series}
-    if plain:  # as SGLang
+    if body.get("return_logprob"):  # of one model alone, as SGLang
         drawn = zip(series["student_logprob"], tokens, strict=True)
         meta = {name: value for name, value in meta.items() if name not in series}
-        if body.get("return_logprob"):
-            meta["output_token_logprobs"] = [[logprob, token, None] for logprob, token in drawn]
+        meta["output_token_logprobs"] = [[logprob, token, None] for logprob, token in drawn]
     if wanted.sides:
         meta["top_k"] = public([stub_top_k(seed, i, wanted) for i in range(len(tokens))])
     return {"text": text, "output_ids": tokens, "meta_info": meta}

@@ -17,8 +17,8 @@ from sglang_optimal.distill.pipeline import seed_of
 
 STUDENT, TEACHER = {"alpha_method": "fixed", "fixed_alpha": 0}, {"fixed_alpha": 1.0}
 ALWAYS = {"n": 3, "max_new_tokens": 16, "one_model": "always"}
-SERVED = {"served_model": "student"}
-ONE = {"served_model": "teacher", "shared_weights": True, "student_lora_path": None}
+SERVED = {"plain_requests_of": ["student"]}
+ONE = {"plain_requests_of": ["teacher", "student"]}
 
 pytestmark = pytest.mark.usefixtures("impatient")
 
@@ -87,7 +87,7 @@ def test_a_server_that_mixes_and_serves_the_student(folder, stub, info):
 
 
 @pytest.mark.parametrize(
-    "info", [{}, {"served_model": "teacher"}, {"shared_weights": True}, ONE | {"student_lora_path": "adapter"}]
+    "info", [{}, {"plain_requests_of": ["teacher"]}, {"plain_requests_of": []}, {"served_model": "student"}]
 )
 def test_a_server_of_the_teacher_mixes(folder, stub, capsys, info):
     stub.more_info = info
@@ -128,6 +128,7 @@ def test_the_teacher_alone_if_asked(folder, stub, capsys):
     assert "the student reads along, for its log-probabilities" in capsys.readouterr().err
     folder.out = folder.root / "alone"
     folder.configure(mixing=TEACHER, sampling=ALWAYS)
+    stub.more_info = {"plain_requests_of": ["teacher"]}
     assert folder.run(stub.url) == 0
     assert all(is_plain(body) for body in stub.bodies[3 * PROBLEMS :]) and models_run(folder) == "teacher"
     row = next(iter(folder.check_complete().values()))
@@ -258,6 +259,12 @@ def test_what_the_student_really_read_is_looked_at(folder, capsys):
          {"model_path": "S", "revision": "r"}),
         ({"teacher_model_path": "T", "teacher_revision": "t"}, {"model_path": "S"}, "teacher",
          {"model_path": "T", "revision": "t"}),
+        ({"student_model_path": "S", "student_chat_template": "chatml"},
+         {"model_path": "T", "chat_template": "a.jinja"}, "student", {"model_path": "S", "chat_template": "chatml"}),
+        ({"student_model_path": "S", "student_chat_template": "own"}, {"model_path": "T", "chat_template": "a.jinja"},
+         "student", {"model_path": "S"}),
+        ({"student_model_path": "S"}, {"model_path": "T", "chat_template": "a.jinja"}, "student",
+         {"model_path": "S", "chat_template": "a.jinja"}),
     ],
 )  # fmt: skip
 def test_the_run_s_own_server(mixing, server, side, expected):

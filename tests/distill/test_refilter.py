@@ -12,6 +12,7 @@ import yaml
 from made_runs import MINUS_INFINITY, config_of, contents, make_run, manifest_of, record, refused, rows_of
 from stub_server import stub_server
 from test_run import Folder
+from tiny_models import build_small_tokenizer, small_ids
 
 from sglang_optimal.distill.cli import main
 from sglang_optimal.distill.manifests import lock_name
@@ -232,6 +233,33 @@ def test_an_error_leaves_nothing(tmp_path, again):
         make_run(tmp_path / "b", [record(fields={"score": "high"})]), None, "--by", "reward", "--reward", "score"
     )
     assert status == 2 and "score of p/a/0 must be a number, got 'high'" in said
+
+
+def test_the_answer_s_probability_is_worked_out_anew(tmp_path, again):
+    """The new filters say what the expected answer is. ln 0.25 + ln 0.1 = ln 0.025 of the two digits of 18."""
+    tokenizer = str(build_small_tokenizer(tmp_path / "tokenizer"))
+    text = "so 12 + 6 = 18"
+    logprobs = [math.log(0.5)] * len(text)
+    logprobs[-2:] = [math.log(0.25), math.log(0.1)]
+    fields = {"problem": "?", "answer": "12", "result": "so it is 18"}
+    made = record(student=logprobs, text=text, fields=fields)
+    made.token_ids = small_ids(text)
+    run = make_run(tmp_path / "run", [made])
+    assert rows_of(run)["p/a/0"]["answer_probability"] is None
+    surprise = {"type": "surprise", "min_answer_probability": 0.02}
+    values = {"filters": [{"type": "answer", "match": "numeric", "field": "result"}, surprise]}
+    status, said = again(run, values)
+    assert status == 2 and "surprise: min_answer_probability needs a tokenizer" in said
+    values["client"] = {"tokenizer": tokenizer}
+    for best in ((), ("--best", "1")):
+        status, rows = again(run, values, *best, out=f"out{len(best)}")
+        assert status == 0 and accepted(rows) == {"p/a/0"}
+        assert rows["p/a/0"]["answer_probability"] == pytest.approx(0.025)
+    surprise["min_answer_probability"] = 0.03
+    assert again(run, values, out="b")[1]["p/a/0"]["reject_reason"] == "a leap to the answer"
+    run = make_run(tmp_path / "bare", [made], config_of(output={"series": False}))
+    status, said = again(run, values, out="c")
+    assert status == 2 and "filters[1] (surprise): needs student_logprob" in said
 
 
 # -- select --------------------------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ class MixedScheduler(Scheduler):
             "alpha": config.alpha.model_dump(),
             f"{config.host}_pool": host_pool,
             "shared_weights": config.shared_weights,
-            "student_lora_path": config.student_lora_path,
+            "plain_requests_of": config.plain_sides,
             "self_check": self.self_check_report,
             "equal_sides_tokens": worker.model_runner.sampling_observer.equal_sides.tokens,
             f"{config.guest}_pool": worker.guest_kv.stats(),
