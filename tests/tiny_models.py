@@ -16,18 +16,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Phi3Config,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sglang_optimal.demo.prepare_model import prepare_smollm2, save_tokenizer
 
@@ -46,18 +35,42 @@ SMALL_CHAT_TEMPLATE = (
 
 
 _NARROW = {"head_dim": None}  # the architecture has no heads wider than hidden size / heads
+_GEMMA = {"tie_word_embeddings": True, "sliding_window": 4096, "query_pre_attn_scalar": 64}
+_NO_CAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}  # which need a GPU
 _EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
-FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
-    "llama": (LlamaConfig, {}),
-    "qwen2": (Qwen2Config, _NARROW),
-    "qwen3": (Qwen3Config, {}),
-    "mistral": (MistralConfig, {"sliding_window": None}),
-    "phi3": (Phi3Config, {"sliding_window": None}),
-    "gemma3": (Gemma3TextConfig, {"tie_word_embeddings": True, "sliding_window": 4096, "query_pre_attn_scalar": 64}),
-    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, **_NARROW}),
-    "qwen3-moe": (Qwen3MoeConfig, _EXPERTS),
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", _NARROW),
+    "qwen3": ("qwen3", {}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "ministral3": ("ministral3", {}),
+    "phi3": ("phi3", {"sliding_window": None}),
+    "gemma": ("gemma", {"tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {**_GEMMA, **_NO_CAPS, "hidden_act": "gelu_pytorch_tanh"}),
+    "gemma3": ("gemma3_text", _GEMMA),
+    "olmo2": ("olmo2", _NARROW),
+    "granite": ("granite", _NARROW),
+    "glm4": ("glm4", {}),
+    "cohere": ("cohere", {**_NARROW, "tie_word_embeddings": True}),
+    "ernie4.5": ("ernie4_5", {}),
+    "starcoder2": ("starcoder2", {**_NARROW, "sliding_window": None}),
+    "smollm3": ("smollm3", {**_NARROW, "no_rope_layers": [1, 0]}),
+    "seed-oss": ("seed_oss", {}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, **_NARROW}),
+    "qwen3-moe": ("qwen3_moe", _EXPERTS),
 }
-"""transformers' configuration of an architecture, and what it needs beside the sizes that all have in common."""
+"""transformers' model type of an architecture, and what it needs beside the sizes that all have in common."""
+_LATENT = {
+    "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "num_key_value_heads": 4, "head_dim": 64, "first_k_dense_replace": 8, "n_routed_experts": 4, "n_group": 1,
+    "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1,
+}  # fmt: skip
+GPU_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2-caps": ("gemma2", {**_GEMMA, "hidden_act": "gelu_pytorch_tanh"}),
+    "qwen2-moe": ("qwen2_moe", {**_EXPERTS, **_NARROW, "shared_expert_intermediate_size": 64}),
+    "deepseek-v2": ("deepseek_v2", _LATENT),
+}
+"""The same for architectures of which SGLang has no CPU implementation."""
 
 
 def smollm2_tokenizer_dir() -> Path:
@@ -90,7 +103,8 @@ def build_tiny_model(
         vocab_size: rows of the logits; the tokenizer's own size by default. May be larger (padding), not smaller.
         logit_std: standard deviation of the next-token logits, see the module's docstring. Models of equal spread mix
             at an alpha near 1/2; a student with a smaller one brings other alphas.
-        family: one of `FAMILIES`; all have grouped-query attention (4 heads, 2 of keys and values, 64 wide).
+        family: one of `FAMILIES` or `GPU_FAMILIES`; all but the last have grouped-query attention (4 heads, 2 of keys
+            and values, 64 wide).
 
     Returns:
         ``path``.
@@ -100,19 +114,18 @@ def build_tiny_model(
         vocab_size = len(tokenizer)
     if vocab_size < len(tokenizer):
         raise ValueError(f"vocab_size {vocab_size} is smaller than the tokenizer's {len(tokenizer)}")
-    config_class, more = FAMILIES[family]
+    kind, more = (FAMILIES | GPU_FAMILIES)[family]
     tied = more.get("tie_word_embeddings", False)
     # Wider than hidden_size / heads where it may be, because GPU attention kernels have a smallest head size.
-    settings: dict[str, Any] = {"tie_word_embeddings": False, "head_dim": 64, **more}
+    settings: dict[str, Any] = {"tie_word_embeddings": False, "head_dim": 64, "num_key_value_heads": 2, **more}
     if settings["head_dim"] is None:
         settings["head_dim"] = hidden_size // 4
-    config = config_class(
+    config = CONFIG_MAPPING[kind](
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
         bos_token_id=tokenizer.bos_token_id,

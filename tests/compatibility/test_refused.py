@@ -459,3 +459,19 @@ def test_a_memory_saver_on_a_cpu(models, capfd):
     """SGLang's scheduler would end with a message about something else."""
     assert launch_server.main([*models, "--enable-memory-saver"]) == 2
     assert "error: --enable-memory-saver: the models are on the CPU" in capfd.readouterr().err
+
+
+def test_capped_attention_on_a_cpu(models, tmp_path):
+    """SGLang's attention for CPUs leaves the cap out; a model without one is fine."""
+    from tiny_models import build_tiny_tokenizer_model
+
+    model = build_tiny_tokenizer_model(tmp_path / "model", seed=1, family="gemma2", num_layers=1)
+    argv = ["--model-path", str(model), "--max-total-tokens", "1000"]
+    launch.resolve(*launch_server.parse(argv))
+    capped = shutil.copytree(model, tmp_path / "capped")
+    config = json.loads((capped / "config.json").read_text())
+    (capped / "config.json").write_text(json.dumps({**config, "attn_logit_softcapping": 50.0}))
+    for flags in (["--model-path", str(capped)], [*models[:2], "--student-model-path", str(capped)]):
+        side = flags[-2]
+        with pytest.raises(ValueError, match=rf"^{side}: Gemma2ForCausalLM caps its attention scores .*on a CPU"):
+            launch.resolve(*launch_server.parse(flags))

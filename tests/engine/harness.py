@@ -131,10 +131,9 @@ def check_greedy(oracle, case: Case, output: dict) -> int:
         if ids[i] != token:
             assert expected.margins[i] < TIE, (i, ids, expected.token_ids)
             return i
-        # Where the models hardly differ, so little decides alpha that float32 is not enough.
-        alike = meta["kl_to_student"][i] + meta["kl_to_teacher"][i] < 1e-5
-        alike &= abs(expected.teacher_logprobs[i] - expected.student_logprobs[i]) < 0.01
-        assert meta["alpha"][i] == pytest.approx(expected.alphas[i], abs=0.05 if alike else 1e-4)
+        # Alpha is where both KLs are equal: float32's error of them, over what they are. It matters as little.
+        apart = meta["kl_to_student"][i] + meta["kl_to_teacher"][i]
+        assert meta["alpha"][i] == pytest.approx(expected.alphas[i], abs=min(max(1e-4, 5e-7 / max(apart, 1e-9)), 0.05))
         assert meta["teacher_logprob"][i] == pytest.approx(expected.teacher_logprobs[i], abs=1e-3)
         assert meta["student_logprob"][i] == pytest.approx(expected.student_logprobs[i], abs=1e-3)
         assert meta["mixture_logprob"][i] == pytest.approx(expected.mixture_logprobs[i], abs=1e-3)
