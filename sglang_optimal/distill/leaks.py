@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from sglang_optimal.distill.filters.answer import last_boxed
+from sglang_optimal.distill.mentions import last_boxed
 
 LONG = 16
 """Values of this many characters or more are looked for as they are: a shorter one, such as a number, may well stand in

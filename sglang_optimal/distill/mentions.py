@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang_optimal.distill.quantity import Quantity, equal, last_quantity
-
-if TYPE_CHECKING:
-    from sglang_optimal.distill.filters import Filter
 
 NO_ANSWER = "the problem has no expected answer"
 NO_MENTION = "the expected answer is nowhere in the text"
@@ -33,16 +30,13 @@ class AnswerField:
     ignore_case: bool = False
 
     @classmethod
-    def of(cls, filters: Sequence[Filter]) -> AnswerField:
-        """That of the first filter that compares answers; by default the field ``answer``."""
-        from sglang_optimal.distill.filters.answer import Answer
-        from sglang_optimal.distill.filters.equations import Equations
-
+    def of(cls, filters: Sequence[Any]) -> AnswerField:
+        """That of the first of a run's filters that compares answers; by default the field ``answer``."""
         for f in filters:
-            if isinstance(f, Answer):
+            if f.type == "answer":
                 return cls(f.field, f.expected_pattern, f.match, f.ignore_case)
         for f in filters:
-            if isinstance(f, Equations):
+            if f.type == "equations":
                 return cls(f.field, f.expected_pattern, "numeric")
         return cls()
 
@@ -84,8 +78,6 @@ class AnswerField:
 def concluded(text: str) -> str:
     """What a worked solution comes to: behind its last ``####``, or in its last ``\\boxed{…}``; else all of it. Without
     the dollars or brackets around a formula."""
-    from sglang_optimal.distill.filters.answer import last_boxed
-
     if "####" in text and (tail := text.rpartition("####")[2].strip()):
         return tail
     text = (last_boxed(text) or text).strip()
@@ -125,4 +117,21 @@ def _number(expected: Quantity, text: str) -> tuple[int, int] | None:
         if said is not None and equal(said, expected, None):
             price = re.match(rf"{_CURRENCY}(?=[\d.])", found[0])  # its sign is no part of the answer
             return found.start() + (0 if price is None else 1), found.end()
+    return None
+
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(?P<brace>\{)|(?P<one>[^\s{}\\]))")
+
+
+def last_boxed(text: str) -> str | None:
+    """What is in the last complete ``\\boxed{…}`` or ``\\fbox{…}`` of ``text``, with braces balanced, or the one
+    character that follows without braces; None without one."""
+    for box in reversed(list(_BOX.finditer(text))):
+        if box["one"] is not None:
+            return box["one"]
+        depth = 1
+        for i in range(box.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[box.end() : i]
     return None

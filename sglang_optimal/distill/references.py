@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sglang_optimal.distill.filters import Filter, FilterChain
-from sglang_optimal.distill.filters.answer import Answer, last_boxed
+from sglang_optimal.distill.filters.answer import Answer
 from sglang_optimal.distill.leaks import LONG
+from sglang_optimal.distill.mentions import last_boxed
 from sglang_optimal.distill.problems import Problem
 from sglang_optimal.distill.records import Record
 

@@ -121,7 +121,7 @@ def test_a_tolerance_that_is_given_holds_for_integers_too(tolerance, said, right
     [("\\boxed {7}", "7"), ("\\boxed 7", "7"), ("\\fbox{7}", "7"), ("\\boxed{1} \\boxed{2", "1"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}")],
 )  # fmt: skip
 def test_boxes(text, boxed):
-    from sglang_optimal.distill.filters.answer import last_boxed
+    from sglang_optimal.distill.mentions import last_boxed
 
     assert last_boxed(text) == boxed
 

@@ -78,9 +78,8 @@ def test_a_base_student_reads_text_and_its_teacher_a_chat(tmp_path, stub, format
         export(tmp_path / "out", tmp_path / f"{name}.parquet", name)
     (first, *_) = _parquet(tmp_path / "slime.parquet")
     assert first["prompt"] == "Q: 0 + 1? é\nA:" and first["metadata"]["teacher_prompt"] == fields["teacher_messages"]
-    for name in ("sft", "trl-gkd"):
-        with pytest.raises(ValueError, match="use trl-sft or text"):
-            export(tmp_path / "out", tmp_path / "no.jsonl", name, check=False)
+    with pytest.raises(ValueError, match="use trl-sft or text"):
+        export(tmp_path / "out", tmp_path / "no.jsonl", "sft", check=False)
     with pytest.raises(ValueError, match="use slime or sdft"):
         export(tmp_path / "out", tmp_path / "no.parquet", "verl")
 

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sglang_optimal.distill.filters import math_process
 from sglang_optimal.distill.filters.base import Check, Filter
-from sglang_optimal.distill.mentions import last_group
+from sglang_optimal.distill.mentions import last_boxed, last_group
 from sglang_optimal.distill.quantity import equal, last_quantity
 from sglang_optimal.distill.records import Record
 
@@ -107,20 +107,3 @@ class Answer(Filter):
             lines = [line for line in text.splitlines() if line.strip()]
             return lines[-1] if lines else None
         return text
-
-
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(?P<brace>\{)|(?P<one>[^\s{}\\]))")
-
-
-def last_boxed(text: str) -> str | None:
-    """What is in the last complete ``\\boxed{…}`` or ``\\fbox{…}`` of ``text``, with braces balanced, or the one
-    character that follows without braces; None without one."""
-    for box in reversed(list(_BOX.finditer(text))):
-        if box["one"] is not None:
-            return box["one"]
-        depth = 1
-        for i in range(box.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[box.end() : i]
-    return None
