@@ -15,10 +15,15 @@ DELTA_NETS = {
     "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "head_dim": 16, "rms_norm_eps": 1e-5,
 }  # fmt: skip
+EXPERTS = {
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
 _CONVOLUTIONS = {"conv_L_cache": 3, "conv_bias": False, "norm_eps": 1e-5, "block_auto_adjust_ff_dim": False}
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3.5": ("Qwen3_5TextConfig", "linear_attention", DELTA_NETS),
+    "qwen3.5-moe": ("Qwen3_5MoeTextConfig", "linear_attention", {**DELTA_NETS, **EXPERTS}),
     "lfm2": ("Lfm2Config", "conv", _CONVOLUTIONS),
+    "lfm2-moe": ("Lfm2MoeConfig", "conv", {**_CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1}),
 }
 """{name: (transformers' configuration, its recurrent layers' type, what it needs beside the common sizes)}."""
 ENVIRONMENT = {"SGLANG_MAMBA_CONV_DTYPE": "float32"}
@@ -43,7 +48,7 @@ def build_tiny_recurrent_model(
         for name, weight in model.named_parameters():
             if name in gates:
                 weight.copy_(gates[name])
-            elif "norm" in name and family == "qwen3.5" and "linear_attn" not in name:
+            elif "norm" in name and family.startswith("qwen3.5") and "linear_attn" not in name:
                 weight.fill_(0.0)  # its norms scale by 1 + weight
             elif "conv1d" in name or "conv.conv" in name:
                 weight.mul_(3)  # as the others, over the few inputs that it sees

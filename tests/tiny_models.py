@@ -57,6 +57,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {**_NARROW, "no_rope_layers": [1, 0]}),
     "seed-oss": ("seed_oss", {}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, **_NARROW}),
+    "qwen2-moe": ("qwen2_moe", {**_EXPERTS, **_NARROW, "shared_expert_intermediate_size": 64}),
     "qwen3-moe": ("qwen3_moe", _EXPERTS),
 }
 """transformers' model type of an architecture, and what it needs beside the sizes that all have in common."""
@@ -67,7 +68,6 @@ _LATENT = {
 }  # fmt: skip
 GPU_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2-caps": ("gemma2", {**_GEMMA, "hidden_act": "gelu_pytorch_tanh"}),
-    "qwen2-moe": ("qwen2_moe", {**_EXPERTS, **_NARROW, "shared_expert_intermediate_size": 64}),
     "deepseek-v2": ("deepseek_v2", _LATENT),
 }
 """The same for architectures of which SGLang has no CPU implementation."""

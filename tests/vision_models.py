@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from recurrent_models import DELTA_NETS
+from recurrent_models import DELTA_NETS, EXPERTS
 from safetensors.torch import load_file, save_file
 from tiny_models import build_small_tokenizer, randomize
 
@@ -41,12 +41,17 @@ def _qwen3_vl(layers: int) -> Any:
     return transformers.Qwen3VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=False, **_QWEN_IDS)
 
 
-def _qwen3_5(layers: int) -> Any:
+def _qwen3_5(layers: int, kind: str = "Qwen3_5Config", **more: Any) -> Any:
     """With recurrent layers; its published checkpoints are all of this class."""
     types = ["linear_attention", "full_attention"] * layers
-    text = _text(2 * layers, rope_parameters=_ROPE, layer_types=types, **DELTA_NETS)
+    text = _text(2 * layers, rope_parameters=_ROPE, layer_types=types, **DELTA_NETS, **more)
     tower = {**_TOWER, "patch_size": 16, "num_position_embeddings": 16}
-    return transformers.Qwen3_5Config(text_config=text, vision_config=tower, tie_word_embeddings=False, **_QWEN_IDS)
+    config = getattr(transformers, kind)
+    return config(text_config=text, vision_config=tower, tie_word_embeddings=False, **_QWEN_IDS)
+
+
+def _qwen3_5_moe(layers: int) -> Any:
+    return _qwen3_5(layers, "Qwen3_5MoeConfig", **EXPERTS)
 
 
 def _gemma3(layers: int) -> Any:
@@ -80,6 +85,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, str]]] = {
     "qwen2.5-vl": (_qwen2_5_vl, _qwen_processor, {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}),
     "qwen3-vl": (_qwen3_vl, _qwen_processor, {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}),
     "qwen3.5": (_qwen3_5, _qwen_processor, {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}),
+    "qwen3.5-moe": (_qwen3_5_moe, _qwen_processor, {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}),
     "gemma3": (
         _gemma3,
         _gemma_processor,
@@ -117,7 +123,7 @@ def _as_published(path: Path, family: str) -> None:
         weights = load_file(path / "model.safetensors")
         named = {name.replace("vision_tower.", "vision_tower.vision_model."): one for name, one in weights.items()}
         save_file(named, path / "model.safetensors", metadata={"format": "pt"})
-    if family == "qwen3.5":
+    if family.startswith("qwen3.5"):
         config = json.loads((path / "config.json").read_text())
         config["text_config"]["full_attention_interval"] = 2
         (path / "config.json").write_text(json.dumps(config))

@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.nn.functional import conv1d, silu, softplus
 
 _CHUNK = 64  # FLA's, which SGLang counts on
-MODELS = ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration", "Lfm2ForCausalLM")
+MODELS = (
+    "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration", "Lfm2ForCausalLM", "Lfm2MoeForCausalLM",
+)  # fmt: skip
 """Architectures that need nothing else of a GPU."""
 _LAYERS = ("RadixLinearAttention", "ShortConv")
 
@@ -188,7 +191,7 @@ def install() -> None:
         (mamba_state_scatter_triton, track_mamba_states_all_layers),
         (mamba_state_scatter_triton, track_mamba_states_if_needed),
     ):
-        _replace(getattr(module, ours.__name__), ours)
+        replace(getattr(module, ours.__name__), ours)
     gdn_triton.TritonGDNKernel.supports_packed_decode = False
     layernorm_gated.RMSNorm.forward = _forward_gated
 
@@ -204,7 +207,8 @@ def _forward_gated(norm: Any, x: Tensor, z: Tensor | None = None) -> Tensor:
     return rms_norm_gated(x, norm.weight, norm.bias, z, norm.eps)
 
 
-def _replace(theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:
+def replace(theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:
+    """Put ``ours`` wherever a module of SGLang's has taken the function of the same name."""
     for name, module in list(sys.modules.items()):
         if name.startswith("sglang.") and getattr(module, ours.__name__, None) is theirs:
             setattr(module, ours.__name__, ours)

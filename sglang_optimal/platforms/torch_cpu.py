@@ -53,10 +53,11 @@ class TorchCpuSRTPlatform(CpuDeviceMixin, SRTPlatform):
         packed_linear.watch_updates()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        """Pack the weights of linear layers, and let recurrent layers do without Triton."""
-        from sglang_optimal.platforms import cpu_recurrent, packed_linear
+        """Pack the weights of linear layers, and let experts and recurrent layers do without Triton."""
+        from sglang_optimal.platforms import cpu_experts, cpu_recurrent, packed_linear
 
         packed_linear.pack(model)
+        cpu_experts.install(model)
         if cpu_recurrent.is_recurrent(model):
             cpu_recurrent.install()
             ignore_pinned_memory()  # the scheduler pins which states are to be kept

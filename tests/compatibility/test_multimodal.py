@@ -56,8 +56,10 @@ def test_two_models(folder, family, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3.5"])  # which is recurrent
-def test_shared_weights(folder, family):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_weights(folder, family, monkeypatch):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     model = build_tiny_vision_model(folder / f"{family}-shared", seed=66, family=family)
     with start((model, model), mixing_self_check="on") as sampler:
         assert mixing_state(sampler)["shared_weights"] and mixing_state(sampler)["self_check"]

@@ -36,6 +36,10 @@ ENGINES = {
     "qwen3.5, few states": {"max_mamba_cache_size": 12},
     "qwen3.5, pages": {"page_size": 64, "max_total_tokens": 960},
     "lfm2": {"chunked_prefill_size": 16},
+    "qwen3.5-moe qwen3.5": {},
+    "qwen3.5-moe": {},
+    "lfm2-moe lfm2-moe": {},
+    "lfm2-moe": {},
 }
 FAST = ("qwen3.5 qwen3.5", "qwen3.5")
 
