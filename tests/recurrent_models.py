@@ -19,6 +19,10 @@ EXPERTS = {
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2,
 }  # fmt: skip
 _CONVOLUTIONS = {"conv_L_cache": 3, "conv_bias": False, "norm_eps": 1e-5, "block_auto_adjust_ff_dim": False}
+_MAMBA = {
+    "mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1,
+    "mamba_chunk_size": 64, "mamba_rms_norm": True, "head_dim": 16,
+}  # fmt: skip
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3.5": ("Qwen3_5TextConfig", "linear_attention", DELTA_NETS),
     "qwen3.5-moe": ("Qwen3_5MoeTextConfig", "linear_attention", {**DELTA_NETS, **EXPERTS}),
@@ -26,6 +30,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lfm2-moe": ("Lfm2MoeConfig", "conv", {**_CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1}),
 }
 """{name: (transformers' configuration, its recurrent layers' type, what it needs beside the common sizes)}."""
+GPU_FAMILIES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "qwen3-next": ("Qwen3NextConfig", "linear_attention", {**DELTA_NETS, **EXPERTS, "decoder_sparse_step": 1}),
+    "falcon-h1": ("FalconH1Config", None, _MAMBA),
+}
+"""The same of those that the CPU platform has no kernels for; None: every layer has both."""
 ENVIRONMENT = {"SGLANG_MAMBA_CONV_DTYPE": "float32"}
 """SGLang keeps the last inputs of convolutions in bfloat16, which is not what the oracle does."""
 
@@ -34,12 +43,14 @@ def build_tiny_recurrent_model(
     path: Path, *, seed: int, family: str, num_layers: int = 4, hidden_size: int = 64, vocab_size: int = 64
 ) -> Path:
     """A random float32 model with the 64-token tokenizer at ``path``."""
-    kind, recurrent, more = FAMILIES[family]
+    kind, recurrent, more = (FAMILIES | GPU_FAMILIES)[family]
+    if recurrent is not None:
+        more = {"layer_types": [recurrent, "full_attention"] * (num_layers // 2), **more}
     config = getattr(transformers, kind)(
         vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=2 * hidden_size,
         num_hidden_layers=num_layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
         bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False, dtype=torch.float32,
-        layer_types=[recurrent, "full_attention"] * (num_layers // 2), **more,
+        **more,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config)
     gates = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(("A_log", "dt_bias"))}

@@ -105,10 +105,14 @@ ENGINES: dict[str, Engine] = {
     "recurrent-eager-bf16": Engine(
         {**BF16, **EAGER, "max_running_requests": 40}, "recurrent-student", gpu=True, teacher="recurrent"
     ),
-    # What SGLang has no CPU implementation of: caps on attention scores, latent attention.
+    # What there is no CPU implementation of: caps on attention scores, latent attention, Qwen3-Next, Mamba.
     **{
         f"{family}-bf16": Engine(BF16, f"{family}-student", gpu=True, teacher=family)
         for family in ("gemma2-caps", "deepseek-v2")
+    },
+    **{
+        f"{family}-bf16": Engine({**BF16, "max_running_requests": 40}, f"{family}-student", gpu=True, teacher=family)
+        for family in ("qwen3-next", "falcon-h1")
     },
     "two-bf16": Engine(BF16, gpu=True),
     "drafts-bf16": Engine({**DRAFTS, **BF16}, gpu=True),
@@ -121,6 +125,7 @@ ENGINES: dict[str, Engine] = {
 
 
 def make_models(folder: Path) -> None:
+    from recurrent_models import GPU_FAMILIES as RECURRENT
     from recurrent_models import build_tiny_recurrent_model
     from tiny_models import GPU_FAMILIES, build_lora_adapter, build_tiny_tokenizer_model
     from vision_models import build_tiny_vision_model
@@ -134,6 +139,9 @@ def make_models(folder: Path) -> None:
     for role, seed, layers in (("", 4, 4), ("-student", 5, 2)):
         build_tiny_recurrent_model(folder / f"recurrent{role}", seed=seed, family="qwen3.5", num_layers=layers)
         build_tiny_vision_model(folder / f"vision{role}", seed=seed, family="qwen3-vl", num_layers=layers)
+    for family in RECURRENT:
+        build_tiny_recurrent_model(folder / family, seed=8, family=family, num_layers=4)
+        build_tiny_recurrent_model(folder / f"{family}-student", seed=9, family=family, num_layers=2)
     for family in GPU_FAMILIES:
         build_tiny_tokenizer_model(folder / family, seed=6, family=family)
         build_tiny_tokenizer_model(folder / f"{family}-student", seed=7, family=family, hidden_size=32, num_layers=1)
