@@ -479,7 +479,7 @@ def takes_settings(names: Iterable[str]) -> Callable[[F], F]:
     return decorate
 
 
-DISTILL_SECTIONS = ("data", "contexts", "sampling", "filters", "select", "output", "client")
+DISTILL_SECTIONS = ("data", "contexts", "sampling", "escalate", "filters", "select", "output", "client")
 """Sections of a distillation run (`sglang_optimal.distill.config`), which a server skips."""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from sglang_optimal.distill.escalation import step_rows, stored_steps
 from sglang_optimal.distill.manifests import read_manifests
 from sglang_optimal.distill.records import COLUMNS, MODEL_COLUMNS, OPTIONAL_COLUMNS, schema, sha256
 from sglang_optimal.distill.store import (
@@ -161,6 +162,17 @@ def _body(
     if tally.problems:
         lines += ["", "## Accepted records of a problem", "", "| accepted | problems |", "|---|---|"]
         lines += [f"| {accepted} | {problems:,} |" for accepted, problems in tally.k_of_n.items()]
+    if tally.steps:
+        lines += ["", "## Steps", "", "Each step took the problems that those before it had not solved.", ""]
+        lines += [
+            "| step | problems | samples | accepted | problems covered by then | passes |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row['step']}: {_cell(row['alpha'])} | {row['problems']:,} | {row['samples']:,} | "
+            f"{row['accepted']:,} | {row['covered_by_then']:,} | {row['passes']:,} |"
+            for row in step_rows(tally, stored_steps(manifests))
+        ]
     if tally.reasons:
         lines += ["", "## Why records were rejected", "", "| filter | reason | records |", "|---|---|---|"]
         by_filter: Counter[tuple[str, str]] = Counter(tally.reasons)

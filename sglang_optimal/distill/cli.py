@@ -243,6 +243,13 @@ def _print_tally(folder: Path, tally: Tally, *, report: bool) -> None:
 
     print(f"{folder}: {tally.accepted} accepted, {tally.rejected} rejected, {tally.tokens} tokens")
     print(f"  {coverage(tally)}")
+    if tally.steps:
+        from sglang_optimal.distill.comparison_table import step_line
+        from sglang_optimal.distill.escalation import step_rows, stored_steps
+        from sglang_optimal.distill.manifests import read_manifests
+
+        for row in step_rows(tally, stored_steps(read_manifests(folder))):
+            print(f"  {step_line(row)}")
     for (name, reason), count in tally.reasons.most_common(10):
         print(f"  {count:>7}  {name}: {reason}")
     if report and tally.total:

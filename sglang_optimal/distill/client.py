@@ -116,6 +116,7 @@ class Servers:
                 raise ValueError(f"client.api_key_env: the environment has no {settings.api_key_env}.")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._settings, self._alone = settings, alone
+        self._asked_alone = set() if alone is None else {alone}
         self._prompts: dict[str, tuple[list[int], str]] = {}
         self._rendering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._endpoints = [_Endpoint(url) for url in endpoints]
@@ -150,17 +151,21 @@ class Servers:
                 raise NoServerAvailable(f"no server answers at {urls}.")
             await asyncio.sleep(FIRST_PAUSE)
 
-    def models(self, endpoint: str) -> dict[str, str | None]:
-        """Names of models and versions at an endpoint; empty for a router, which does not tell. Where one model is
+    def models(self, endpoint: str, alone: str | None = None) -> dict[str, str | None]:
+        """Names of models and versions at an endpoint; empty for a router, which does not tell. Where one model was
         asked alone, of that one."""
         models = next(e.models for e in self._endpoints if e.url == endpoint)
-        if self._alone is None:
+        if alone is None:
             return models
-        return {name: value for name, value in models.items() if not name.startswith(OTHER_MODEL[self._alone])}
+        return {name: value for name, value in models.items() if not name.startswith(OTHER_MODEL[alone])}
 
-    def not_serving_alone(self) -> list[str]:
-        """Of the servers that have answered, those where a plain request is not for the one model that is asked."""
-        return [e.url for e in self._endpoints if e.models and self._alone not in e.serves]
+    def not_serving_alone(self, side: str) -> list[str]:
+        """Of the servers that have answered, those where a plain request is not for this model."""
+        return [e.url for e in self._endpoints if e.models and side not in e.serves]
+
+    def ask_alone(self, side: str) -> None:
+        """From now on some requests are for this model alone, others for both."""
+        self._asked_alone.add(side)
 
     def without_student(self) -> list[str]:
         """Of the servers that have answered, those that serve one model and cannot mix."""
@@ -173,6 +178,7 @@ class Servers:
             ValueError: a server has no student.
         """
         self._alone = None
+        self._asked_alone.clear()
         for url in self.without_student():
             raise _no_student(url)
 
@@ -212,7 +218,7 @@ class Servers:
         return await self._tried(ask)
 
     async def generate_alone(
-        self, context: Context, sampling: dict[str, Any], template_kwargs: dict[str, Any] | None = None
+        self, side: str, context: Context, sampling: dict[str, Any], template_kwargs: dict[str, Any] | None = None
     ) -> Sample:
         """One sample of the one model that is asked, by a plain request: one forward pass a token.
 
@@ -221,6 +227,7 @@ class Servers:
         before top-p and the like, which is what the series of a mixture are.
 
         Args:
+            side: the model, that of `Servers` or one of `ask_alone`.
             context: what the model reads.
             sampling: SGLang's sampling parameters.
             template_kwargs: extra variables for its chat template.
@@ -228,8 +235,7 @@ class Servers:
         Raises:
             BadRequestError, RetriesExhausted, NoServerAvailable: as `generate`.
         """
-        side = self._alone
-        assert side is not None, "no model is asked alone"
+        assert side in self._asked_alone, f"the {side} is not asked alone"
 
         async def ask(endpoint: _Endpoint) -> Sample:
             began = time.monotonic()
@@ -323,9 +329,10 @@ class Servers:
                 endpoint = self._endpoints[(self._next + i) % len(self._endpoints)]
                 if endpoint.resting_until <= now:
                     self._next = (self._next + i + 1) % len(self._endpoints)
-                    if not endpoint.models and await self._probe(endpoint) and self._alone is not None:
-                        for url in self.not_serving_alone():
-                            raise ValueError(f"{url}: answers plain requests not as the {self._alone}; leave it out.")
+                    if not endpoint.models and await self._probe(endpoint):
+                        for side in self._asked_alone:
+                            for url in self.not_serving_alone(side):
+                                raise ValueError(f"{url}: answers plain requests not as the {side}; leave it out.")
                     return endpoint
             await asyncio.sleep(max(0.01, min(e.resting_until for e in self._endpoints) - now))
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from sglang_optimal.distill.escalation import step_rows, stored_steps
 from sglang_optimal.distill.manifests import read_manifests
 from sglang_optimal.distill.passes import passes
 from sglang_optimal.distill.records import sha256
-from sglang_optimal.distill.store import KINDS, find_shards, read_rows
+from sglang_optimal.distill.store import KINDS, Tally, find_shards, read_rows
 from sglang_optimal.distill.surprise import RARE, tokens_below
 
 CONFIDENCE = 0.95
@@ -32,13 +33,13 @@ class Drawn:
     """One sample.
 
     Attributes:
-        order: (sample_index, id): its place among those of its problem.
+        order: (step, sample_index, id): its place among those of its problem. step: 0 where the run has none.
         accepted, tokens, passes: see `passes`.
         logprob: mean log-probability of its tokens under the student, nats; None without tokens, or where it is −inf.
         surprising: whether a token is a surprise; None where that was not stored.
     """
 
-    order: tuple[int, str]
+    order: tuple[int, int, str]
     accepted: bool
     tokens: int
     passes: int
@@ -49,13 +50,15 @@ class Drawn:
 @dataclasses.dataclass
 class Run:
     """name: in the table. folder. complete: it came to its end. problems: id: its samples in their order. fields: id: a
-    hash of the problem."""
+    hash of the problem. steps: of an escalation, see `sglang_optimal.distill.escalation.step_rows`; over all its
+    problems."""
 
     name: str
     folder: Path
     complete: bool
     problems: dict[str, list[Drawn]]
     fields: dict[str, str]
+    steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def compare(folders: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
@@ -64,7 +67,7 @@ def compare(folders: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
     At each level every run has a part of its samples: all of them; or, in rounds (each problem's first sample, in the
     order of the problems' ids, then each one's second, …), those before the first that would go beyond the number of
     tokens, or of forward passes (`passes`), that the run with the fewest has. Samples of a problem are in the order of
-    sample_index and id.
+    step, sample_index and id.
 
     Args:
         folders: of two runs or more.
@@ -111,7 +114,9 @@ def compare(folders: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
         }
     return {
         "problems": {"common": len(common), "of": {run.name: len(run.problems) for run in runs}},
-        "runs": [{"name": run.name, "complete": run.complete} for run in runs],
+        "runs": [
+            {"name": run.name, "complete": run.complete} | ({"steps": run.steps} if run.steps else {}) for run in runs
+        ],
         "confidence": CONFIDENCE,
         "bootstrap": {"resamples": RESAMPLES, "seed": seed, "unit": "problem"},
         "surprise_below": RARE,
@@ -135,11 +140,15 @@ _COLUMNS = (
 
 
 def _run(name: str, folder: Path) -> Run:
-    run = Run(name, folder, {m.get("state") for m in read_manifests(folder)} <= {"complete"}, {}, {})
+    manifests, tally = read_manifests(folder), Tally()
+    run = Run(name, folder, {m.get("state") for m in manifests} <= {"complete"}, {}, {})
     for path in [path for kind in KINDS for path in find_shards(folder, kind)]:
-        for row in read_rows([path], [*_COLUMNS, "rare_tokens"]):
+        for row in read_rows([path], [*_COLUMNS, "rare_tokens", "step"]):
             run.problems.setdefault(row["problem_id"], []).append(_drawn(row))
             run.fields[row["problem_id"]] = sha256(row["fields"])
+            if row["step"] is not None:
+                tally.add_step(row)
+    run.steps = list(step_rows(tally, stored_steps(manifests)))
     for samples in run.problems.values():
         samples.sort(key=lambda sample: sample.order)
     return run
@@ -150,9 +159,8 @@ def _drawn(row: dict[str, Any]) -> Drawn:
     if rare is None and len(logprobs) == tokens:  # of an older version
         rare = tokens_below(logprobs)
     surprising = None if rare is None else rare > 0
-    return Drawn(
-        (row["sample_index"], row["id"]), row["accepted"], tokens, passes(row), row["mean_student_logprob"], surprising
-    )
+    order = (row["step"] or 0, row["sample_index"], row["id"])
+    return Drawn(order, row["accepted"], tokens, passes(row), row["mean_student_logprob"], surprising)
 
 
 Cost = Callable[[Drawn], int]
@@ -184,8 +192,8 @@ class _Part:
             spent += 0 if cost is None else cost(sample)
             if budget is not None and spent > budget:
                 break
-            kept.add(sample.order[1])
-        lists = [[s for s in run.problems[name] if s.order[1] in kept] for name in common]
+            kept.add(sample.order[2])
+        lists = [[s for s in run.problems[name] if s.order[2] in kept] for name in common]
         self.k_of_n = Counter((sum(s.accepted for s in samples), len(samples)) for samples in lists)
         good = [[s for s in samples if s.accepted] for samples in lists]
         known = [[s for s in samples if s.logprob is not None] for samples in good]

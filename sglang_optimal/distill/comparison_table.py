@@ -36,11 +36,22 @@ def show(result: dict[str, Any], console: Console) -> None:
             cells = [figure(figures) for figures in level["runs"].values()]
             table.add_row(f"  {label}", *cells, *(difference(pair) for pair in level["differences"]))
     console.print(table)
+    for run in result["runs"]:
+        for row in run.get("steps", ()):
+            console.print(escape(f"{run['name']}, {step_line(row)}"), style="cyan")
     console.print(
         "In brackets 95 % intervals: of shares Wilson's, of differences a bootstrap's over problems; p: McNemar's "
         "exact test. Log-probabilities are of accepted samples, nats a token; surprising are those with a token below "
         f"{result['surprise_below']:g} under the student. A pass is one model's forward for one token.",
         style="dim",
+    )
+
+
+def step_line(row: Figures) -> str:
+    """A row of `sglang_optimal.distill.escalation.step_rows` in words."""
+    return (
+        f"step {row['step']} ({row['alpha']}): {row['problems']:,} problems, {row['accepted']:,} of {row['samples']:,} "
+        f"samples accepted, {row['covered_by_then']:,} problems covered by then, {row['passes']:,} passes"
     )
 
 

@@ -16,6 +16,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, create_model, f
 from pydantic.fields import FieldInfo
 
 from sglang_optimal.config import ALPHA_KEYS, SETTINGS, MixingConfig
+from sglang_optimal.distill.escalation import Escalate, Step, mixing_of_step
 from sglang_optimal.distill.filters import FILTERS, FilterConfig
 from sglang_optimal.distill.section import Section
 from sglang_optimal.distill.selection import Select
@@ -395,6 +396,9 @@ class DistillConfig(Section):
     data: Data = Data()
     contexts: Contexts
     sampling: Sampling = Sampling()
+    escalate: Escalate | None = None
+    """Several alphas in turn, each for the problems that the ones before did not solve; left out: one alpha, that of
+    ``mixing``."""
     filters: list[FilterConfig] = []
     """In this order; the first that a sample fails rejects it."""
     select: Select | None = None
@@ -412,6 +416,15 @@ class DistillConfig(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"filters: {name!r} occurs twice; give each a `name` of its own.")
+        return self
+
+    @model_validator(mode="after")
+    def _steps(self) -> DistillConfig:
+        for i, step in enumerate(self.escalate.steps if self.escalate is not None else ()):
+            try:
+                MixingConfig.from_dict(mixing_of_step(self.mixing.given(), step))
+            except ValueError as error:
+                raise ValueError(f"escalate.steps[{i}]: with the section mixing: {error}") from None
         return self
 
     @model_validator(mode="after")
@@ -575,6 +588,8 @@ _FORMS = {"<turns>": Turns, "<messages>": Message, "<sides>": SideFormats}
 _SECTIONS: dict[tuple[Any, str], Any] = {
     **{(DistillConfig, name): f.annotation for name, f in DistillConfig.model_fields.items()},
     (DistillConfig, "select"): Select,
+    (DistillConfig, "escalate"): Escalate,
+    (Escalate, "steps"): Step,
     (Contexts, "strategies"): Strategy,
 }
 

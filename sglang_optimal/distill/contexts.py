@@ -30,12 +30,13 @@ _JINJA_S_OWN = {"self", "super", "loop", "caller", "true", "false", "none", "Tru
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One sample that is to be drawn."""
+    """One sample that is to be drawn. step: of an escalation, from 1 on."""
 
     id: str
     problem: Problem
     strategy: str
     sample_index: int
+    step: int | None = None
 
 
 class ContextBuilder:
@@ -70,13 +71,14 @@ class ContextBuilder:
             for _, student in self._sides.values():
                 self._check_blind(student)
 
-    def tasks(self, problem: Problem, n: int) -> Iterator[Task]:
-        """The samples of one problem; the same whenever it is asked."""
+    def tasks(self, problem: Problem, n: int, step: int | None = None) -> Iterator[Task]:
+        """The samples of one problem, at a step of an escalation; the same whenever it is asked."""
+        behind = "" if step is None else f"/{step}"
         strategies = self._contexts.strategies
         for k in range(n):
-            chosen = strategies if self._contexts.select == "cross" else [self._drawn(problem, k)]
+            chosen = strategies if self._contexts.select == "cross" else [self._drawn(f"{problem.id}/{k}{behind}")]
             for strategy in chosen:
-                yield Task(f"{problem.id}/{strategy.name}/{k}", problem, strategy.name, k)
+                yield Task(f"{problem.id}/{strategy.name}/{k}{behind}", problem, strategy.name, k, step)
 
     def per_problem(self, n: int) -> int:
         """How many tasks a problem has."""
@@ -125,9 +127,9 @@ class ContextBuilder:
         values = {name: problem.fields.get(name) for name in self._privileged}
         return [name for name, value in values.items() if any(mentioned(value, text) for text in texts)]
 
-    def _drawn(self, problem: Problem, k: int) -> Strategy:
+    def _drawn(self, sample: str) -> Strategy:
         strategies = self._contexts.strategies
-        generator = random.Random(f"{self._seed}/{problem.id}/{k}")
+        generator = random.Random(f"{self._seed}/{sample}")
         return generator.choices(strategies, [strategy.weight for strategy in strategies])[0]
 
     def _side(self, side: str, template: Template, where: str) -> _Side:

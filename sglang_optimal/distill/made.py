@@ -45,6 +45,7 @@ class Sources:
         known = [config for config in configs if config is not None]
         of_one = len({fingerprint(config) for config in known}) == 1 and len(known) == len(configs)
         of_one &= len({manifest.get("models_run") or "both" for manifest in self.manifests}) == 1
+        of_one &= len({tuple(manifest.get("steps_run") or ()) for manifest in self.manifests}) == 1
         whole = of_one and not any(manifest.get("sources") for manifest in self.manifests)
         # The machine with the most problems and samples: what another did is a part of it.
         return max(known, key=lambda c: (c.sampling.n, c.data.limit is None, c.data.limit or 0)) if whole else None
@@ -86,9 +87,13 @@ class Sources:
         }
         if self.one is None:
             content["sources"] = self.runs
-        elif models_run := self.manifests[0].get("models_run"):
-            content["models_run"] = models_run
+        else:
+            content |= {name: value for name in _RAN if (value := self.manifests[0].get(name))}
         return content
+
+
+_RAN = ("models_run", "steps_run")
+"""What says which models ran."""
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
@@ -97,7 +102,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 def _kept(manifest: dict[str, Any]) -> dict[str, Any]:
-    names = ("run_id", "fingerprint", "models_run", "state", "shard", "planned", "failed", "config")
+    names = ("run_id", "fingerprint", *_RAN, "state", "shard", "planned", "failed", "config")
     return {name: manifest[name] for name in names if name in manifest}
 
 

@@ -12,7 +12,7 @@ import time
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from sglang_optimal.distill.card import renew_card, write_card
 from sglang_optimal.distill.client import BadRequestError, NoServerAvailable, RetriesExhausted, Sample, Servers
 from sglang_optimal.distill.config import DistillConfig
 from sglang_optimal.distill.contexts import ContextBuilder, Task
+from sglang_optimal.distill.escalation import step_configs
 from sglang_optimal.distill.filters import FilterChain, Rejection
 from sglang_optimal.distill.mentions import AnswerField
-from sglang_optimal.distill.one_model import MISSING, asked, check_filters, needs, own_server, planned
+from sglang_optimal.distill.one_model import MISSING, asked, check_filters, needs, own_server, planned, side_of
 from sglang_optimal.distill.passes import ALONE
 from sglang_optimal.distill.problems import Problem, load_problems
 from sglang_optimal.distill.progress import RunProgress
@@ -49,8 +50,8 @@ LOOK_EVERY = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """folder: of the run. planned: samples of this shard. tally: over all its records. failed: samples that servers
-    gave up on; the same command tries them again."""
+    """folder: of the run. planned: samples of this shard, of an escalation the most that may come. tally: over all its
+    records. failed: samples that servers gave up on; the same command tries them again."""
 
     folder: Path
     planned: int
@@ -69,12 +70,16 @@ class Plan:
         config: the run's settings.
         shard: (i, n): every n-th problem, from the i-th on.
 
+    Attributes:
+        steps: settings of each step of an escalation; of any other run its own alone.
+
     Raises:
         ValueError: problems, templates or filters are wrong; every context has been rendered once.
     """
 
     def __init__(self, config: DistillConfig, shard: tuple[int, int] = (0, 1)):
         self.config, self.shard = config, shard
+        self.steps = step_configs(config)
         everything = load_problems(config.data)
         index, count = shard
         self.problems = everything[index::count]
@@ -113,11 +118,25 @@ class Plan:
 
     @property
     def total(self) -> int:
-        return len(self.problems) * self.builder.per_problem(self.config.sampling.n)
+        """Samples; of an escalation the most that may come."""
+        return len(self.problems) * self.builder.per_problem(self.config.sampling.n) * len(self.steps)
 
-    def tasks(self) -> Iterator[Task]:
+    def due(self, done: Collection[str], tally: Tally, failed: Collection[str] = ()) -> Iterator[Task]:
+        """The samples to draw now, by what is stored: those of a run that are missing; of an escalation for each
+        problem those of its first step that is not whole, if no earlier one has solved it.
+
+        Args:
+            done: ids of stored records. tally: over them.
+            failed: ids not to be tried again now.
+        """
+        escalate, n = self.config.escalate, self.config.sampling.n
         for problem in self.problems:
-            yield from self.builder.tasks(problem, self.config.sampling.n)
+            for number in range(1, len(self.steps) + 1):
+                step = None if escalate is None else number
+                missing = [task for task in self.builder.tasks(problem, n, step) if task.id not in done]
+                yield from (task for task in missing if task.id not in failed)
+                if missing or (escalate and tally.accepted_until(problem.id, number) >= escalate.accept):
+                    break
 
     def sampling(self, task: Task) -> dict[str, Any]:
         """SGLang's sampling parameters for one sample."""
@@ -129,8 +148,10 @@ class Plan:
         }
         return params
 
-    def mixing_fields(self) -> dict[str, Any]:
-        fields = self.config.mixing.request_fields() | self.config.output.request_fields()
+    def mixing_fields(self, task: Task) -> dict[str, Any]:
+        """The mixing fields of one request."""
+        step = self.steps[(task.step or 1) - 1]
+        fields = step.mixing.request_fields() | self.config.output.request_fields()
         for side in ("teacher", "student"):
             if variables := self.config.contexts.variables_of(side):
                 fields[f"{side}_chat_template_kwargs"] = variables
@@ -158,6 +179,36 @@ def run(config: DistillConfig, *, shard: tuple[int, int] = (0, 1), console: Cons
         NoServerAvailable: no server answers any more. What is there is kept: run it again.
         OSError: the disk is full or the folder cannot be written; the same.
     """
+    return asyncio.run(run_here(config, shard=shard, console=console))
+
+
+async def run_here(
+    config: DistillConfig,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    console: Console | None = None,
+    api_key: str | None = None,
+) -> RunResult:
+    """As `run`, within an event loop.
+
+    Args:
+        api_key: of the endpoints, in the place of the one that ``client.api_key_env`` names.
+    """
+    check_settings(config)
+    plan = Plan(config, shard)
+    folder = Path(config.output.dir or "")
+    store = RecordStore(
+        folder, shard, format=config.output.format, shard_records=config.output.shard_records,
+        series=bool(config.output.series),
+    )  # fmt: skip
+    try:
+        return await _Run(plan, store, console or Console(stderr=True), api_key).run()
+    finally:
+        store.close()
+
+
+def check_settings(config: DistillConfig) -> None:
+    """Raises ValueError: a run cannot be made of these settings, whatever its data and servers are."""
     if config.output.dir is None:
         raise ValueError("output.dir: is required (or give --out).")
     if config.select is not None:
@@ -165,21 +216,8 @@ def run(config: DistillConfig, *, shard: tuple[int, int] = (0, 1), console: Cons
             "select: is not read by `run`, which has not got all samples of a problem while it goes on; leave it out, "
             "and give it to `distill filter RUN` when the run is done."
         )
-    planned(config)  # raises where it asks for what cannot be
-    _check_server(config)
-    plan = Plan(config, shard)
-    folder = Path(config.output.dir)
-    store = RecordStore(
-        folder, shard, format=config.output.format, shard_records=config.output.shard_records,
-        series=bool(config.output.series),
-    )  # fmt: skip
-    try:
-        return asyncio.run(_Run(plan, store, console or Console(stderr=True)).run())
-    finally:
-        store.close()
-
-
-def _check_server(config: DistillConfig) -> None:
+    for step in step_configs(config):
+        _planned(config, step)  # raises where it asks for what cannot be
     if not config.client.endpoints and not config.server.get("model_path"):
         raise ValueError(
             "client.endpoints, server.model_path: give the servers to ask (or --endpoint), or the model of a server "
@@ -187,11 +225,16 @@ def _check_server(config: DistillConfig) -> None:
         )
 
 
+def _planned(config: DistillConfig, step: DistillConfig) -> tuple[str | None, str | None]:
+    """As `planned`; a mixture that is a step of many runs both models, whatever ``one_model`` asks of the others."""
+    return (None, None) if config.escalate is not None and side_of(step) is None else planned(step)
+
+
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, plan: Plan, store: RecordStore, console: Console):
-        self._plan, self._store, self._console = plan, store, console
+    def __init__(self, plan: Plan, store: RecordStore, console: Console, api_key: str | None = None):
+        self._plan, self._store, self._console, self._api_key = plan, store, console, api_key
         self._config = plan.config
         self._manifest = self._resumed_manifest()
         # Beside the event loop, which other requests wait for; one thread, since filters may have a memory.
@@ -201,7 +244,9 @@ class _Run:
         self._refused: dict[str, set[str]] = {}  # message: problems
         self._carded = 0  # shards that the card knows of
         self._sampling_since: float | None = None
-        self._alone: str | None = None
+        self._alone: str | None = None  # the side that a whole run asks, and none beside it
+        self._sides: list[str | None] = []  # of each step, the side that runs alone
+        self._failed: set[str] = set()
         self._elapsed_before = float(self._manifest.get("elapsed_seconds", 0.0))
 
     def _resumed_manifest(self) -> dict[str, Any]:
@@ -230,19 +275,18 @@ class _Run:
         store, plan = self._store, self._plan
         if plan.filters.has_memory:
             plan.filters.remember(store.accepted_texts())
-        missing = [task for task in plan.tasks() if task.id not in store.done]
+        missing = list(plan.due(store.done, store.tally))
         self._save("running")
         if store.done:
             self._check_same_problems()
             self._say(f"resuming {store.folder}: {len(store.done)} samples are there.")
         for remark in plan.remarks() if missing else ():
             self._say(remark)
-        failed = 0
         if missing:
             self._renew_card()  # before the first record: without a card load_dataset would take all that it finds
             try:
                 async with self._servers() as servers:
-                    failed = await self._sample_all(servers, missing)
+                    await self._sample_all(servers, missing)
             finally:
                 with contextlib.suppress(OSError):  # the error that ended the run says more
                     # What is there can be read by load_dataset, however the run ended.
@@ -250,9 +294,9 @@ class _Run:
                     self._save("stopped")
                     write_card(store.folder)
         self._store.finalize()
-        self._save("complete" if not failed else "stopped", failed)
+        self._save("complete" if not self._failed else "stopped")
         write_card(store.folder)
-        return RunResult(store.folder, plan.total, store.tally, failed)
+        return RunResult(store.folder, plan.total, store.tally, len(self._failed))
 
     def _check_same_problems(self) -> None:
         """Raises ValueError: a problem has other fields than when it was sampled, under the same id."""
@@ -272,10 +316,11 @@ class _Run:
     @contextlib.asynccontextmanager
     async def _servers(self) -> AsyncIterator[Servers]:
         config = self._config
-        self._alone = self._models_to_run()
+        whys = self._models_to_run()
+        self._alone = self._sides[0] if len(self._sides) == 1 else None
         async with contextlib.AsyncExitStack() as stack:
             endpoints: Sequence[str] = config.client.endpoints
-            api_key = None
+            api_key = self._api_key
             if not endpoints:
                 self._say(f"starting a server; its log: {self._store.folder / 'server.log'}")
                 mixing, server = config.mixing.given(), config.server
@@ -288,7 +333,14 @@ class _Run:
                 Servers(endpoints, config.client, api_key=api_key, alone=self._alone)
             )
             await servers.check()
-            self._settle_models(servers)
+            for i, why in enumerate(whys):
+                self._settle_model(servers, i, why)
+            ran = [side or "both" for side in self._sides]
+            # Of an escalation: what each of its records says of a step, and this of all together.
+            self._manifest["models_run"] = ran[0] if len(set(ran)) == 1 else "both"
+            if self._config.escalate is not None:
+                self._manifest["steps_run"] = ran
+            self._save("running")
             await asyncio.to_thread(self._find_tokenizer, servers)
             yield servers
 
@@ -302,68 +354,98 @@ class _Run:
                 "not on this machine; give its folder or id as client.tokenizer."
             )
 
-    def _models_to_run(self) -> str | None:
-        """The side that is to run alone, if its servers can; None: both run.
+    def _models_to_run(self) -> list[str | None]:
+        """Settle for each step which side is to run alone, if its servers can; None: both run.
+
+        Returns:
+            Why both run where one would do, of each step; None where there is nothing to say.
 
         Raises:
             ValueError: filters need what it does not say; or the settings ask for what cannot be.
         """
-        side, why = planned(self._config)
-        ran = self._manifest.get("models_run", "both" if self._store.done else None)
-        if ran is not None:  # what a record is stays as it was
-            side, why = (None, None) if ran == "both" else (ran, None)
-        if why is not None:
-            self._say(f"both models run: {why}.")
-        if side is not None and not self._config.client.endpoints:
-            check_filters(self._config, side)  # before a server is started
-        return side
+        begun = self._begun()
+        whys: list[str | None] = []
+        for i, step in enumerate(self._plan.steps):
+            side, why = _planned(self._config, step)
+            if i < len(begun):  # what a record is stays as it was
+                side, why = (None, None) if begun[i] == "both" else (begun[i], None)
+            if side is not None and not self._config.client.endpoints:
+                check_filters(self._config, side)  # before a server is started
+            self._sides.append(side)
+            whys.append(why)
+        return whys
 
-    def _settle_models(self, servers: Servers) -> None:
-        """Decide whether one model runs alone, now that it is known what the servers serve.
+    def _begun(self) -> list[str]:
+        """What runs at each step of a run that has begun: a side, or ``both``."""
+        if self._config.escalate is not None:
+            return self._manifest.get("steps_run", [])
+        ran = self._manifest.get("models_run", "both" if self._store.done else None)
+        return [] if ran is None else [ran]
+
+    def _settle_model(self, servers: Servers, i: int, why: str | None) -> None:
+        """Decide whether one model runs alone at a step, now that it is known what the servers serve.
+
+        Args:
+            why: both run, where one would do.
 
         Raises:
             ValueError: they cannot serve it alone, and the run has begun so or asks for it; or filters need what it
                 does not say.
         """
-        side = self._alone
-        if side is not None and (urls := servers.not_serving_alone()):
-            begun = self._manifest.get("models_run") == side
+        side, at = self._sides[i], "" if self._config.escalate is None else f"step {i + 1}: "
+        if why is not None:
+            self._say(f"{at}both models run: {why}.")
+        if side is not None and (urls := servers.not_serving_alone(side)):
+            begun = self._begun()[i : i + 1] == [side]
             what = f"{urls[0]}: its plain requests are not answered by the {side}"
             if begun or self._config.sampling.one_model == "always":
                 because = "as the run has begun" if begun else "as sampling.one_model: always asks"
                 raise ValueError(
-                    f"{what}, so that it cannot run alone, {because}; start one with --model-path of the {side} and "
-                    "--student-weights none, or leave client.endpoints out, so that the run does."
+                    f"{at}{what}, so that it cannot run alone, {because}; start one with --model-path of the {side} "
+                    f"and {self._flag(side)}{self._or_own(', or leave client.endpoints out, so that the run does')}."
                 )
-            servers.ask_both()
-            self._alone = None
+            if self._alone is not None:
+                servers.ask_both()
+                self._alone = None
+            self._sides[i] = None
+            own = self._or_own(" (or the run's own server)")
             self._say(
-                f"both models run: {what}. One with --model-path of the {side} and --student-weights none (or the "
-                "run's own server) halves the forward passes."
+                f"{at}both models run: {what}. One with --model-path of the {side} and {self._flag(side)}{own} halves "
+                "the forward passes."
             )
         elif side is not None:
             check_filters(self._config, side)
+            servers.ask_alone(side)
             for url in servers.without_student():
                 self._say(f"{url}: serves {servers.models(url)[f'{side}_model']} alone, which is taken for the {side}.")
             self._say(
-                f"the {side} alone runs, one forward pass a token: {', '.join(MISSING[side])} are not known "
+                f"{at}the {side} alone runs, one forward pass a token: {', '.join(MISSING[side])} are not known "
                 "(sampling.one_model: never for both models)."
             )
-        self._manifest["models_run"] = self._alone or "both"
-        self._save("running")
 
-    async def _sample_all(self, servers: Servers, tasks: list[Task]) -> int:
-        """Returns how many samples servers gave up on."""
-        queue = iter(tasks)
+    def _flag(self, side: str) -> str:
+        """Of a server whose plain requests this side answers."""
+        if self._config.escalate is None:
+            return "--student-weights none"
+        return "--teacher-model-path" if side == "student" else "--student-model-path"
+
+    def _or_own(self, text: str) -> str:
+        """The run's own server serves one model alone where the whole run asks for it."""
+        return text if self._config.escalate is None else ""
+
+    async def _sample_all(self, servers: Servers, tasks: list[Task]) -> None:
+        """Draw these samples, and of an escalation, when all of them are there, those that are due then."""
+        plan, store = self._plan, self._store
         self._sampling_since = time.monotonic()
-        progress = RunProgress(self._plan.total, self._store.tally, self._console)
+        progress = RunProgress(plan.total, store.tally, self._console, at_most=len(plan.steps) > 1)
 
-        async def work() -> None:
+        async def work(queue: Iterator[Task]) -> None:
             for task in queue:
                 try:
                     self._keep(await self._sampled_record(servers, task))
                 except RetriesExhausted as error:
-                    progress.failed += 1
+                    self._failed.add(task.id)
+                    progress.failed = len(self._failed)
                     self._say(f"failed: {task.id}: {error}")
 
         async def keep() -> None:
@@ -383,18 +465,20 @@ class _Run:
             try:
                 async with asyncio.TaskGroup() as group:
                     helpers = [group.create_task(keep()), group.create_task(look())]
-                    async with asyncio.TaskGroup() as workers:
-                        for _ in range(min(self._config.client.concurrency, len(tasks))):
-                            workers.create_task(work())
+                    while tasks:
+                        queue = iter(tasks)
+                        async with asyncio.TaskGroup() as workers:
+                            for _ in range(min(self._config.client.concurrency, len(tasks))):
+                                workers.create_task(work(queue))
+                        self._keep_held()
+                        tasks = list(plan.due(store.done, store.tally, self._failed))
                     for helper in helpers:
                         helper.cancel()
-                self._keep_held()
             except BaseExceptionGroup as errors:
                 raise _first(errors) from None
             finally:
                 self._judge.shutdown(wait=False, cancel_futures=True)
                 await asyncio.to_thread(self._store.sync)
-        return progress.failed
 
     def _renew_card(self) -> None:
         self._carded = self._store.sealed
@@ -416,15 +500,16 @@ class _Run:
 
     async def _sampled_record(self, servers: Servers, task: Task) -> Record:
         teacher, student = self._plan.builder.render(task)
-        sampling, fields = self._plan.sampling(task), self._plan.mixing_fields()
-        side = self._alone
+        sampling, fields = self._plan.sampling(task), self._plan.mixing_fields(task)
+        side = self._sides[(task.step or 1) - 1]
         asked_for = {**sampling, **fields} if side is None else asked(sampling, side)
         try:
             if side is None:
                 sample = await servers.generate(teacher, student, sampling, fields)
             else:
                 kwargs = fields.get(f"{side}_chat_template_kwargs")
-                sample = await servers.generate_alone(student if side == "student" else teacher, sampling, kwargs)
+                context = student if side == "student" else teacher
+                sample = await servers.generate_alone(side, context, sampling, kwargs)
         except BadRequestError as error:
             problems = self._refused.setdefault(str(error), set())
             problems.add(task.problem.id)
@@ -434,7 +519,7 @@ class _Run:
         self._sampled += 1
         if sample.student_prompt_text is not None:
             self._plan.builder.check_read(task.problem, sample.student_prompt_text)
-        models = {**servers.models(sample.endpoint), f"{side or 'teacher'}_weight_version": sample.weight_version}
+        models = {**servers.models(sample.endpoint, side), f"{side or 'teacher'}_weight_version": sample.weight_version}
         record = _record(task, teacher, student, asked_for, sample, models)
         try:
             rejection = await asyncio.get_running_loop().run_in_executor(self._judge, self._judged, record)
@@ -455,7 +540,7 @@ class _Run:
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _save(self, state: str, failed: int = 0) -> None:
+    def _save(self, state: str) -> None:
         tally = self._store.tally
         self._manifest |= {
             "state": state,
@@ -463,7 +548,7 @@ class _Run:
             "elapsed_seconds": round(self._elapsed_before + self._sampling_seconds(), 1),
             "shard": "{}/{}".format(*self._plan.shard),
             "planned": self._plan.total,
-            "failed": failed,
+            "failed": len(self._failed),
             "accepted": tally.accepted,
             "rejected": tally.rejected,
             "tokens": tally.tokens,
@@ -491,6 +576,7 @@ def _record(
         problem_id=task.problem.id,
         strategy=task.strategy,
         sample_index=task.sample_index,
+        step=task.step,
         fields=task.problem.fields,
         teacher_context=teacher,
         student_context=student,

@@ -96,7 +96,7 @@ def preview(
 
 def _shown(plan: Plan, problem: Problem, readers: dict[str, SideReader]) -> Shown:
     shown = Shown(problem.id, [], [], {})
-    for task in plan.builder.tasks(problem, plan.config.sampling.n):
+    for task in plan.builder.tasks(problem, plan.config.sampling.n, None if plan.config.escalate is None else 1):
         teacher, student = plan.builder.render(task)
         contexts = plan.config.contexts
         i = _add(shown.student, contexts.format_of("student"), student, task, readers["student"])

@@ -23,18 +23,21 @@ class RunProgress:
 
     Args:
         total: samples of the whole run.
+        at_most: whether fewer may come.
         tally: counted by the store; what was there before this process began is done already.
         console: where to; a terminal gets a live display.
     """
 
-    def __init__(self, total: int, tally: Tally, console: Console):
+    def __init__(self, total: int, tally: Tally, console: Console, *, at_most: bool = False):
         self._total, self._tally, self._console = total, tally, console
+        self._at_most = "at most " if at_most else ""
         self._began = time.monotonic()
         self._tokens_before = tally.tokens
         self._recent: deque[tuple[float, int]] = deque([(self._began, tally.tokens)])
         self._bar = Progress(
-            TextColumn("[bold]samples"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("ETA"), TimeRemainingColumn(elapsed_when_finished=False), console=console,
+            TextColumn("[bold]samples" + (", of at most" if at_most else "")), BarColumn(None), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn(f"ETA {self._at_most}".strip()),
+            TimeRemainingColumn(elapsed_when_finished=False), console=console,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=total, completed=tally.total)
         self._live = Live(self, console=console, refresh_per_second=2) if console.is_terminal else None
@@ -106,10 +109,10 @@ class RunProgress:
         overall = done / seconds if seconds else 0.0
         failed = f", failed {self.failed}" if self.failed else ""
         return (
-            f"{tally.total}/{self._total} samples: accepted {tally.accepted}, rejected {tally.rejected}{failed}; "
-            f"{coverage(tally)}; "
+            f"{tally.total}/{self._at_most}{self._total} samples: accepted {tally.accepted}, "
+            f"rejected {tally.rejected}{failed}; {coverage(tally)}; "
             f"{tally.tokens} tokens, {self.rate():.0f} tok/s (average {overall:.0f}); mean alpha {alpha}; "
-            f"ETA {self._eta()}"
+            f"ETA {self._at_most}{self._eta()}"
         )
 
     def _eta(self) -> str:

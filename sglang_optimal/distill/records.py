@@ -40,10 +40,13 @@ class Record:
     """One sample of a run.
 
     Attributes:
-        id: ``problem_id/strategy/sample_index``; unique in a run and the same whenever the run is repeated.
+        id: ``problem_id/strategy/sample_index``, of an escalation ``…/step``; unique in a run and the same whenever the
+            run is repeated.
         problem_id: the problem's own id, or a hash of its fields.
         strategy: name of the prefix strategy.
-        sample_index: number of the sample among those of the problem (with ``select: cross``: of problem and strategy).
+        sample_index: number of the sample among those of the problem (with ``select: cross``: of problem and strategy;
+            of an escalation: at its step).
+        step: of an escalation, from 1 on; None in other runs.
         fields: every field of the problem.
         teacher_context, student_context: what each side read, before chat templates.
         text, token_ids: the sample. finish_reason: ``stop`` or ``length``.
@@ -90,6 +93,7 @@ class Record:
     latency: float = 0.0
     answer_probability: float | None = None
     answer_unknown: str | None = None
+    step: int | None = None
     models: dict[str, str | None] = dataclasses.field(default_factory=dict)
     accepted: bool = True
     rejected_by: str | None = None
@@ -108,6 +112,7 @@ class Record:
             "problem_id": self.problem_id,
             "strategy": self.strategy,
             "sample_index": self.sample_index,
+            "step": self.step,
             "problem": _text(self.fields.get("problem")),
             "answer": _text(self.fields.get("answer")),
             "fields": _json(self.fields),
@@ -208,10 +213,11 @@ MODEL_COLUMNS = (
 )
 
 COLUMNS = {
-    "id": "problem_id/strategy/sample_index; unique in the run",
+    "id": "problem_id/strategy/sample_index, of an escalation also /step; unique in the run",
     "problem_id": "the problem's own id, or a hash of its fields",
     "strategy": "prefix strategy: how the teacher was told",
     "sample_index": "number of the sample",
+    "step": "of an escalation: the step that it came at, from 1 on; null in other runs",
     "problem": "the field `problem`",
     "answer": "the field `answer`",
     "fields": "every field of the problem, as JSON",
@@ -289,6 +295,7 @@ def schema(optional: Collection[str] = ()) -> pyarrow.Schema:
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     types = {
         "sample_index": pa.int32(),
+        "step": pa.int32(),
         "student_messages": messages,
         "teacher_messages": messages,
         "token_ids": pa.list_(pa.int32()),

@@ -40,8 +40,10 @@ def _identity(config: DistillConfig) -> dict[str, Any]:
             values["output"].pop(name)
     if values["sampling"]["one_model"] == "auto":
         values["sampling"].pop("one_model")
-    if values["select"] is None:
-        values.pop("select")
+    for section in ("select", "escalate"):
+        if values[section] is None:
+            values.pop(section)
+    values.get("escalate", {}).pop("accept", None)  # it decides how many records there are
     for section, names in _LATER.items():
         for name in names:
             if not values[section][name]:
@@ -60,14 +62,18 @@ def stored_config(manifest: dict[str, Any]) -> DistillConfig | None:
 def is_same(manifest: dict[str, Any], config: DistillConfig) -> bool:
     """Whether a run may go on with these settings, its records being what they would be with them.
 
-    That is so where no setting differs but those of `FREE` and the sections ``client`` and ``server``, or where the
-    strategies have `grown`.
+    That is so where no setting differs but those of `FREE`, ``escalate.accept`` and the sections ``client`` and
+    ``server``, where steps were added behind the others, or where the strategies have `grown`.
     """
     if manifest.get("fingerprint") == fingerprint(config):
         return True
     old = stored_config(manifest)
     if old is None:
         return False
+    if old.escalate is not None and config.escalate is not None:
+        taken = old.escalate.steps
+        if config.escalate.steps[: len(taken)] == taken:
+            old = old.model_copy(update={"escalate": config.escalate})
     # Keys that a later version added have their defaults now, and had no place in the old fingerprint.
     return fingerprint(old) == fingerprint(config) or grown(old, config)
 
@@ -116,7 +122,9 @@ def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         before = old.get(section, default.model_dump(mode="json") if isinstance(default, Section) else default)
         if section in ("client", "server") or values == before:
             continue
-        if isinstance(values, dict) and isinstance(before, dict):
+        if section == "escalate":
+            names += [section] if values is None or before is None or values["steps"] != before["steps"] else []
+        elif isinstance(values, dict) and isinstance(before, dict):
             # Older versions had fewer keys.
             keys: Any = DistillConfig.model_fields[section].annotation
             defaults = {k: field.get_default(call_default_factory=True) for k, field in keys.model_fields.items()}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_optimal.distill.manifests import lock_name, manifest_name
+from sglang_optimal.distill.passes import passes
 from sglang_optimal.distill.records import OPTIONAL_COLUMNS, SURPRISE_COLUMNS, Record, has_top_k, schema, unpacked
 
 KINDS = {"accepted": "data", "rejected": "rejected"}
@@ -256,17 +258,28 @@ class _Journal:
             self._file = -1
 
 
-LATER_COLUMNS = ("teacher_prompt_ids", "student_prompt_ids", *SURPRISE_COLUMNS, *OPTIONAL_COLUMNS)
+LATER_COLUMNS = ("step", "teacher_prompt_ids", "student_prompt_ids", *SURPRISE_COLUMNS, *OPTIONAL_COLUMNS)
 """Columns that the records of older versions, or of runs that did not ask for them, have not got."""
 
 BATCH, LARGE_BATCH = 256, 8
 """Rows in memory at a time; the latter where each has k values a token."""
 
 TALLIED = (
-    "id", "problem_id", "strategy", "num_tokens", "mean_alpha", "rare_tokens", "accepted", "rejected_by",
-    "reject_reason",
+    "id", "problem_id", "strategy", "step", "num_tokens", "mean_alpha", "rare_tokens", "sampling", "accepted",
+    "rejected_by", "reject_reason",
 )  # fmt: skip
 """Columns that `Tally` reads."""
+
+
+@dataclasses.dataclass
+class StepTally:
+    """Of one step of an escalation: problems that took it, samples, those accepted, tokens, forward passes."""
+
+    problems: set[str] = dataclasses.field(default_factory=set)
+    samples: int = 0
+    accepted: int = 0
+    tokens: int = 0
+    passes: int = 0
 
 
 class Tally:
@@ -281,6 +294,7 @@ class Tally:
         problems: problem id: [accepted, all].
         surprising, judged: accepted records with a token that surprises the student (`surprise.RARE`), of those of
             which it is known.
+        steps: of an escalation, by number. first_accepted: problem id: the first step with an accepted sample.
     """
 
     def __init__(self) -> None:
@@ -290,6 +304,26 @@ class Tally:
         self.strategies: dict[str, list[int]] = {}
         self.problems: dict[str, list[int]] = {}
         self.surprising = self.judged = 0
+        self.steps: dict[int, StepTally] = {}
+        self.first_accepted: dict[str, int] = {}
+        self._accepted_at: Counter[tuple[str, int]] = Counter()
+
+    def accepted_until(self, problem_id: str, step: int) -> int:
+        """Accepted samples of a problem at a step and those before it."""
+        return sum(self._accepted_at[problem_id, number] for number in range(1, step + 1))
+
+    def add_step(self, row: dict[str, Any]) -> None:
+        """Count a row of an escalation in its step alone."""
+        number, problem = row["step"], row["problem_id"]
+        at = self.steps.setdefault(number, StepTally())
+        at.problems.add(problem)
+        at.samples += 1
+        at.tokens += row["num_tokens"]
+        at.passes += passes(row)
+        if row["accepted"]:
+            at.accepted += 1
+            self._accepted_at[problem, number] += 1
+            self.first_accepted[problem] = min(number, self.first_accepted.get(problem, number))
 
     def add(self, row: dict[str, Any]) -> None:
         tokens = row["num_tokens"]
@@ -297,6 +331,8 @@ class Tally:
         problem = self.problems.setdefault(row["problem_id"], [0, 0])
         strategy[1] += 1
         problem[1] += 1
+        if row["step"] is not None:
+            self.add_step(row)
         self.tokens += tokens
         self.alpha_sum += tokens * (row["mean_alpha"] or 0.0)
         if row["accepted"]:

@@ -84,6 +84,7 @@ def record_of(row: dict[str, Any]) -> PartialRecord:
         student_prompt_ids=list(row.get("student_prompt_ids") or ()),
         latency=row["latency"],
         answer_probability=row.get("answer_probability"),
+        step=row.get("step"),
         models={name: row[name] for name in MODEL_COLUMNS},
         accepted=row["accepted"],
         rejected_by=row["rejected_by"],
@@ -131,7 +132,7 @@ def all_rows(folder: Path) -> Iterator[dict[str, Any]]:
                 if name not in COLUMNS and name not in OPTIONAL_COLUMNS and name != "top_k":
                     raise ValueError(f"{path}: has the column {name!r}, which this version does not know.")
         for row in read_rows(paths):
-            yield dict.fromkeys(SURPRISE_COLUMNS) | row  # which older versions had not got
+            yield dict.fromkeys((*SURPRISE_COLUMNS, "step")) | row  # which older versions had not got
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_optimal.distill.card import read_as
+from sglang_optimal.distill.escalation import step_rows
 from sglang_optimal.distill.records import MODEL_COLUMNS
 from sglang_optimal.distill.report.samples import choose_tokenizer, sample_data
 from sglang_optimal.distill.report.statistics import KLS, SEVERAL, Statistics, collect
@@ -54,6 +55,7 @@ def write_report(folder: Path, output: Path | None = None, *, tokenizer: str | N
         verdicts=judge(statistics),
         self_check=self_check(statistics),
         strategies=_strategies(statistics),
+        steps=_steps(statistics),
         figures=figures(statistics),
         self_check_figures=self_check_figures(statistics),
         rare=RARE,
@@ -105,7 +107,7 @@ def _settings(statistics: Statistics, named: list[dict[str, str | None]]) -> lis
     if reads := read_as(run.config):
         rows.append(("read as", reads))
     if run.method == SEVERAL:
-        alpha = "differs between the runs that were merged"
+        alpha = "differs between the steps" if run.steps else "differs between the runs that were merged"
     elif run.method == "fixed":
         alpha = "fixed" if run.fixed_alpha is None else f"fixed at {run.fixed_alpha:g}"
         alpha += f": the {run.alone} alone ran" if run.alone else ""
@@ -122,7 +124,7 @@ def _settings(statistics: Statistics, named: list[dict[str, str | None]]) -> lis
         rows.append(("problems", path))
     state = ", ".join(sorted(run.states)) or "not known"
     if run.planned:
-        state += f": {statistics.tally.total:,} of {run.planned:,} planned samples"
+        state += f": {statistics.tally.total:,} of {run.planned:,} planned samples" + (" at most" if run.steps else "")
     if run.failed:
         state += f", {run.failed:,} failed (the same command tries them again)"
     rows.append(("state", state + (f"; started {run.started}" if run.started else "")))
@@ -169,6 +171,18 @@ def _strategies(statistics: Statistics) -> dict[str, Any]:
         share = f" ({percent(counts.surprising / counts.judged)})" if counts.judged else ""
         rows.append([*cells, f"{counts.surprising:,} of {counts.judged:,}{share}" if share else "–"])
     return {"names": names, "rows": rows}
+
+
+def _steps(statistics: Statistics) -> list[list[str]]:
+    """Rows of the table of an escalation's steps; none of any other run."""
+    rows = []
+    for row in step_rows(statistics.tally, statistics.run.steps):
+        low, high = wilson(row["accepted"], row["samples"])
+        share = f" ({percent(row['accepted'] / row['samples'])}; {100 * low:.0f}–{100 * high:.0f} %)"
+        counts = [f"{row[name]:,}" for name in ("problems", "samples", "accepted", "covered_by_then", "passes")]
+        counts[2] += share
+        rows.append([f"{row['step']}: {row['alpha']}", *counts])
+    return rows
 
 
 def _mean(statistics: Statistics, name: str) -> str:

@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from sglang_optimal.config import override
+from sglang_optimal.distill.escalation import stored_steps
 from sglang_optimal.distill.manifests import read_manifests
 from sglang_optimal.distill.records import MODEL_COLUMNS, schema
 from sglang_optimal.distill.report.histogram import (
@@ -49,11 +50,13 @@ class RunInfo:
     Attributes:
         name: of the folder.
         config: the settings of the run; {} when not known.
-        method: how alpha was solved; None: left to the server. `SEVERAL`: in different ways, in runs that were merged.
+        method: how alpha was solved; None: left to the server. `SEVERAL`: in different ways, in runs that were merged,
+            or at the steps of an escalation.
         alpha_min, alpha_max: bounds on the solved alpha, infinite for ``fixed`` and `SEVERAL`. fixed_alpha: its
         alpha.
         kl_budget: nats, of the methods that have a budget.
         alone: the side that ran alone; None where both did.
+        steps: of an escalation, as its settings have them.
         filters: labels in their order.
         states: of all machines. planned, failed: samples. elapsed: seconds of sampling, summed over machines.
         started: the earliest start.
@@ -67,6 +70,7 @@ class RunInfo:
     fixed_alpha: float | None
     kl_budget: float | None
     alone: str | None
+    steps: list[dict[str, Any]] | None
     filters: list[str]
     states: set[str]
     machines: int
@@ -83,7 +87,8 @@ class RunInfo:
         mixing = {name: value for name, value in (config.get("mixing") or {}).items() if value is not None}
         method = override({}, mixing).get("alpha_method")
         sources = [(source.get("config") or {}).get("mixing") for m in manifests for source in m.get("sources") or ()]
-        if any(source != sources[0] for source in sources):
+        steps = stored_steps(manifests)
+        if steps or any(source != sources[0] for source in sources):
             method, mixing = SEVERAL, {}
         ran = {m.get("models_run") or "both" for m in manifests}
         bounds = {"alpha_min": 0, "alpha_max": 1} | mixing if method not in ("fixed", SEVERAL) else {}
@@ -97,6 +102,7 @@ class RunInfo:
             fixed_alpha=mixing.get("fixed_alpha"),
             kl_budget=mixing.get("kl_budget", mixing.get("kl_budget_teacher")),
             alone=ran.pop() if len(ran) == 1 and "both" not in ran else None,
+            steps=steps,
             filters=next((m["filters"] for m in manifests if m.get("filters")), configured),
             states={m["state"] for m in manifests if m.get("state")},
             machines=len(manifests),

@@ -47,7 +47,9 @@ def headline(statistics: Statistics) -> Headline:
     share = accepted.surprising / accepted.judged if accepted.judged else 0.0
     if accepted.judged:
         text += f", {percent(share)} of the accepted have a surprise"
-    unfinished = tally.total < statistics.run.planned
+    run = statistics.run
+    # Of an escalation it is known at its end alone how many samples there are.
+    unfinished = run.states != {"complete"} if run.steps else tally.total < run.planned
     begun = f"So far: {text}." if unfinished else f"{text}."
     if not tally.accepted:
         name = max(by_filter, key=by_filter.__getitem__) if (by_filter := rejections(statistics)) else None
@@ -134,7 +136,7 @@ def _kl_balance(statistics: Statistics) -> Verdict:
     if statistics.run.kl_budget is not None and statistics.known:
         return _kl_budget(statistics.run, student, teacher, where)
     if method not in (None, "kl_symmetry"):
-        names = {"fixed": "A fixed α", SEVERAL: "A mixture of runs with different settings of α"}
+        names = {"fixed": "A fixed α", SEVERAL: "A run with different settings of α"}
         name = names.get(str(method), f"The method {method}")
         return Verdict("none", title, f"{measured} {name} does not ask for equal KLs.")
     if not statistics.known:
@@ -189,7 +191,8 @@ def _bounds(statistics: Statistics) -> Verdict:
         value = "" if run.fixed_alpha is None else f" at {run.fixed_alpha:g}"
         return Verdict("none", title, f"α was fixed{value} for every token, so it has no bounds.")
     if run.method == SEVERAL:
-        return Verdict("none", title, "The runs that were merged have different settings of α.")
+        of = "steps" if run.steps else "runs that were merged"
+        return Verdict("none", title, f"The {of} have different settings of α.")
     low, high = statistics.at_min / count, statistics.at_max / count
     together = low + high if run.alpha_min < run.alpha_max else low
     if run.kl_budget is not None:
