@@ -1,4 +1,4 @@
-"""``python -m sglang_optimal.distill``: run, filter, merge, compare, preview, report, export, push, schema."""
+"""``python -m sglang_optimal.distill``: run, probe, filter, merge, compare, preview, report, export, push, schema."""
 
 from __future__ import annotations
 
@@ -34,6 +34,28 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--n", type=int, help="Samples a problem; over sampling.n.")
     run.add_argument("--shard", default="0/1", metavar="i/n", help="This machine's part of the problems. Default: 0/1.")
     run.add_argument("--no-report", action="store_true", help="Do not write report.html at the end.")
+
+    from sglang_optimal.distill.probe_settings import DEFAULT
+
+    probe = commands.add_parser(
+        "probe", help="few problems at several settings of alpha, side by side, and which to take; again: goes on"
+    )
+    probe.add_argument("config", help="YAML file of a run; see configs/distillation.yaml.")
+    probe.add_argument("--data", help="Problems: a file, folder or dataset id; over data.path.")
+    probe.add_argument("--problems", type=int, default=50, help="The first N. Default: %(default)s.")
+    probe.add_argument("--n", type=int, default=2, help="Samples a problem. Default: %(default)s.")
+    probe.add_argument("--out", required=True, help="Folder; each setting's run is in one of its own there.")
+    probe.add_argument("--endpoint", action="append", metavar="URL", help="A running server; may be given again.")
+    probe.add_argument("--concurrency", type=int, help="Requests in flight; over client.concurrency.")
+    probe.add_argument(
+        "--settings",
+        default=DEFAULT,
+        help="student, teacher, a method, or keys of alpha (kl_budget=0.1, alpha_max=0.3; several with +), with commas "
+        "between them; with a + in front they are added to the default. Default: %(default)s.",
+    )
+    probe.add_argument("--strategies", action="store_true", help="Each strategy by itself, as with select: cross.")
+    probe.add_argument("--seed", type=int, default=0, help="Of the bootstrap. Default: %(default)s.")
+    probe.add_argument("--json", metavar="FILE", help="Another file for what is in probe.json.")
 
     from sglang_optimal.distill.selection import BY
 
@@ -176,6 +198,7 @@ def main(argv: list[str] | None = None) -> int:
 def _status(args: argparse.Namespace, stops: list[int]) -> int:
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "run": _run,
+        "probe": _probe,
         "filter": _filter,
         "merge": _merge,
         "compare": _compare,
@@ -235,6 +258,40 @@ def _run(args: argparse.Namespace) -> int:
     _print_tally(result.folder, result.tally, report=not args.no_report)
     if not result.complete:
         return _say(f"{result.failed} samples failed; the same command tries them again.", 1)
+    return 0
+
+
+def _probe(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from rich.console import Console
+
+    from sglang_optimal.distill.client import NoServerAvailable
+    from sglang_optimal.distill.compare import write_comparison
+    from sglang_optimal.distill.probe import arms_of, assessed, run_arms
+    from sglang_optimal.distill.probe_table import draw, show
+
+    if args.seed < 0:
+        raise ValueError(f"--seed: must not be negative, got {args.seed}.")
+    config, out = _config(args), Path(args.out)
+    arms = arms_of(config, out, settings=args.settings, strategies=args.strategies, problems=args.problems)
+    if config.escalate is not None:
+        _say("escalate: is left out; every setting is sampled for every problem.", 0)
+    try:
+        results = asyncio.run(run_arms(arms, out, Console(stderr=True)))
+    except NoServerAvailable as error:
+        return _say(f"stopped: {error} The same command goes on from here.", 1)
+    if failed := sum(result.failed for result in results):
+        return _say(f"{failed} samples failed; the same command tries them again.", 1)
+    found = assessed(arms, seed=args.seed)
+    for path in (out / "probe.json", *([Path(args.json)] if args.json else [])):
+        write_comparison(found, path)
+    left_out = draw(found, out / "probe.svg")
+    console = Console(highlight=False)
+    show(found, console if console.is_terminal else Console(highlight=False, width=200))
+    print(f"{out / 'probe.json'}, {out / 'probe.svg'}")
+    if left_out:
+        print(f"  no point, for want of accepted samples with a student logprob: {', '.join(left_out)}")
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from sglang_optimal.distill.equations import equations
 from sglang_optimal.distill.escalation import step_rows, stored_steps
 from sglang_optimal.distill.manifests import read_manifests
 from sglang_optimal.distill.passes import passes
@@ -37,6 +38,8 @@ class Drawn:
         accepted, tokens, passes: see `passes`.
         logprob: mean log-probability of its tokens under the student, nats; None without tokens, or where it is −inf.
         surprising: whether a token is a surprise; None where that was not stored.
+        kl: mean KL(mixture‖student) of its tokens, nats; None without tokens, or where it was not stored.
+        equations: of an accepted text, whether all its equations are true; None without any, or where nobody asked.
     """
 
     order: tuple[int, int, str]
@@ -45,6 +48,8 @@ class Drawn:
     passes: int
     logprob: float | None
     surprising: bool | None
+    kl: float | None = None
+    equations: bool | None = None
 
 
 @dataclasses.dataclass
@@ -61,7 +66,7 @@ class Run:
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
-def compare(folders: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
+def compare(folders: Sequence[Path], *, seed: int = 0, texts: bool = False) -> dict[str, Any]:
     """Compare runs, paired by problem.
 
     At each level every run has a part of its samples: all of them; or, in rounds (each problem's first sample, in the
@@ -72,6 +77,8 @@ def compare(folders: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
     Args:
         folders: of two runs or more.
         seed: of the bootstrap.
+        texts: whether to look for equations in the accepted texts (`sglang_optimal.distill.equations`), and count those
+            in which there are some (``with_equations``) and all are true (``sound``).
 
     Returns:
         What `table` shows and ``--output`` writes: ``problems`` (in common, and of each run), ``runs``, and for each of
@@ -84,7 +91,7 @@ def compare(folders: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
         ValueError: fewer than two runs, one twice, no problem in common, one id for different problems, or a damaged
             file.
     """
-    runs = _read(folders)
+    runs = _read(folders, texts=texts)
     common = sorted(set.intersection(*(set(run.problems) for run in runs)))
     if not common:
         raise ValueError("compare: the runs have no problem in common (by problem_id), so nothing can be paired.")
@@ -105,7 +112,10 @@ def compare(folders: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
         levels[level] = {
             "means": words,
             "budget": budget,
-            "runs": {run.name: part.figures() for run, part in zip(runs, parts, strict=True)},
+            "runs": {
+                run.name: part.figures() | {"student_logprob_interval": _interval("student_logprob", sums)}
+                for run, part, sums in zip(runs, parts, resampled, strict=True)
+            },
             "differences": [
                 {"of": runs[j].name, "minus": runs[i].name}
                 | _difference(parts[j], parts[i], resampled[j], resampled[i])
@@ -124,26 +134,26 @@ def compare(folders: Sequence[Path], *, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _read(folders: Sequence[Path]) -> list[Run]:
+def _read(folders: Sequence[Path], *, texts: bool) -> list[Run]:
     folders = [Path(folder) for folder in folders]
     if len({folder.resolve() for folder in folders}) < max(len(folders), 2):
         raise ValueError("compare: give two or more runs, each once.")
     last = Counter(folder.resolve().name for folder in folders)
     names = [folder.resolve().name if last[folder.resolve().name] == 1 else str(folder) for folder in folders]
-    return [_run(name, folder) for name, folder in zip(names, folders, strict=True)]
+    return [_run(name, folder, texts=texts) for name, folder in zip(names, folders, strict=True)]
 
 
 _COLUMNS = (
     "id", "problem_id", "sample_index", "accepted", "num_tokens", "mean_student_logprob", "sampling", "fields",
-    "student_logprob",
+    "student_logprob", "mean_kl_to_student",
 )  # fmt: skip
 
 
-def _run(name: str, folder: Path) -> Run:
+def _run(name: str, folder: Path, *, texts: bool) -> Run:
     manifests, tally = read_manifests(folder), Tally()
     run = Run(name, folder, {m.get("state") for m in manifests} <= {"complete"}, {}, {})
     for path in [path for kind in KINDS for path in find_shards(folder, kind)]:
-        for row in read_rows([path], [*_COLUMNS, "rare_tokens", "step"]):
+        for row in read_rows([path], [*_COLUMNS, "rare_tokens", "step", *(["text"] if texts else [])]):
             run.problems.setdefault(row["problem_id"], []).append(_drawn(row))
             run.fields[row["problem_id"]] = sha256(row["fields"])
             if row["step"] is not None:
@@ -160,7 +170,11 @@ def _drawn(row: dict[str, Any]) -> Drawn:
         rare = tokens_below(logprobs)
     surprising = None if rare is None else rare > 0
     order = (row["step"] or 0, row["sample_index"], row["id"])
-    return Drawn(order, row["accepted"], tokens, passes(row), row["mean_student_logprob"], surprising)
+    found = equations(row["text"]) if row["accepted"] and "text" in row else []
+    return Drawn(
+        order, row["accepted"], tokens, passes(row), row["mean_student_logprob"], surprising,
+        row["mean_kl_to_student"], all(equation.true for equation in found) if found else None,
+    )  # fmt: skip
 
 
 Cost = Callable[[Drawn], int]
@@ -182,7 +196,8 @@ class _Part:
         sums: by name, one for each of N problems, [N] float64. problems: 1. samples; sampled: 1 where it has any.
             accepted; covered: 1 where it has any of them. rate: accepted of its samples. tokens, accepted_tokens,
             passes. Of accepted samples, known: tokens of those with a log-probability, logprob: its sum; judged: those
-            known to be surprising or not, surprising: those that are.
+            known to be surprising or not, surprising: those that are; kl_known and kl: likewise; with_equations: those
+            with an equation, sound: those where all are true.
         k_of_n: (accepted, samples): problems.
     """
 
@@ -197,6 +212,7 @@ class _Part:
         self.k_of_n = Counter((sum(s.accepted for s in samples), len(samples)) for samples in lists)
         good = [[s for s in samples if s.accepted] for samples in lists]
         known = [[s for s in samples if s.logprob is not None] for samples in good]
+        with_kl = [[s for s in samples if s.kl is not None] for samples in good]
         judged = [[s for s in samples if s.surprising is not None] for samples in good]
         columns = {
             "problems": [1] * len(lists),
@@ -210,6 +226,10 @@ class _Part:
             "passes": [sum(s.passes for s in samples) for samples in lists],
             "known": [sum(s.tokens for s in samples) for samples in known],
             "logprob": [math.fsum(s.tokens * (s.logprob or 0.0) for s in samples) for samples in known],
+            "kl_known": [sum(s.tokens for s in samples) for samples in with_kl],
+            "kl": [math.fsum(s.tokens * (s.kl or 0.0) for s in samples) for samples in with_kl],
+            "with_equations": [sum(s.equations is not None for s in samples) for samples in good],
+            "sound": [sum(bool(s.equations) for s in samples) for samples in good],
             "judged": [len(samples) for samples in judged],
             "surprising": [sum(bool(s.surprising) for s in samples) for samples in judged],
         }
@@ -235,6 +255,9 @@ class _Part:
             "passes": int(total["passes"]),
             "accepted_per_1000_passes": _finite(_quantity("accepted_per_1000_passes", total)),
             "student_logprob": _finite(_quantity("student_logprob", total)),
+            "kl_to_student": _finite(_quantity("kl_to_student", total)),
+            "with_equations": int(total["with_equations"]),
+            "sound": int(total["sound"]),
             "surprising": int(total["surprising"]) if total["judged"] else None,
             "surprising_share": _share(total["surprising"], total["judged"]),
         }
@@ -267,11 +290,13 @@ def _resampled(parts: Sequence[_Part], seed: int) -> list[dict[str, np.ndarray]]
 
 
 Sums = dict[str, np.ndarray]
+_ENDS = [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)]
 _QUANTITIES: dict[str, tuple[str, str, float]] = {
     "covered_share": ("covered", "problems", 1.0),
     "mean_rate": ("rate", "sampled", 1.0),
     "accepted_per_1000_passes": ("accepted", "passes", 1000.0),
     "student_logprob": ("logprob", "known", 1.0),
+    "kl_to_student": ("kl", "kl_known", 1.0),
     "surprising_share": ("surprising", "judged", 1.0),
 }
 """Name: (sum over problems, of which sum it is a share, times)."""
@@ -292,10 +317,16 @@ def _difference(a: _Part, b: _Part, of_a: Sums, of_b: Sums) -> dict[str, Any]:
         if not np.isfinite(value) or not np.isfinite(spread).any():
             found[name] = None
             continue
-        low, high = np.nanpercentile(spread, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
+        low, high = np.nanpercentile(spread, _ENDS)
         found[name] = {"value": float(value), "low": float(low), "high": float(high)}
     p = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
     return found | {"covered_by_one_alone": [only_a, only_b], "mcnemar_p": p}
+
+
+def _interval(name: str, sums: Sums) -> list[float] | None:
+    """Of one run, over the resamples in which there is something; None without any."""
+    spread = _quantity(name, sums)
+    return [float(end) for end in np.nanpercentile(spread, _ENDS)] if np.isfinite(spread).any() else None
 
 
 def _quantity(name: str, sums: Sums) -> np.ndarray:

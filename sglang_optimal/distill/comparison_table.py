@@ -41,8 +41,8 @@ def show(result: dict[str, Any], console: Console) -> None:
             console.print(escape(f"{run['name']}, {step_line(row)}"), style="cyan")
     console.print(
         "In brackets 95 % intervals: of shares Wilson's, of differences a bootstrap's over problems; p: McNemar's "
-        "exact test. Log-probabilities are of accepted samples, nats a token; surprising are those with a token below "
-        f"{result['surprise_below']:g} under the student. A pass is one model's forward for one token.",
+        "exact test. Log-probabilities and KL are of accepted samples, nats a token; surprising are those with a token "
+        f"below {result['surprise_below']:g} under the student. A pass is one model's forward for one token.",
         style="dim",
     )
 
@@ -127,5 +127,6 @@ _ROWS: tuple[tuple[str, Callable[[Figures], str], Callable[[Figures], str]], ...
         _changed("accepted_per_1000_passes", 1, 2),
     ),
     ("student logprob", _plain("student_logprob", digits=3), _changed("student_logprob", 1, 3)),
+    ("KL to the student", _plain("kl_to_student", digits=3), _changed("kl_to_student", 1, 3)),
     ("surprising", _share("surprising"), _changed("surprising_share", 100)),
 )

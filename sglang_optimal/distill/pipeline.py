@@ -31,7 +31,7 @@ from sglang_optimal.distill.passes import ALONE
 from sglang_optimal.distill.problems import Problem, load_problems
 from sglang_optimal.distill.progress import RunProgress
 from sglang_optimal.distill.records import Context, NotStored, PartialRecord, Record, stored_fields
-from sglang_optimal.distill.server import OwnServer
+from sglang_optimal.distill.server import OwnServer, SharedServer
 from sglang_optimal.distill.settings import fingerprint, is_same, refusal
 from sglang_optimal.distill.shown import MissingValue
 from sglang_optimal.distill.store import RecordStore, Tally
@@ -121,6 +121,13 @@ class Plan:
         """Samples; of an escalation the most that may come."""
         return len(self.problems) * self.builder.per_problem(self.config.sampling.n) * len(self.steps)
 
+    def tasks(self) -> Iterator[Task]:
+        """Every sample; of an escalation every one that may come."""
+        for problem in self.problems:
+            for number in range(1, len(self.steps) + 1):
+                step = None if self.config.escalate is None else number
+                yield from self.builder.tasks(problem, self.config.sampling.n, step)
+
     def due(self, done: Collection[str], tally: Tally, failed: Collection[str] = ()) -> Iterator[Task]:
         """The samples to draw now, by what is stored: those of a run that are missing; of an escalation for each
         problem those of its first step that is not whole, if no earlier one has solved it.
@@ -187,12 +194,12 @@ async def run_here(
     *,
     shard: tuple[int, int] = (0, 1),
     console: Console | None = None,
-    api_key: str | None = None,
+    shared: SharedServer | None = None,
 ) -> RunResult:
     """As `run`, within an event loop.
 
     Args:
-        api_key: of the endpoints, in the place of the one that ``client.api_key_env`` names.
+        shared: the server of several runs, where there are no endpoints.
     """
     check_settings(config)
     plan = Plan(config, shard)
@@ -202,7 +209,7 @@ async def run_here(
         series=bool(config.output.series),
     )  # fmt: skip
     try:
-        return await _Run(plan, store, console or Console(stderr=True), api_key).run()
+        return await _Run(plan, store, console or Console(stderr=True), shared).run()
     finally:
         store.close()
 
@@ -233,8 +240,8 @@ def _planned(config: DistillConfig, step: DistillConfig) -> tuple[str | None, st
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, plan: Plan, store: RecordStore, console: Console, api_key: str | None = None):
-        self._plan, self._store, self._console, self._api_key = plan, store, console, api_key
+    def __init__(self, plan: Plan, store: RecordStore, console: Console, shared: SharedServer | None = None):
+        self._plan, self._store, self._console, self._shared = plan, store, console, shared
         self._config = plan.config
         self._manifest = self._resumed_manifest()
         # Beside the event loop, which other requests wait for; one thread, since filters may have a memory.
@@ -320,8 +327,10 @@ class _Run:
         self._alone = self._sides[0] if len(self._sides) == 1 else None
         async with contextlib.AsyncExitStack() as stack:
             endpoints: Sequence[str] = config.client.endpoints
-            api_key = self._api_key
-            if not endpoints:
+            api_key = None
+            if not endpoints and self._shared is not None:
+                endpoints, api_key = [await self._shared.url()], config.server.get("api_key")
+            elif not endpoints:
                 self._say(f"starting a server; its log: {self._store.folder / 'server.log'}")
                 mixing, server = config.mixing.given(), config.server
                 if self._alone is not None:

@@ -18,6 +18,34 @@ STARTS = 5
 """Starts of a server in all; after that it is taken as broken."""
 
 
+class SharedServer:
+    """One server of several runs, started when the first of them needs it and stopped when the block ends.
+
+    Args:
+        mixing, server: the sections of their file.
+        log: file for what it prints.
+    """
+
+    def __init__(self, mixing: dict[str, Any], server: dict[str, Any], log: Path):
+        self._sections, self._log = (mixing, server), log
+        self._stack = contextlib.AsyncExitStack()
+        self._own: OwnServer | None = None
+
+    async def __aenter__(self) -> SharedServer:
+        return self
+
+    async def __aexit__(self, *exc_info) -> None:
+        await self._stack.aclose()
+
+    async def url(self) -> str:
+        """Where it is. Raises ValueError: it does not start."""
+        if self._own is None:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            own = OwnServer(*self._sections, self._log)
+            self._own = await self._stack.enter_async_context(own)
+        return self._own.url
+
+
 class OwnServer:
     """``python -m sglang_optimal.launch_server`` on a free port of this machine.
 

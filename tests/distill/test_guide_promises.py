@@ -21,7 +21,7 @@ from stub_server import stub_answer, stub_server
 from test_filters import record, verdict
 
 from sglang_optimal import supervise, wanted
-from sglang_optimal.distill import leaks, server, surprise
+from sglang_optimal.distill import leaks, probe_advice, server, surprise
 from sglang_optimal.distill.cli import main
 from sglang_optimal.distill.config import Output
 from sglang_optimal.distill.filters.surprise import Surprise
@@ -62,6 +62,9 @@ def words(text: str) -> str:
         ("distillation_guide", "`floor`, by default 0.001", Surprise.model_fields["floor"].default, 1e-3),
         ("distillation_guide", "gives less than 0.1 where it first stands", surprise.LEAP, 0.1),
         ("distillation_guide", "amber above 10 % of the accepted", verdicts.SURPRISE_SHARE, 0.1),
+        ("distillation_guide", "none can cover more than a tenth of the problems beyond", probe_advice.MARGIN, 0.1),
+        ("distillation_guide", "at least 6 problems that the other does not", probe_advice.LEAST_DISCORDANT, 6),
+        ("distillation_guide", "McNemar's exact test has p < 0.05", probe_advice.LEVEL, 0.05),
         ("distillation_guide", "Below 50 % the training sees", verdicts.COVERED_SHARE, 0.5),
         ("operations", "a run of ten minutes forgives", supervise.STEADY_SECONDS, 600),
         ("architecture", "A prefix of at least 32 tokens", guest_kv.MIN_ALIASED_PREFIX, 32),
