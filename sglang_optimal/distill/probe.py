@@ -75,7 +75,8 @@ def arms_of(
         raise ValueError(f"--settings: {settings!r} is one setting; give two or more.")
     for arm in arms:
         check_settings(arm.config)
-    Plan(arms[0].config)  # data and templates, which all have
+    limit = config.data.model_copy(update={"limit": min(problems, config.data.limit or problems)})
+    Plan(config.model_copy(update={"data": limit}))  # data, all templates and filters
     return arms
 
 

@@ -25,10 +25,10 @@ def settings_of(text: str) -> dict[str, dict[str, Any]]:
     if text.startswith("+"):
         text = f"{DEFAULT},{text[1:]}"
     found: dict[str, dict[str, Any]] = {}
-    for name in (part.strip() for part in text.split(",")):
+    for name in text.replace(" ", "").split(","):
         keys: dict[str, Any] = {}
         for part in name.split("+"):
-            key, given, value = (piece.strip() for piece in part.partition("="))
+            key, given, value = part.partition("=")
             more = _value(name, key, value) if given else ENDS.get(key) or _method(name, key)
             if twice := keys.keys() & more.keys():
                 raise ValueError(f"--settings: {name!r} gives {twice.pop()} twice.")

@@ -68,17 +68,24 @@ def test_wrong_settings_start_nothing(tmp_path, capsys, text, message):
     ("more", "message"),
     [
         (("--problems", "0"), "--problems: must be positive"), (("--n", "0"), "sampling.n"),
-        (("--seed=-1",), "--seed: must not be negative"), (("--data", "/none.jsonl"), "no such file"),
+        (("--seed=-1",), "--seed: must not be negative"),
+        (("--strategies",), "strategies[1].teacher: the data has no field"),
+        (("--data", "/none.jsonl"), "no such file"),
     ],
 )  # fmt: skip
 def test_wrong_flags(tmp_path, capsys, more, message):
     folder = Folder(tmp_path)
+    if more == ("--strategies",):
+        folder.configure(contexts=strategies("a", "b") | {"strategies": [{"teacher": "a"}, A_TYPO]})
     assert folder_probe(folder, "http://127.0.0.1:9", *more) == 2
     assert message in capsys.readouterr().err and not folder.out.exists()
     made = make_run(tmp_path / "run", [record()])
     before = contents(made)
     assert folder_probe(folder, "http://127.0.0.1:9", "--out", str(made)) == 2
     assert "is a run; give a folder for the runs" in capsys.readouterr().err and contents(made) == before
+
+
+A_TYPO = {"name": "b", "teacher": "{answre}"}
 
 
 def strategies(*names, **more):
