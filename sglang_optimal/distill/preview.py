@@ -57,7 +57,8 @@ class Shown:
 class Preview:
     """Attributes:
     problems: the first of the run's. references: see `judge_references`. judged: problems that were looked at for it.
-    remarks: see `Plan.remarks`. total_problems, total_samples: of the run.
+    remarks: see `Plan.remarks`. total_problems, total_samples: of the run; of an escalation
+            with its steps the most that may come.
     """
 
     problems: list[Shown]
@@ -66,6 +67,7 @@ class Preview:
     remarks: list[str]
     total_problems: int
     total_samples: int
+    steps: int = 1
 
 
 def preview(
@@ -91,7 +93,7 @@ def preview(
     shown = [_shown(plan, problem, readers) for problem in plan.problems[:problems]]
     several = plan.problems[:judged]
     references = judge_references(plan.config.filters, several, plan.config.data.privileged) if several else []
-    return Preview(shown, references, len(several), plan.remarks(), len(plan.problems), plan.total)
+    return Preview(shown, references, len(several), plan.remarks(), len(plan.problems), plan.total, len(plan.steps))
 
 
 def _shown(plan: Plan, problem: Problem, readers: dict[str, SideReader]) -> Shown:
@@ -147,7 +149,7 @@ def show(done: Preview, console: Console) -> None:
         _say(console, "no filter of the type answer: the references are not judged.", style="dim")
     for remark in done.remarks:
         _say(console, remark, style="yellow")
-    _say(console, f"{done.total_problems} problems, {done.total_samples} samples; the file is valid.")
+    _say(console, f"{done.total_problems} problems, {_at_most(done)}{done.total_samples} samples; the file is valid.")
 
 
 def _say(console: Console, text: str, style: str | None = None, end: str = "\n") -> None:
@@ -181,6 +183,10 @@ def _show_problem(shown: Shown, console: Console) -> None:
             else:
                 _say(console, f"{{+{_indented(text)}+}}", style="green", end="")
         _say(console, "")
+
+
+def _at_most(done: Preview) -> str:
+    return f"{done.steps} steps, at most " if done.steps > 1 else ""
 
 
 def _samples(ids: Sequence[str]) -> str:

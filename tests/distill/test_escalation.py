@@ -134,6 +134,13 @@ def level_of(row: dict) -> int:
     return STEPS.index(next(step for step in STEPS if sampling.items() >= step.items()))
 
 
+def test_preview(folder, capsys):
+    argv = ["preview", str(folder.root / "run.yaml"), "--data", str(folder.root / "problems.jsonl"), "--problems", "1"]
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert "40 problems, 4 steps, at most 320 samples" in said and re.search(r"p0/[ab]/0/1", said)
+
+
 def test_the_student_alone_first(folder, solving, capsys):
     """On a server whose plain requests the student answers its step costs one pass a token."""
     solving.more_info = {"plain_requests_of": ["student"]}
