@@ -56,6 +56,6 @@ def test_two_models(tmp_path, teacher, student):
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
 def test_shared_weights(tmp_path, family):
     model = build_tiny_tokenizer_model(tmp_path / "model", seed=43, family=family)
-    with start((model, model), **SMALL) as sampler:
+    with start((model, model), **{**SMALL, "max_total_tokens": 720}) as sampler:  # for both contexts
         assert mixing_state(sampler)["shared_weights"]
         check_everything(sampler, oracle_of(model, model))

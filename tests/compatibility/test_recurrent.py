@@ -30,16 +30,16 @@ ENGINES = {
     "lfm2 lfm2": {"chunked_prefill_size": 16},
     "lfm2 qwen3.5": {},
     # One model for both sides: rows of one forward, and states of one pool.
-    "qwen3.5": {},
+    "qwen3.5": {"max_total_tokens": 720},
     "qwen3.5, no buffer": {**NO_BUFFER, "max_mamba_cache_size": 16},
     "qwen3.5, no cache": {"disable_radix_cache": True},
     "qwen3.5, few states": {"max_mamba_cache_size": 12},
     "qwen3.5, pages": {"page_size": 64, "max_total_tokens": 960},
     "lfm2": {"chunked_prefill_size": 16},
     "qwen3.5-moe qwen3.5": {},
-    "qwen3.5-moe": {},
+    "qwen3.5-moe": {"max_total_tokens": 720},
     "lfm2-moe lfm2-moe": {},
-    "lfm2-moe": {},
+    "lfm2-moe": {"max_total_tokens": 720},
 }
 FAST = ("qwen3.5 qwen3.5", "qwen3.5")
 
