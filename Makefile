@@ -9,7 +9,7 @@ MODEL := models/smollm2-135m-instruct
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup model demo distill-demo example-loop test test-sglang test-slow fuzz soak audit lint format bench bench-drafts bench-gpu serve-demo clean
+.PHONY: help setup model demo distill-demo example-loop test test-sglang test-slow fuzz soak audit lint format bench bench-drafts bench-gpu proof proof-gpu serve-demo clean
 SOAK_SECONDS ?= 1800
 FUZZ_SECONDS ?= 3600
 # Two files at once, a core each, in the order of collection: see tests/conftest.py.
@@ -19,6 +19,8 @@ BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 BENCH_TEACHER ?=
 BENCH_STUDENT ?=
 GPU_SECONDS ?= 600
+# Minutes of make proof; the same command goes on.
+PROOF_MINUTES ?= 90
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -86,6 +88,14 @@ bench-drafts: $(MODEL)/config.json  ## two students distilled for a few minutes,
 bench-gpu: $(MODEL)/config.json  ## all checks of a one-GPU machine, dummy weights, GPU_SECONDS (600) at most; see bench/gpu/README.md
 	$(BIN)/python -m bench.gpu.run_checks --stage all --budget $(GPU_SECONDS) \
 		$(if $(BENCH_TEACHER),--teacher $(BENCH_TEACHER)) $(if $(BENCH_STUDENT),--student $(BENCH_STUDENT))
+
+proof: $(MODEL)/config.json  ## what the mixture teaches beside other ways, docs/proof.md; PROOF_MINUTES (90) on two idle cores, again goes on
+	$(BIN)/python -m bench.proof --budget $(PROOF_MINUTES) --model-path $(MODEL) $(ARGS)
+	$(BIN)/python -m bench.proof.page
+
+proof-gpu: $(MODEL)/config.json  ## the same with larger batches, ten minutes on one GPU
+	$(BIN)/python -m bench.proof --scale gpu --budget 10 --model-path $(MODEL) $(ARGS)
+	$(BIN)/python -m bench.proof.page
 
 audit: $(READY)  ## known vulnerabilities of everything installed; fails if something cannot be looked up
 	$(BIN)/pip freeze --exclude-editable > $(VENV)/audit.txt
