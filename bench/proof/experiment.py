@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bench.proof import rounds
 from bench.proof.lines import Results
-from bench.proof.plan import REFERENCE, Cell, data_arms, estimate, split
+from bench.proof.plan import REFERENCE, Cell, estimate, sources_of, split, tokens_of
 from bench.proof.policies import MEASURE, POLICIES, Pools, Taken, cut, take
 from bench.proof.sources import Drawn, pool, sample
 from bench.proof.tasks import TASKS, Task, followed, judged
@@ -33,7 +33,8 @@ class Experiment:
     def __init__(self, results: Results, out: Path, model: str, engines: Servers, console: Console):
         self.results, self.scale, self.out, self.model = results, results.scale, out, model
         self.engines, self.console = engines, console
-        self._pools: dict[tuple[str, int], Pools] = {}
+        self._pools: dict[str, dict[str, list[Drawn]]] = {}
+        self._pools_are: tuple[str, int] | None = None
 
     def run(self, cells: Sequence[Cell], budget: float | None = None) -> list[Cell]:
         """Run what has no line yet, in order.
@@ -162,23 +163,27 @@ class Experiment:
         """Their ids."""
         return [f"{i:04d}" for i in range(self.scale.problems)]
 
-    def _pools_of(self, task: Task, seed: int) -> Pools:
-        if (task.name, seed) not in self._pools:
-            self._pools.clear()  # those of one task and seed are enough
-            self._pools[task.name, seed] = {name: pool(task, seed, name, self.out) for name in task.sources}
-        return self._pools[task.name, seed]
+    def _pools_of(self, task: Task, seed: int, sources: set[str]) -> Pools:
+        """Read once, as long as no other task or seed is asked for."""
+        if self._pools_are != (task.name, seed):
+            self._pools_are = (task.name, seed)
+            self._pools = {}
+        for name in sources - set(self._pools):
+            self._pools[name] = pool(task, seed, name, self.out)
+        return self._pools
 
     def _taken(self, cell: Cell) -> Taken:
         task = TASKS[cell.task]
         policy, variant = split(cell.arm)
-        pools, problems = self._pools_of(task, cell.seed), self._problems(task)
+        pools = self._pools_of(task, cell.seed, sources_of(policy) | sources_of(MEASURE))
+        problems = self._problems(task)
         most = take(POLICIES[MEASURE], pools, problems, "plain").passes
         return take(POLICIES[policy], pools, problems, variant, most)
 
     def _equal_tokens(self, cell: Cell) -> int:
-        """The accepted tokens of the arm of `TOKENS_OF` that has the fewest."""
-        arms = [arm for arm in data_arms(cell.task) if arm in TOKENS_OF]
-        counts = [self._taken(Cell("data", cell.task, arm, "passes", cell.seed)).accepted_tokens for arm in arms]
+        """The accepted tokens of the arm of `tokens_of` that has the fewest, but none."""
+        arms = [Cell("data", cell.task, arm, "passes", cell.seed) for arm in tokens_of(cell.task)]
+        counts = [self._taken(arm).accepted_tokens for arm in arms]
         return min(count for count in counts if count) if any(counts) else 0
 
     def _counted(self, taken: Taken, task: Task) -> dict[str, Any]:
@@ -194,7 +199,6 @@ class Experiment:
         }  # fmt: skip
 
 
-TOKENS_OF = ("rs", "mix", "mix-sound", "star", "teacher")
 _KINDS: dict[str, Callable[[Experiment, Cell], dict[str, Any]]] = {
     "untrained": Experiment._untrained, "sample": Experiment._sample, "data": Experiment._data,
     "train": Experiment._train, "teacher": Experiment._teacher, "rounds": Experiment._rounds,

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from bench.proof.lines import Line
-from bench.proof.policies import POLICIES
+from bench.proof.policies import MEASURE, POLICIES
 from bench.proof.scales import Scale
 from bench.proof.sources import SOURCES, VARIANTS
 from bench.proof.tasks import TASKS
@@ -32,9 +32,8 @@ class Cell:
 
     def __str__(self) -> str:
         level = "" if self.level == "all" else f" at equal {self.level}"
-        return (
-            f"{self.kind} {self.task} {self.arm}{level}, seed {self.seed}{f', round {self.round}' * bool(self.round)}"
-        )
+        round = f", round {self.round}" if self.round else ""
+        return f"{self.kind} {self.task} {self.arm}{level}, seed {self.seed}{round}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +50,27 @@ def _at(level: str, *arms: str) -> tuple[tuple[str, str], ...]:
 
 
 PARTS: tuple[Part, ...] = (
-    Part("one-step", _at("passes", "mix", "rs", REFERENCE), "H1, H2, H4, H7"),
+    Part("one-step", _at("passes", "mix", "rs", REFERENCE), "H1, H2, H7"),
     Part("two-step", _at("passes", "star", "mix"), "H3"),
     Part("skilled", _at("rounds", "mix-kl", "own-kl"), "H8, H9"),
     Part("one-step", _at("tokens", "mix", "mix-sound"), "H5"),
-    Part("one-step", _at("passes", "shuffled", "star", "escalation"), "H6; rationalisation and escalation trained"),
+    Part("one-step", _at("passes", "shuffled"), "H6"),
+    Part("one-step", _at("passes", "escalation"), "H4"),
     Part("rule", _at("tokens", "mix", "teacher"), "H11, H12"),
     Part("skilled", _at("rounds", "mix-sft"), "H10"),
+    Part("one-step", _at("passes", "star"), "rationalisation where the student is not hopeless"),
     Part("two-step", _at("passes", "escalation", REFERENCE), "escalation where the student is hopeless"),
     Part("one-step", _at("passes", "budget-0.5", "budget-0.1", "teacher"), "KL budgets; the teacher alone"),
     Part("one-step", _at("tokens", "rs", "star", "escalation", "shuffled", REFERENCE), "equal tokens"),
     Part(
-        "one-step", _at("passes", "rs-sound", "star-sound", "mix-sound", "escalation-sound", "mix-nospike",
-                        "star-nospike", "escalation-nospike"), "leap filters at equal passes",
+        "one-step", _at("passes", "rs-sound", "star-sound", "mix-sound", "escalation-sound", "rs-nospike",
+                        "star-nospike", "mix-nospike", "escalation-nospike"), "leap filters at equal passes",
     ),
     Part("two-step", _at("passes", "rs", "star-sound", "mix-sound", "escalation-sound"), "leap filters, two steps"),
     Part("skilled", _at("rounds", "teacher-kl"), "the teacher's own prefixes"),
 )  # fmt: skip
+TOKENS_OF = ("rs", "mix", "mix-sound", "star", "teacher")
+"""Of these arms the one with the fewest accepted tokens says how many there are at equal tokens."""
 
 
 def split(arm: str) -> tuple[str, str]:
@@ -79,31 +82,45 @@ def split(arm: str) -> tuple[str, str]:
 def data_arms(task: str) -> list[str]:
     """Arms that a task's pools can make, with each filter; what each holds costs no model."""
     has = set(TASKS[task].sources)
-    policies = [name for name, stages in POLICIES.items() if {stage.source for stage in stages} <= has]
+    policies = [name for name in POLICIES if sources_of(name) <= has]
     variants = VARIANTS if TASKS[task].verified else ("plain",)
     return [policy if variant == "plain" else f"{policy}-{variant}" for policy in policies for variant in variants]
 
 
-def needs(cell: Cell, scale: Scale) -> Iterator[Cell]:
+def tokens_of(task: str) -> list[str]:
+    """`TOKENS_OF`, as far as the task has them."""
+    return [arm for arm in data_arms(task) if arm in TOKENS_OF]
+
+
+def sources_of(arm: str) -> set[str]:
+    """The pools that an arm draws from."""
+    return {stage.source for stage in POLICIES[split(arm)[0]]}
+
+
+def needs(cell: Cell) -> Iterator[Cell]:
     """What has to be there before a cell."""
-    if cell.kind in ("train", "data") and cell.arm != REFERENCE or (cell.arm, cell.level) == (REFERENCE, "tokens"):
+    if cell.kind in ("train", "data"):
+        arms = [] if cell.arm == REFERENCE else [cell.arm, MEASURE]
+        arms += tokens_of(cell.task) if cell.level == "tokens" else []
+        wanted = set().union(*map(sources_of, arms))
         for source in TASKS[cell.task].sources:
-            yield Cell("sample", cell.task, source, seed=cell.seed)
-    if cell.kind == "train":
+            if source in wanted:
+                yield Cell("sample", cell.task, source, seed=cell.seed)
+    if cell.kind in ("train", "rounds"):
         yield Cell("untrained", cell.task, NOTHING)
     if cell.kind == "rounds":
-        yield Cell("untrained", cell.task, NOTHING)
         yield Cell("teacher", cell.task, "teacher")
         for round in range(1, cell.round):
             yield dataclasses.replace(cell, round=round)
 
 
 def cells(scale: Scale, parts: Sequence[Part] = PARTS) -> list[Cell]:
-    """All of the matrix, each cell once, after what it needs."""
+    """All of the matrix, each cell once, after what it needs. Behind the samples come the data of every arm that they
+    are enough for."""
     ordered: dict[Cell, None] = {}
 
     def add(cell: Cell) -> None:
-        for needed in needs(cell, scale):
+        for needed in needs(cell):
             add(needed)
         ordered.setdefault(cell)
 
@@ -115,11 +132,12 @@ def cells(scale: Scale, parts: Sequence[Part] = PARTS) -> list[Cell]:
                         add(Cell("rounds", part.task, arm, seed=seed, round=round))
                     continue
                 train = Cell("train", part.task, arm, level, seed)
-                for needed in needs(train, scale):
+                for needed in needs(train):
                     add(needed)
-                if arm != REFERENCE:
-                    for data in data_arms(part.task):
-                        add(Cell("data", part.task, data, "passes", seed))
+                for data in data_arms(part.task):
+                    cell = Cell("data", part.task, data, "passes", seed)
+                    if all(needed in ordered for needed in needs(cell)):
+                        add(cell)
                 add(train)
     return list(ordered)
 
@@ -129,7 +147,7 @@ PASSES = {"shared": 276.0, "alone": 240.0, "lockstep": 250.0}
 mixed ones in lockstep; docs/benchmarks.md."""
 TOKENS = {"one-step": 45, "two-step": 60, "rule": 45, "skilled": 45}
 """Of a sample; measured before, but for the last two."""
-TRAIN, WRITE, LOAD, START = 0.45, 0.004, 4.0, 40.0
+TRAIN, WRITE, LOAD, START = 0.6, 0.004, 4.0, 40.0
 """Seconds: for one sample in a step; a token of an evaluation; a model and its compilation; a server."""
 
 

@@ -42,7 +42,7 @@ class Scale:
 SCALES: Mapping[str, Scale] = {
     scale.name: scale
     for scale in (
-        Scale("cpu", 80, 100, (0, 1, 2), 12, 8, 3, 32, 6, 160, 24, 48, 16384, 50),
+        Scale("cpu", 64, 100, (0, 1, 2), 10, 8, 3, 24, 5, 160, 20, 48, 16384, 50),
         Scale("gpu", 400, 400, (0, 1, 2), 24, 32, 3, 128, 12, 400, 40, 256, 200_000, 400, device="cuda"),
         Scale("smoke", 4, 4, (0,), 1, 2, 1, 4, 1, 4, 1, 8, 4096, 4),
     )

@@ -17,7 +17,7 @@ from bench.proof import experiment as module
 from bench.proof import rounds, training
 from bench.proof.experiment import Experiment
 from bench.proof.lines import Results, key_of
-from bench.proof.plan import PARTS, Cell, Part, cells, estimate
+from bench.proof.plan import PARTS, Cell, Part, cells, data_arms, estimate, needs
 from bench.proof.policies import POLICIES
 from bench.proof.scales import SCALES, Scale
 from bench.proof.sources import pool
@@ -230,14 +230,17 @@ def test_the_matrix():
     plan = cells(scale)
     assert len(set(plan)) == len(plan)
     seen: set[Cell] = set()
-    from bench.proof.plan import needs
-
     for cell in plan:
-        assert set(needs(cell, scale)) <= seen, f"{cell} comes before what it needs"
+        assert set(needs(cell)) <= seen, f"{cell} comes before what it needs"
         seen.add(cell)
+    for task in ("one-step", "two-step", "rule"):
+        data = {cell.arm for cell in plan if cell.kind == "data" and cell.task == task}
+        assert data == set(data_arms(task)), "in the end all of what was sampled is counted"
     trained = {cell.arm for cell in plan if cell.kind == "train" and cell.task == "one-step"}
     assert set(POLICIES) | {"reference"} <= trained
-    assert {f"{arm}-{variant}" for arm in ("star", "mix", "escalation") for variant in ("sound", "nospike")} <= trained
+    assert {
+        f"{arm}-{variant}" for arm in ("rs", "star", "mix", "escalation") for variant in ("sound", "nospike")
+    } <= trained
     assert {cell.arm for cell in plan if cell.kind == "rounds"} == set(rounds.ROUND_ARMS)
     assert all(estimate(cell, scale) > 0 for cell in plan)
     measured = [{"kind": "train", "task": "one-step", "seconds": 7.0, "arm": "mix"}]
