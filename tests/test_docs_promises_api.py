@@ -92,7 +92,8 @@ OF_OTHERS = {"--custom-generate-function-path", "--use-tis", "--no-deps", "--inp
 OF_OTHERS |= {"--apply-chat-template", "--apply-chat-template-kwargs"}
 OF_OTHERS |= {"--gpus", "--ipc", "--array", "--cpus-per-task", "--gres", "--job-name", "--open-mode", "--requeue"}
 OF_OTHERS |= {"--signal", "--time"}
-"""Flags of trainers, of pip, Docker and Slurm."""
+OF_OTHERS |= {"--budget", "--plan"}
+"""Flags of trainers, of pip, Docker and Slurm, and of the experiment under bench/proof."""
 
 
 @every_page

@@ -14,7 +14,6 @@ from sglang_optimal.config import ALPHA_KEYS, SETTINGS, AlphaSettings, override
 from sglang_optimal.distill.section import Section
 
 if TYPE_CHECKING:
-    from sglang_optimal.distill.config import DistillConfig
     from sglang_optimal.distill.store import Tally
 
 
@@ -88,17 +87,6 @@ def mixing_of_step(mixing: dict[str, Any], step: Step) -> dict[str, Any]:
             if name in given:
                 raise ValueError(f"{name}: is not read by alpha_method 'fixed', which this step has.")
     return {name: value for name, value in values.items() if value is not None}
-
-
-def step_configs(config: DistillConfig) -> list[DistillConfig]:
-    """The settings of each step; those of the run where it has none."""
-    if config.escalate is None:
-        return [config]
-    mixing, kind = config.mixing.given(), type(config.mixing)
-    return [
-        config.model_copy(update={"mixing": kind(**mixing_of_step(mixing, step)), "escalate": None})
-        for step in config.escalate.steps
-    ]
 
 
 def stored_steps(manifests: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:

@@ -23,7 +23,6 @@ from sglang_optimal.distill.card import renew_card, write_card
 from sglang_optimal.distill.client import BadRequestError, NoServerAvailable, RetriesExhausted, Sample, Servers
 from sglang_optimal.distill.config import DistillConfig
 from sglang_optimal.distill.contexts import ContextBuilder, Task
-from sglang_optimal.distill.escalation import step_configs
 from sglang_optimal.distill.filters import FilterChain, Rejection
 from sglang_optimal.distill.mentions import AnswerField
 from sglang_optimal.distill.one_model import MISSING, asked, check_filters, needs, own_server, planned, side_of
@@ -32,7 +31,7 @@ from sglang_optimal.distill.problems import Problem, load_problems
 from sglang_optimal.distill.progress import RunProgress
 from sglang_optimal.distill.records import Context, NotStored, PartialRecord, Record, stored_fields
 from sglang_optimal.distill.server import OwnServer, SharedServer
-from sglang_optimal.distill.settings import fingerprint, is_same, refusal
+from sglang_optimal.distill.settings import fingerprint, is_same, refusal, step_configs
 from sglang_optimal.distill.shown import MissingValue
 from sglang_optimal.distill.store import RecordStore, Tally
 from sglang_optimal.distill.token_texts import AnswerProbabilities

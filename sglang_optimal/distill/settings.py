@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from sglang_optimal.distill.config import DistillConfig, parse_config
+from sglang_optimal.distill.escalation import mixing_of_step
 from sglang_optimal.distill.section import Section
 
 FREE = {
@@ -133,3 +134,14 @@ def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         else:
             names.append(section)
     return names
+
+
+def step_configs(config: DistillConfig) -> list[DistillConfig]:
+    """The settings of each step; those of the run where it has none."""
+    if config.escalate is None:
+        return [config]
+    mixing, kind = config.mixing.given(), type(config.mixing)
+    return [
+        config.model_copy(update={"mixing": kind(**mixing_of_step(mixing, step)), "escalate": None})
+        for step in config.escalate.steps
+    ]

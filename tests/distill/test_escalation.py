@@ -13,8 +13,8 @@ from test_run import PROBLEMS, Folder
 
 from sglang_optimal.distill.cli import main
 from sglang_optimal.distill.compare import compare
-from sglang_optimal.distill.escalation import step_configs, step_rows
-from sglang_optimal.distill.settings import fingerprint, is_same
+from sglang_optimal.distill.escalation import step_rows
+from sglang_optimal.distill.settings import fingerprint, is_same, step_configs
 from sglang_optimal.distill.store import Tally
 
 pytestmark = pytest.mark.usefixtures("impatient")

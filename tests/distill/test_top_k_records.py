@@ -179,7 +179,7 @@ def test_a_run_of_before(folder, stub, capsys):
         values["output"].pop(name)
     for side in ("teacher", "student"):
         values["contexts"].pop(f"{side}_chat_template_kwargs"), values["mixing"].pop(f"{side}_chat_template")
-    values.pop("select"), values["sampling"].pop("one_model")
+    values.pop("select"), values.pop("escalate"), values["sampling"].pop("one_model")
     assert fingerprint(config) == hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
     assert folder.run(stub.url, more=("--limit", "4")) == 0
     manifest = json.loads((folder.out / "run.json").read_text())
