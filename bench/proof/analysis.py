@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
-from bench.proof.hypotheses import CONFIDENCE, LEAST_SEEDS, MARGIN, Arm, Hypothesis
+from bench.proof.hypotheses import LEAST_SEEDS, MARGIN, Arm, Hypothesis
 from bench.proof.lines import Line
+from sglang_optimal.distill.intervals import CONFIDENCE, mcnemar
 
 RESAMPLES = 10_000
 HELD_OUT = ("solved", "followed", "retained")
@@ -53,7 +53,7 @@ def judge(hypothesis: Hypothesis, lines: Sequence[Line]) -> Verdict:
     differences = [a - b for a, b in pairs]
     only_a = int(sum((d > 0).sum() for d in differences))
     only_b = int(sum((d < 0).sum() for d in differences))
-    p = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    p = mcnemar(only_a, only_b)
     means = resampled(differences, crossed=hypothesis.metric in HELD_OUT)
     low, high = np.percentile(means, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
     state = "not decided" if len(pairs) < LEAST_SEEDS else _state(hypothesis.wanted, float(low), float(high), p)

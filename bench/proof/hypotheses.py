@@ -9,7 +9,6 @@ WRITTEN = "2026-11-30"
 MARGIN = 0.05
 """``no less`` is within so much of the other's share."""
 LEAST_SEEDS = 3
-CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.proof.scales import Scale
 from sglang_optimal import __version__
-from sglang_optimal.distill.report.verdicts import wilson
+from sglang_optimal.distill.intervals import wilson
 
 FOLDER = Path(__file__).parent / "lines"
 """Of the results that docs/proof.md shows."""

@@ -17,7 +17,8 @@ from bench.proof.lines import FOLDER, Line, read, seeds_of
 from bench.proof.plan import NOTHING, PARTS, cells, data_arms, estimate
 from bench.proof.scales import SCALES
 from bench.proof.tasks import TASKS
-from sglang_optimal.distill.report.verdicts import wilson
+from sglang_optimal.distill.intervals import wilson
+from sglang_optimal.distill.wording import minus
 
 PAGE = Path(__file__).parents[2] / "docs" / "proof.md"
 NOT_RUN = "not run yet"
@@ -88,7 +89,7 @@ def _verdict(found: Verdict) -> list[str]:
 
 
 def _points(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
+    return minus(100 * value, "+.1f")
 
 
 def _results(lines: Sequence[Line]) -> str:

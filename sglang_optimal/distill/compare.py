@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from sglang_optimal.distill.equations import equations
 from sglang_optimal.distill.escalation import step_rows, stored_steps
+from sglang_optimal.distill.intervals import CONFIDENCE, mcnemar, wilson
 from sglang_optimal.distill.manifests import read_manifests
 from sglang_optimal.distill.passes import passes
 from sglang_optimal.distill.records import sha256
 from sglang_optimal.distill.store import KINDS, Tally, find_shards, read_rows
 from sglang_optimal.distill.surprise import RARE, tokens_below
 
-CONFIDENCE = 0.95
 RESAMPLES = 10_000
 """Of the problems, for an interval of a difference."""
 CHUNK = 250
@@ -270,8 +269,8 @@ def _finite(value: Any) -> float | None:
 def _share(count: Any, of: Any) -> dict[str, float] | None:
     if not of:
         return None
-    interval = stats.binomtest(int(count), int(of)).proportion_ci(CONFIDENCE, method="wilson")
-    return {"value": float(count / of), "low": float(interval.low), "high": float(interval.high)}
+    low, high = wilson(int(count), int(of))
+    return {"value": float(count / of), "low": low, "high": high}
 
 
 def _resampled(parts: Sequence[_Part], seed: int) -> list[dict[str, np.ndarray]]:
@@ -319,8 +318,7 @@ def _difference(a: _Part, b: _Part, of_a: Sums, of_b: Sums) -> dict[str, Any]:
             continue
         low, high = np.nanpercentile(spread, _ENDS)
         found[name] = {"value": float(value), "low": float(low), "high": float(high)}
-    p = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    return found | {"covered_by_one_alone": [only_a, only_b], "mcnemar_p": p}
+    return found | {"covered_by_one_alone": [only_a, only_b], "mcnemar_p": mcnemar(only_a, only_b)}
 
 
 def _interval(name: str, sums: Sums) -> list[float] | None:

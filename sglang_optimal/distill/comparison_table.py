@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sglang_optimal.distill.wording import minus
+
 Figures = dict[str, Any]
 
 
@@ -74,7 +76,7 @@ def _share(name: str) -> Callable[[Figures], str]:
 def _plain(name: str, times: float = 1.0, digits: int = 1, unit: str = "") -> Callable[[Figures], str]:
     def cell(figures: Figures) -> str:
         value = figures[name]
-        return "–" if value is None else _signed(times * value, f".{digits}f", "") + unit
+        return "–" if value is None else minus(times * value, f".{digits}f") + unit
 
     return cell
 
@@ -84,18 +86,14 @@ def _changed(name: str, times: float = 1.0, digits: int = 1) -> Callable[[Figure
         value = pair[name]
         if value is None:
             return "–"
-        numbers = [_signed(times * value[key], f".{digits}f") for key in ("value", "low", "high")]
+        numbers = [minus(times * value[key], f"+.{digits}f") for key in ("value", "low", "high")]
         return f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
 
     return cell
 
 
-def _signed(value: float, form: str, plus: str = "+") -> str:
-    text = format(value, f"{plus}{form}")
-    return text.replace("-", "−")
-
-
-def _k_of_n(figures: Figures) -> str:
+def k_of_n(figures: Figures) -> str:
+    """Such as ``2×0 · 1×3``: problems, and how many samples of each were accepted."""
     by_count: Counter[int] = Counter()
     for entry in figures["accepted_of_samples"]:
         by_count[entry["accepted"]] += entry["problems"]
@@ -119,7 +117,7 @@ _ROWS: tuple[tuple[str, Callable[[Figures], str], Callable[[Figures], str]], ...
     ("accepted", _share("accepted"), _nothing),
     ("problems covered", _share("covered"), _changed("covered_share", 100)),
     ("  by one alone", _nothing, _mcnemar),
-    ("problems × accepted", _k_of_n, _nothing),
+    ("problems × accepted", k_of_n, _nothing),
     ("accepted of a problem's, %", _plain("mean_rate", 100), _changed("mean_rate", 100)),
     (
         "accepted / 1000 passes",

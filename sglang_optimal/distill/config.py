@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from sglang_optimal.config import ALPHA_KEYS, SETTINGS, MixingConfig
 from sglang_optimal.distill.escalation import Escalate, Step, mixing_of_step
 from sglang_optimal.distill.filters import FILTERS, FilterConfig
-from sglang_optimal.distill.section import Section
+from sglang_optimal.distill.section import Section, optional_key
 from sglang_optimal.distill.selection import Select
 from sglang_optimal.names import (
     ALL_SERIES,
@@ -264,10 +264,6 @@ class _Mixing(Section):
         MixingConfig.from_dict(self.given())
         return self
 
-    def given(self) -> dict[str, Any]:
-        """The keys that have a value."""
-        return self.model_dump(exclude_none=True)
-
     def request_fields(self) -> dict[str, Any]:
         """The mixing fields of every request."""
         return {k: v for k, v in self.given().items() if k in ALPHA_KEYS}
@@ -275,10 +271,10 @@ class _Mixing(Section):
 
 def _optional(name: str, field: FieldInfo) -> Any:
     """A server's setting as a key of a run, where none is the server's own."""
-    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    kind: Any = None
     if name == "student_weights":  # a run without a student is no distillation
         kind = Literal[*(value for value in get_args(field.annotation) if value != "none")]
-    return kind | None, Field(None, description=field.description, json_schema_extra=field.json_schema_extra)
+    return optional_key(field, kind)
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, create_model, model_validator
 
 from sglang_optimal.config import ALPHA_KEYS, SETTINGS, AlphaSettings, override
-from sglang_optimal.distill.section import Section
+from sglang_optimal.distill.section import Section, optional_key
 
 if TYPE_CHECKING:
     from sglang_optimal.distill.store import Tally
@@ -27,20 +27,10 @@ class _Step(Section):
         AlphaSettings().updated(self.given())
         return self
 
-    def given(self) -> dict[str, Any]:
-        """The keys that have a value."""
-        return self.model_dump(exclude_none=True)
-
     @property
     def words(self) -> str:
         """Such as ``kl_budget 0.1``."""
         return words(self.given())
-
-
-def _optional(name: str) -> Any:
-    field = SETTINGS[name]
-    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-    return kind | None, Field(None, description=field.description, json_schema_extra=field.json_schema_extra)
 
 
 if TYPE_CHECKING:
@@ -54,7 +44,7 @@ else:
         __base__=_Step,
         __doc__=_Step.__doc__,
         __module__=__name__,
-        **{name: _optional(name) for name in ALPHA_KEYS},
+        **{name: optional_key(SETTINGS[name]) for name in ALPHA_KEYS},
     )
 
 

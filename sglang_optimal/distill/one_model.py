@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sglang_optimal.config import OWN_TEMPLATE, override
-from sglang_optimal.distill.filters import Function
+from sglang_optimal.distill.filters import first_unmet
 from sglang_optimal.distill.passes import ALONE
-from sglang_optimal.distill.records import NotStored, PartialRecord
+from sglang_optimal.distill.records import PartialRecord
 from sglang_optimal.names import OTHER_MODEL
 
 if TYPE_CHECKING:
@@ -83,15 +83,9 @@ def check_filters(config: DistillConfig, side: str) -> None:
         mixture_logprob=[0.0], kl_to_student=[0.0], kl_to_teacher=[0.0], ess_ratio=[1.0],
     )  # fmt: skip
     record.missing = MISSING[side]
-    for i, f in enumerate(config.filters):
-        if isinstance(f, Function):
-            continue
-        try:
-            f.ready()(record)
-        except NotStored as error:
-            raise needs(f"filters[{i}] ({f.label})", error.name, side) from None
-        except Exception:  # about a record that is none
-            pass
+    if found := first_unmet(config.filters, record):
+        i, what = found
+        raise needs(f"filters[{i}] ({config.filters[i].label})", what.name, side)
 
 
 def needs(place: str, name: str, side: str) -> ValueError:

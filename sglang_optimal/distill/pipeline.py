@@ -354,13 +354,7 @@ class _Run:
 
     def _find_tokenizer(self, servers: Servers) -> None:
         """Raises ValueError: a filter needs one, and there is none."""
-        found = self._plan.answers.find(servers.model_names())
-        needing = [f.label for f in self._config.filters if f.needs_tokenizer]
-        if needing and not found:
-            raise ValueError(
-                f"filters: {needing[0]}: min_answer_probability needs a tokenizer, and that of the servers' models is "
-                "not on this machine; give its folder or id as client.tokenizer."
-            )
+        self._plan.answers.require(servers.model_names(), self._config.filters, "servers")
 
     def _models_to_run(self) -> list[str | None]:
         """Settle for each step which side is to run alone, if its servers can; None: both run.
@@ -538,8 +532,7 @@ class _Run:
         return record
 
     def _judged(self, record: Record) -> Rejection | None:
-        if not isinstance(record, PartialRecord) or "student_logprob" not in record.missing:
-            self._plan.answers(record)
+        self._plan.answers(record)
         return self._plan.filters(record)
 
     def _sampling_seconds(self) -> float:
@@ -557,11 +550,7 @@ class _Run:
             "shard": "{}/{}".format(*self._plan.shard),
             "planned": self._plan.total,
             "failed": len(self._failed),
-            "accepted": tally.accepted,
-            "rejected": tally.rejected,
-            "tokens": tally.tokens,
-            "problems": len(tally.problems),
-            "problems_covered": tally.covered,
+            **tally.counts(),
             "filters": [f.label for f in self._config.filters],
             "versions": {"sglang_optimal": __version__},
             "config": self._config.model_dump(mode="json", exclude={"server": {"api_key", "admin_api_key"}}),

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from scipy import stats
 
-from sglang_optimal.distill.compare import CONFIDENCE
+from sglang_optimal.distill.intervals import CONFIDENCE
+from sglang_optimal.distill.wording import minus
 
 MIXTURE = "mixture"
 LEVEL = 0.05
@@ -211,8 +212,8 @@ def _covers(arm: Figures) -> str:
 
 def _gain(pairs: dict[tuple[str, str], dict[str, Any]], a: Figures, b: Figures) -> str:
     found = _difference(pairs, a.name, b.name)
-    points: Callable[[str], str] = lambda key: f"{100 * found[key]:+.1f}".replace("-", "−")  # noqa: E731
-    return f"{points('value')} points, {points('low')} to {points('high')}"
+    value, low, high = (minus(100 * found[key], "+.1f") for key in ("value", "low", "high"))
+    return f"{value} points, {low} to {high}"
 
 
 def _widest(pairs: dict[tuple[str, str], dict[str, Any]], arm: Figures, others: Sequence[Figures]) -> str:
@@ -231,5 +232,4 @@ def _spread(interval: dict[str, float]) -> float:
 def _logprobs(a: Figures, b: Figures) -> str:
     if a.student_logprob is None or b.student_logprob is None:
         return ""
-    values = [f"{value:.2f}".replace("-", "−") for value in (a.student_logprob, b.student_logprob)]
-    return f" ({values[0]} nats a token, {b.name} {values[1]})"
+    return f" ({minus(a.student_logprob, '.2f')} nats a token, {b.name} {minus(b.student_logprob, '.2f')})"

@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sglang_optimal.distill.comparison_table import k_of_n
 from sglang_optimal.distill.probe_advice import LEAST_DISCORDANT, MIXTURE
 from sglang_optimal.distill.store import replace_file
 from sglang_optimal.distill.surprise import RARE
+from sglang_optimal.distill.wording import minus
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,15 +67,11 @@ def _meanings(probe: Figures) -> str:
 def _cells(arm: Figures) -> list[str]:
     share = arm["covered_share"]
     covered = f"{arm['covered']}: {share['value']:.0%} ({100 * share['low']:.0f}–{100 * share['high']:.0f})"
-    by_count: dict[int, int] = {}
-    for entry in arm["accepted_of_samples"]:
-        by_count[entry["accepted"]] = by_count.get(entry["accepted"], 0) + entry["problems"]
-    k_of_n = " · ".join(f"{problems}×{k}" for k, problems in sorted(by_count.items()))
     sound = "–" if arm["sound"] is None else f"{arm['sound']}"
     if arm["sound"] is not None:
         sound += f" of {arm['accepted'] if arm['with_equations'] is None else arm['with_equations']}"
     return [
-        arm["name"], covered, k_of_n, f"{arm['accepted']} of {arm['samples']}", sound,
+        arm["name"], covered, k_of_n(arm), f"{arm['accepted']} of {arm['samples']}", sound,
         "–" if arm["surprising"] is None else f"{arm['surprising']}",
         _number(arm["student_logprob"]), _number(arm["kl_to_student"]),
         "–" if arm["passes_per_accepted"] is None else f"{arm['passes_per_accepted']:,.0f}",
@@ -81,7 +79,7 @@ def _cells(arm: Figures) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}".replace("-", "−")
+    return "–" if value is None else minus(value, ".3f")
 
 
 _COLOURS = {"student": "#2563eb", MIXTURE: "#7c3aed", "teacher": "#d97706"}

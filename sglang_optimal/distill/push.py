@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import html
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import yaml
 from sglang_optimal.distill.card import public_settings, write_card
 from sglang_optimal.distill.manifests import read_manifests
 from sglang_optimal.distill.records import schema, sha256
-from sglang_optimal.distill.store import KINDS, batch_size, find_shards, optional_columns, read_rows
+from sglang_optimal.distill.store import KINDS, find_shards, optional_columns, read_rows, write_rows
 
 HUB = "hf://datasets/"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -192,12 +193,9 @@ def _write_data(
     folder: Path, shards: dict[str, list[Path]], made: Path, labels: Labels
 ) -> tuple[str | None, list[tuple[str | None, str | None]], int]:
     """Returns a local tokenizer of the student's, (teacher, student) of the records, and the number of records."""
-    import pyarrow
-    import pyarrow.parquet as parquet
-
     # One set of columns for all files.
     optional = optional_columns([path for paths in shards.values() for path in paths])
-    columns, size = schema(optional), batch_size(optional)
+    columns = schema(optional)
     tokenizer: str | None = None
     names, models = _Models(folder), dict[tuple[str | None, str | None], None]()
     records = 0
@@ -217,21 +215,13 @@ def _write_data(
 
     for kind, paths in shards.items():
         for path in paths:
+            rows = public(read_rows([path]))
+            if (first := next(rows, None)) is None:  # no file of one without rows
+                continue
             target = made / KINDS[kind] / f"{path.stem}.parquet"
-            batch: list[dict[str, Any]] = []
-            writer = None
-            for row in public(read_rows([path])):
-                batch.append({name: row.get(name) for name in columns.names})
-                if writer is None:  # none of a file without rows
-                    target.parent.mkdir(exist_ok=True)
-                    writer = parquet.ParquetWriter(target, columns, compression="zstd")
-                if len(batch) == size:
-                    writer.write_table(pyarrow.Table.from_pylist(batch, columns))
-                    batch = []
-            if writer is not None:
-                if batch:
-                    writer.write_table(pyarrow.Table.from_pylist(batch, columns))
-                writer.close()
+            target.parent.mkdir(exist_ok=True)
+            with target.open("wb") as file:
+                write_rows(file, itertools.chain([first], rows), columns)
     return tokenizer, list(models), records
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang_optimal.distill.card import write_card
 from sglang_optimal.distill.config import DistillConfig, parse_config, read_values
-from sglang_optimal.distill.filters import FilterChain, FilterConfig, Function, Rejection
+from sglang_optimal.distill.filters import FilterChain, FilterConfig, Rejection, first_unmet
 from sglang_optimal.distill.made import Sources, write_manifest
 from sglang_optimal.distill.mentions import AnswerField
 from sglang_optimal.distill.passes import ALONE
@@ -185,9 +185,8 @@ class _Judge:
 
     def __init__(self, folder: Path, filters: Sequence[FilterConfig] | None, tokenizer: str | None):
         self._folder, self._filters = folder, filters
-        needing = [f.label for f in filters or () if f.needs_tokenizer]
-        self._needing = needing[0] if needing else None
-        self._answers = AnswerProbabilities(AnswerField.of(list(filters or ())), tokenizer) if needing else None
+        needed = any(f.needs_tokenizer for f in filters or ())
+        self._answers = AnswerProbabilities(AnswerField.of(filters or ()), tokenizer) if needed else None
         self._chain = None if filters is None else FilterChain(filters)
         self._tried: set[tuple[str, ...]] = set()
 
@@ -204,7 +203,7 @@ class _Judge:
             self._find_answer(record)
             return _Verdict.of(self._chain(record))
         except NotStored as error:
-            raise self._needs(record, error.filter or self._needing or "filters", error.name) from None
+            raise self._needs(record, error.filter or "filters", error.name) from None
 
     def _find_answer(self, record: PartialRecord) -> None:
         """What the expected answer is, the filters say: its probability is worked out anew.
@@ -214,27 +213,17 @@ class _Judge:
         """
         if self._answers is None:
             return
-        if not self._answers.find([record.models.get("student_model"), record.models.get("teacher_model")]):
-            raise ValueError(
-                f"filters: {self._needing}: min_answer_probability needs a tokenizer, and that of the records' models "
-                "is not on this machine; give its folder or id as client.tokenizer."
-            )
+        models = [record.models.get("student_model"), record.models.get("teacher_model")]
+        self._answers.require(models, self._filters or (), "records")
         record.answer_probability = None
         self._answers(record)
 
     def _try(self, record: PartialRecord) -> None:
-        """Ask every filter of ours now what it needs, whether or not a record gets as far as it. Users' functions are
-        asked in their turn alone: nobody knows what else they do."""
+        """Ask every filter now what it needs, whether or not a record gets as far as it."""
         self._tried.add(record.missing)
-        for f in self._filters or ():
-            if isinstance(f, Function):
-                continue
-            try:
-                f.ready()(record)
-            except NotStored as error:
-                raise self._needs(record, f.label, error.name) from None
-            except Exception:  # the chain makes a rejection of it
-                pass
+        filters = self._filters or ()
+        if found := first_unmet(filters, record):
+            raise self._needs(record, filters[found[0]].label, found[1].name)
 
     def _needs(self, record: Record, label: str, name: str) -> ValueError:
         labels = [f.label for f in self._filters or ()]

@@ -17,6 +17,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import threading
@@ -24,11 +25,14 @@ import uuid
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sglang_optimal.distill.manifests import lock_name, manifest_name
 from sglang_optimal.distill.passes import passes
 from sglang_optimal.distill.records import OPTIONAL_COLUMNS, SURPRISE_COLUMNS, Record, has_top_k, schema, unpacked
+
+if TYPE_CHECKING:
+    import pyarrow
 
 KINDS = {"accepted": "data", "rejected": "rejected"}
 """Kind of record: folder of its finished shards."""
@@ -351,6 +355,16 @@ class Tally:
     def total(self) -> int:
         return self.accepted + self.rejected
 
+    def counts(self) -> dict[str, int]:
+        """What run.json has of them."""
+        return {
+            "accepted": self.accepted,
+            "rejected": self.rejected,
+            "tokens": self.tokens,
+            "problems": len(self.problems),
+            "problems_covered": self.covered,
+        }
+
     @property
     def covered(self) -> int:
         """Problems with an accepted sample, of ``len(problems)`` that have any."""
@@ -512,25 +526,24 @@ def _is_record(line: bytes) -> bool:
         return False
 
 
-def _write_parquet(journal: Path, target: Path) -> None:
+def write_rows(file: BinaryIO, rows: Iterable[dict[str, Any]], columns: pyarrow.Schema) -> None:
+    """Rows as Parquet, a few in memory at a time; what they lack is null."""
     import pyarrow
     import pyarrow.parquet as parquet
 
+    size, left = batch_size(columns.names), iter(rows)
+    with parquet.ParquetWriter(file, columns, compression="zstd") as writer:
+        while batch := list(itertools.islice(left, size)):
+            writer.write_table(pyarrow.Table.from_pylist(batch, columns))
+
+
+def _write_parquet(journal: Path, target: Path) -> None:
     part = target.with_suffix(".part")
     # What the rows have, not what this run's settings say: a run with other settings, which may find a journal here
     # before it is refused, must not drop columns.
     columns = schema(optional_columns([journal]))
-    size = batch_size(columns.names)
     with part.open("wb") as file:
-        with parquet.ParquetWriter(file, columns, compression="zstd") as writer:
-            rows: list[dict[str, Any]] = []
-            for row in read_rows([journal]):
-                rows.append(row)
-                if len(rows) == size:
-                    writer.write_table(pyarrow.Table.from_pylist(rows, columns))
-                    rows = []
-            if rows:
-                writer.write_table(pyarrow.Table.from_pylist(rows, columns))
+        write_rows(file, read_rows([journal]), columns)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, target)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sglang_optimal.distill.filters.base import Filter
 from sglang_optimal.distill.mentions import AnswerField
 from sglang_optimal.distill.records import NotStored, Record
 from sglang_optimal.distill.surprise import span_probability, token_spans
@@ -61,6 +62,23 @@ class AnswerProbabilities:
         if tokenizer is not None and not self.find([tokenizer]):
             raise ValueError(
                 f"client.tokenizer: {tokenizer!r} is no tokenizer in a folder or in the local Hugging Face cache."
+            )
+
+    def require(self, models: Iterable[str | None], filters: Iterable[Filter], whose: str) -> None:
+        """`find` one, which filters may need.
+
+        Args:
+            models: folders or ids. filters: of the run. whose: the models are, for the message.
+
+        Raises:
+            ValueError: a filter needs one, and there is none.
+        """
+        found = self.find(models)
+        needing = next((f.label for f in filters if f.needs_tokenizer), None)
+        if needing is not None and not found:
+            raise ValueError(
+                f"filters: {needing}: min_answer_probability needs a tokenizer, and that of the {whose}' models is not "
+                "on this machine; give its folder or id as client.tokenizer."
             )
 
     def find(self, models: Iterable[str | None]) -> bool:

@@ -7,8 +7,8 @@ import dataclasses
 import httpx
 
 from sglang_optimal.demo.loop.problems import WordProblem
+from sglang_optimal.distill.intervals import wilson
 from sglang_optimal.distill.numbers import last_number
-from sglang_optimal.distill.report.verdicts import wilson
 
 TIMEOUT = 1800.0
 

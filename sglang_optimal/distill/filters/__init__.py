@@ -8,7 +8,7 @@ from pydantic import Field
 
 from sglang_optimal.distill.filters.answer import Answer
 from sglang_optimal.distill.filters.base import Filter
-from sglang_optimal.distill.filters.chain import FilterChain, Rejection
+from sglang_optimal.distill.filters.chain import FilterChain, Rejection, first_unmet
 from sglang_optimal.distill.filters.custom import Function
 from sglang_optimal.distill.filters.equations import Equations
 from sglang_optimal.distill.filters.mixture import KL, Alpha, Coverage
@@ -47,4 +47,4 @@ FilterConfig = Annotated[
     Field(discriminator="type"),
 ]
 
-__all__ = ["FILTERS", "Filter", "FilterChain", "FilterConfig", "Rejection"]
+__all__ = ["FILTERS", "Filter", "FilterChain", "FilterConfig", "Rejection", "first_unmet"]

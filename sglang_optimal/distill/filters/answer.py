@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from sglang_optimal.distill.filters import math_process
 from sglang_optimal.distill.filters.base import Check, Filter
 from sglang_optimal.distill.mentions import last_boxed, last_group
 from sglang_optimal.distill.quantity import equal, last_quantity
 from sglang_optimal.distill.records import Record
+from sglang_optimal.distill.section import RegularExpression
 
 
 class Answer(Filter):
@@ -28,24 +28,14 @@ class Answer(Filter):
     extract: Literal["all", "last_line", "boxed", "pattern"] = "all"
     """The part of the sample that is compared: everything, the last line that is not blank, what is in the last
     ``\\boxed{…}``, or what ``pattern`` finds last."""
-    pattern: str | None = None
+    pattern: RegularExpression | None = None
     """Regular expression for ``extract: pattern``; its first group, or the whole match without one."""
-    expected_pattern: str | None = None
+    expected_pattern: RegularExpression | None = None
     """The same for the expected answer, such as ``####\\s*(.+)`` for GSM8K; by default all of it."""
     tolerance: Annotated[float, Field(ge=0)] | None = None
     """Relative difference that ``numeric`` allows; by default none between integers, 1e-6 otherwise."""
     ignore_case: bool = False
     """For ``exact`` and ``contains``."""
-
-    @field_validator("pattern", "expected_pattern")
-    @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"is no regular expression: {error}.") from None
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Answer:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from sglang_optimal.distill.filters.base import Check, Filter
+from sglang_optimal.distill.filters.custom import Function
 from sglang_optimal.distill.records import NotStored, Record
 
 CHARACTERS = "characters"
@@ -67,3 +68,20 @@ class FilterChain:
     @property
     def has_memory(self) -> bool:
         return any(hasattr(check, "remember") for _, check in self._checks)
+
+
+def first_unmet(filters: Sequence[Filter], record: Record) -> tuple[int, NotStored] | None:
+    """Which filter is the first to read what the record has not got, and what that is; None without any.
+
+    Users' functions are left out: they are asked in their turn alone, since nobody knows what else they do.
+    """
+    for i, f in enumerate(filters):
+        if isinstance(f, Function):
+            continue
+        try:
+            f.ready()(record)
+        except NotStored as error:
+            return i, error
+        except Exception:  # the chain makes a rejection of it
+            pass
+    return None

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from fractions import Fraction
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from sglang_optimal.distill import equations
 from sglang_optimal.distill.filters.base import Filter
 from sglang_optimal.distill.mentions import last_group
 from sglang_optimal.distill.quantity import Quantity, equal, last_quantity
 from sglang_optimal.distill.records import Record
+from sglang_optimal.distill.section import RegularExpression
 
 
 class Equations(Filter):
@@ -26,20 +26,10 @@ class Equations(Filter):
     """The last equation's value is the expected answer, as with ``match: numeric`` of the filter ``answer``."""
     field: str = "answer"
     """The field with the expected answer."""
-    expected_pattern: str | None = None
+    expected_pattern: RegularExpression | None = None
     """Regular expression for the expected answer, such as ``####\\s*(.+)``; by default all of it."""
     tolerance: Annotated[float, Field(ge=0)] = 0.0
     """Relative difference that is allowed between the sides of an equation: 0.01 lets 10 / 3 = 3.33 pass."""
-
-    @field_validator("expected_pattern")
-    @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"is no regular expression: {error}.") from None
-        return value
 
     def check(self, record: Record) -> str | None:
         expected = self._expected(record) if self.last_is_answer else None

@@ -8,12 +8,14 @@ from typing import Any
 
 from sglang_optimal.distill.card import read_as
 from sglang_optimal.distill.escalation import step_rows
+from sglang_optimal.distill.intervals import wilson
 from sglang_optimal.distill.records import MODEL_COLUMNS
 from sglang_optimal.distill.report.samples import choose_tokenizer, sample_data
 from sglang_optimal.distill.report.statistics import KLS, SEVERAL, Statistics, collect
-from sglang_optimal.distill.report.verdicts import headline, judge, minus, percent, self_check, wilson
+from sglang_optimal.distill.report.verdicts import headline, judge, self_check
 from sglang_optimal.distill.store import find_shards, replace_file
 from sglang_optimal.distill.surprise import RARE
+from sglang_optimal.distill.wording import minus, percent
 from sglang_optimal.token_view import viewer
 
 __all__ = ["write_report"]

@@ -6,8 +6,10 @@ import dataclasses
 import math
 from typing import Literal
 
+from sglang_optimal.distill.intervals import more_often, wilson
 from sglang_optimal.distill.report.statistics import KLS, SEVERAL, RunInfo, Statistics
 from sglang_optimal.distill.surprise import LEAP, RARE
+from sglang_optimal.distill.wording import minus, percent
 
 KL_TOLERANCE = 0.05
 ESS_TOLERANCE, ESS_WIDE = 0.1, 3.0
@@ -82,21 +84,6 @@ def judge(statistics: Statistics) -> list[Verdict]:
 def self_check(statistics: Statistics) -> list[Verdict]:
     """Checks of what the method makes true by construction: of the servers, not of the data."""
     return [_kl_balance(statistics), _ess_balance(statistics)]
-
-
-def percent(share: float) -> str:
-    """Such as ``12 %`` or ``0.3 %``."""
-    value = 100 * share
-    if value in (0, 100):
-        return f"{value:.0f} %"
-    if value < 0.1:
-        return "under 0.1 %"
-    return f"{value:.1f} %".replace(".0 ", " ") if value < 10 or value > 99 else f"{value:.0f} %"
-
-
-def minus(value: float, form: str) -> str:
-    """A number with a typographic minus."""
-    return format(value, form).replace("-", "−")
 
 
 def _judged(title: str, good: bool, text: str, advice: str) -> Verdict:
@@ -354,23 +341,6 @@ def rejections(statistics: Statistics) -> dict[str, int]:
     known = statistics.run.filters
     others = sorted((name for name in counts if name not in known), key=lambda name: -counts[name])
     return {name: counts.get(name, 0) for name in [*others, *known]}
-
-
-def wilson(successes: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, see https://doi.org/10.1080/01621459.1927.10502953."""
-    share = successes / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
-def more_often(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether the first share, (count, total), is greater than the second by more than chance explains: Newcombe's 95 %
-    interval of the difference of two shares is above 0, see https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8."""
-    (low, _), (_, high) = wilson(*one), wilson(*other)
-    p, q = one[0] / one[1], other[0] / other[1]
-    return p - q > math.hypot(p - low, high - q)
 
 
 def shortened(text: str | None, length: int = 120) -> str:

@@ -49,6 +49,7 @@ def check_architectures(server_args, config: MixingConfig, *, resolved: bool) ->
     if not config.shared_weights:
         path, revision = config.guest_path, config.guest_revision
         sides[f"--{config.guest}-model-path"] = lambda: guest_model_config(server_args, path, revision)
+    on_cpu = resolved and resolving_view(server_args).device == "cpu"
     for flag, read in sides.items():
         try:
             model = read()
@@ -59,14 +60,14 @@ def check_architectures(server_args, config: MixingConfig, *, resolved: bool) ->
                 name = model.hf_config.architectures[0]
                 raise ValueError(f"{flag}: {name} is {what}, which is not supported beside a student.")
         if is_recurrent(model):
-            _check_recurrent(server_args, config, model, flag, resolved)
-        if resolved and resolving_view(server_args).device == "cpu":
+            _check_recurrent(config, model, flag, on_cpu)
+        if on_cpu:
             _check_cpu_attention(model, flag)
         if resolved and flag != "--model-path":
             _check_quantization(server_args, config, model)
 
 
-def _check_recurrent(server_args, config: MixingConfig, model: ModelConfig, flag: str, resolved: bool) -> None:
+def _check_recurrent(config: MixingConfig, model: ModelConfig, flag: str, on_cpu: bool) -> None:
     """A state has no positions: what has gone into it cannot be taken back, and each context needs one of its own."""
     name = model.hf_config.architectures[0]
     refused = (
@@ -75,7 +76,7 @@ def _check_recurrent(server_args, config: MixingConfig, model: ModelConfig, flag
     )
     if config.longest_draft:
         raise ValueError(f"{refused} that drafts, or that is drafted for; give --mixing-mode lockstep.")
-    if resolved and resolving_view(server_args).device == "cpu" and name not in CPU_MODELS:
+    if on_cpu and name not in CPU_MODELS:
         raise ValueError(f"{refused} on a CPU, where there are {', '.join(CPU_MODELS)}; run it on a GPU.")
 
 

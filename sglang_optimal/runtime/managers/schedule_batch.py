@@ -303,14 +303,9 @@ def joined(batch: ScheduleBatch, part: ScheduleBatch) -> ScheduleBatch:
 def _join_states(both: ScheduleBatch, batch: ScheduleBatch, part: ScheduleBatch) -> None:
     """The host's rows keep what its radix cache asks for, the guest's nothing; slots of both are made ready."""
     for name in _KEPT_BY_ROW:
-        if getattr(part, name) is not None:
-            setattr(both, name, _behind(getattr(batch, name), getattr(part, name)))
+        if (own := getattr(part, name)) is not None:  # then the host's rows have it too
+            first = getattr(batch, name)
+            setattr(both, name, torch.cat([first, own]) if isinstance(own, torch.Tensor) else [*first, *own])
     for name in _MADE_READY:
-        setattr(both, name, _behind(getattr(batch, name), getattr(part, name)))
-
-
-def _behind(first, second):
-    """Two tensors or lists as one; None is nothing."""
-    if first is None or second is None:
-        return second if first is None else first
-    return torch.cat([first, second]) if isinstance(first, torch.Tensor) else [*first, *second]
+        slots = [given for given in (getattr(batch, name), getattr(part, name)) if given is not None]
+        setattr(both, name, torch.cat(slots) if slots else None)

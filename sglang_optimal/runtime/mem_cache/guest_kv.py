@@ -410,7 +410,7 @@ class SharedGuestKV(GuestKV):
         self.req_pool_offset = rows.offset
         self._host_rows = rows.host
         self._tree: BasePrefixCache | None = None
-        self._no_prefixes = radix_cache(rows, allocator, disable=True)
+        self._no_prefixes = None if self.states is None else radix_cache(rows, allocator, disable=True)
 
     @property
     def tree(self) -> BasePrefixCache:
@@ -426,7 +426,7 @@ class SharedGuestKV(GuestKV):
     @property
     def prefixes(self) -> BasePrefixCache:
         """The host's, unless there are states: it keeps those of the host's contexts alone."""
-        return self.tree if self.states is None else self._no_prefixes
+        return self.tree if self._no_prefixes is None else self._no_prefixes
 
     def attach(self, host_tree: BasePrefixCache) -> None:
         self._tree = host_tree
