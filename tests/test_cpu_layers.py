@@ -22,6 +22,8 @@ from sglang_optimal.platforms.torch_cpu import TorchCpuSRTPlatform
 DTYPES = [torch.float32, torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 """Relative; in bfloat16 SGLang's own rounds in between as well."""
+HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Of this processor (AVX-512 at least)."""
 
 
 def close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -189,8 +191,10 @@ def test_packed(dtype, rows):
     model, x = Model(dtype), torch.randn(rows, 32, dtype=dtype)
     wanted = outputs(model, x)
     packed_linear.pack(model)
-    assert type(model.layer.quant_method) is packed_linear.PackedUnquantizedLinearMethod
-    assert type(model.head.quant_method) is packed_linear.PackedUnquantizedEmbeddingMethod
+    packed = dtype is torch.float32 or HAS_BFLOAT16
+    linear, head = UnquantizedLinearMethod, UnquantizedEmbeddingMethod
+    assert type(model.layer.quant_method) is (packed_linear.PackedUnquantizedLinearMethod if packed else linear)
+    assert type(model.head.quant_method) is (packed_linear.PackedUnquantizedEmbeddingMethod if packed else head)
     assert all(close(*pair) for pair in zip(outputs(model, x), wanted, strict=True))
 
 
@@ -215,17 +219,21 @@ def test_new_weights_are_packed_anew():
 
 
 def test_what_is_not_packed(monkeypatch):
-    with_exact_head = Model(torch.bfloat16)
+    with_exact_head = Model(torch.float32)
     with_exact_head.logits_processor.use_fp32_lm_head = True
     packed_linear.pack(with_exact_head)
     assert type(with_exact_head.head.quant_method) is UnquantizedEmbeddingMethod
     assert type(with_exact_head.layer.quant_method) is not UnquantizedLinearMethod
-    half = Model(torch.float16)
+    half, on_an_older_processor = Model(torch.float16), Model(torch.bfloat16)
     packed_linear.pack(half)
+    with monkeypatch.context() as without:
+        without.setattr(packed_linear, "_has_bfloat16", lambda: False)
+        packed_linear.pack(on_an_older_processor)
     monkeypatch.setattr(packed_linear.psutil, "virtual_memory", lambda: SimpleNamespace(available=40_000))
     large = Model(torch.float32)
     packed_linear.pack(large)
-    assert type(half.layer.quant_method) is type(large.layer.quant_method) is UnquantizedLinearMethod
+    for model in (half, on_an_older_processor, large):
+        assert type(model.layer.quant_method) is UnquantizedLinearMethod
 
 
 def test_a_profile_can_be_asked_for():

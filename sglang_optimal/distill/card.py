@@ -18,6 +18,7 @@ from sglang_optimal.distill.store import (
     TALLIED,
     Tally,
     find_shards,
+    present_files,
     optional_columns,
     read_rows,
     replace_file,
@@ -120,7 +121,7 @@ def _front_matter(folder: Path, shards: dict[str, list[Path]], state: str) -> st
 
 def _features(paths: list[Path]) -> list[dict[str, Any]] | None:
     """The columns of parts that differ in them: datasets would take those of the first file for all."""
-    if len({frozenset(names) for path in paths if (names := stored_columns(path))}) < 2:
+    if len({frozenset(names) for path in present_files(paths) if (names := stored_columns(path))}) < 2:
         return None
     from datasets import Features
 

@@ -381,15 +381,16 @@ class Tally:
 
 
 def read_rows(paths: list[Path], columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Stored rows of shards and journals, of both formats.
+    """Stored rows of shards and journals, of both formats, see `present_files`.
 
     Raises:
         ValueError: a file is damaged.
+        FileNotFoundError: one is gone.
     """
     import pyarrow
     import pyarrow.parquet as parquet
 
-    for path in paths:
+    for path in present_files(paths):
         try:
             if path.suffix == ".parquet":
                 with parquet.ParquetFile(path) as file:
@@ -443,7 +444,7 @@ def optional_columns(paths: Iterable[Path]) -> list[str]:
     Raises:
         ValueError: a file is damaged.
     """
-    found = {name for path in paths for name in stored_columns(path)}
+    found = {name for path in present_files(paths) for name in stored_columns(path)}
     return [name for name in OPTIONAL_COLUMNS if name in found]
 
 
@@ -453,17 +454,36 @@ def find_shards(folder: Path, kind: str) -> list[Path]:
     Raises:
         ValueError: ``folder`` has no run in it.
     """
+    journals = sorted((folder / "journal").glob(f"{kind}-*.jsonl"))  # first: one that is finished now is a shard then
     shards = sorted((folder / KINDS[kind]).glob(f"{kind}-*.*"))
     shards = [path for path in shards if path.suffix in SUFFIXES]
     names = {path.stem for path in shards}
-    journals = [p for p in sorted((folder / "journal").glob(f"{kind}-*.jsonl")) if p.stem not in names]
+    journals = [path for path in journals if path.stem not in names]
     if not any(folder.glob("run*.json")):
         raise ValueError(f"{folder}: has no run in it (no run.json).")
     return shards + journals
 
 
+def present_files(paths: Iterable[Path]) -> Iterator[Path]:
+    """Files of `find_shards` as they are when each is come to: of a journal that was finished meanwhile its shard.
+
+    Raises:
+        FileNotFoundError: one is gone.
+    """
+    for path in paths:
+        if path.exists():
+            yield path
+        elif path.name != EMPTY_SHARD:  # which goes when there is a record
+            kind = path.name.partition("-")[0]
+            shards = [path.parent.parent / KINDS.get(kind, "") / f"{path.stem}{suffix}" for suffix in SUFFIXES]
+            there = [shard for shard in shards if path.parent.name == "journal" and shard.exists()]
+            if not there:
+                raise FileNotFoundError(f"{path}: is gone.")
+            yield there[0]
+
+
 EMPTY_SHARD = "accepted-none.parquet"
-"""A shard of no records that has every column; its name is none that a run gives."""
+"""A shard of no records that has every column, until there is one; its name is none that a run gives."""
 
 
 def write_empty_shard(folder: Path, optional: Collection[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -11,7 +12,7 @@ import datasets
 import pytest
 
 from sglang_optimal.distill.records import COLUMNS, Record, schema
-from sglang_optimal.distill.store import RecordStore, find_shards, read_rows
+from sglang_optimal.distill.store import EMPTY_SHARD, RecordStore, find_shards, optional_columns, read_rows, write_empty_shard
 from sglang_optimal.names import SERIES
 
 
@@ -193,6 +194,25 @@ def test_read_while_it_is_written(tmp_path):
     journal.write_bytes(journal.read_bytes()[:-5])
     assert set(stored(tmp_path)) == {"p0/default/0"}
     store.close()
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_read_while_a_shard_is_finished(tmp_path, format):
+    """Between finding the files and reading them."""
+    write_empty_shard(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with contextlib.closing(RecordStore(tmp_path, format=format, shard_records=100)) as store:
+        for i in range(5):
+            store.append(record(i))
+        paths = find_shards(tmp_path, "accepted")
+        assert [path.parent.name for path in paths] == ["data", "journal"]
+        store.finalize()
+        (tmp_path / "data" / EMPTY_SHARD).unlink()
+    assert {row["id"] for row in read_rows(paths)} == {record(i).id for i in range(5)}
+    assert optional_columns(paths) == []
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(FileNotFoundError, match="is gone"):
+        list(read_rows(paths))
 
 
 def test_one_process_at_a_time(tmp_path):

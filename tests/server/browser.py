@@ -34,6 +34,8 @@ def chromium() -> Iterator[webdriver.Chrome]:
             options.add_argument(flag)
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
         try:
+            # Two browsers beside each other: only one has the focus, and the other's pages get no event of it.
+            driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
             yield driver
         finally:
             driver.quit()

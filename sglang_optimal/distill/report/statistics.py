@@ -31,7 +31,7 @@ from sglang_optimal.distill.report.histogram import (
     position_bins,
 )
 from sglang_optimal.distill.report.samples import Selection
-from sglang_optimal.distill.store import TALLIED, Tally, find_shards, read_rows
+from sglang_optimal.distill.store import TALLIED, Tally, find_shards, present_files, read_rows
 from sglang_optimal.distill.surprise import LEAP, RARE
 from sglang_optimal.names import SERIES
 
@@ -301,10 +301,11 @@ def _read_batches(paths: list[Path]) -> Iterator[pyarrow.RecordBatch]:
     """Stored rows of shards and journals.
 
     Raises:
-        ValueError: a file is damaged, or was moved meanwhile by a run that goes on.
+        ValueError: a file is damaged.
+        FileNotFoundError: one is gone.
     """
     columns = schema()
-    for path in paths:
+    for path in present_files(paths):
         try:
             if path.suffix == ".parquet":
                 with parquet.ParquetFile(path) as file:
@@ -316,8 +317,6 @@ def _read_batches(paths: list[Path]) -> Iterator[pyarrow.RecordBatch]:
                 rows = read_rows([path], columns.names)
                 while some := list(itertools.islice(rows, _BATCH)):
                     yield pyarrow.RecordBatch.from_pylist(some, columns)
-        except FileNotFoundError:
-            raise ValueError(f"{path}: is gone; the run is finishing a shard. Try again.") from None
         except (pyarrow.ArrowException, KeyError) as error:
             raise ValueError(f"{path}: is damaged or no shard of a run: {error}") from None
 
