@@ -12,7 +12,14 @@ import datasets
 import pytest
 
 from sglang_optimal.distill.records import COLUMNS, Record, schema
-from sglang_optimal.distill.store import EMPTY_SHARD, RecordStore, find_shards, optional_columns, read_rows, write_empty_shard
+from sglang_optimal.distill.store import (
+    EMPTY_SHARD,
+    RecordStore,
+    find_shards,
+    optional_columns,
+    read_rows,
+    write_empty_shard,
+)
 from sglang_optimal.names import SERIES
 
 
