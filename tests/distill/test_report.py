@@ -476,6 +476,13 @@ def test_header_figures_and_reasons(tmp_path):
     assert page_of(tmp_path / "my run", samples=0).data == ""
 
 
+def test_labels_of_an_axis_are_no_tex(tmp_path):
+    """Matplotlib labels what lies between two powers of ten by itself where there are few of these."""
+    one = record(0, np.random.default_rng(0))
+    one.student_logprob = [-3.0 if i % 3 else -1.0 for i in range(len(one.token_ids))]
+    assert "mathdefault" not in write_report(build(tmp_path / "run", [one], MANIFEST)).read_text(encoding="utf-8")
+
+
 def test_hostile_text_is_inert(tmp_path):
     rng = np.random.default_rng(0)
     fields = {"problem": HOSTILE, "answer": HOSTILE, HOSTILE: HOSTILE}

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter, MaxNLocator, NullFormatter
 
 from sglang_optimal.distill.report.histogram import POSITION_EDGES, Histogram, PositionSeries
 from sglang_optimal.distill.report.statistics import Group, Statistics
@@ -221,7 +221,8 @@ def _student_logprobs(statistics: Statistics) -> Drawn | None:
         _shares(axes, group.student_logprob, colour, label)
     axes.axvline(np.log(RARE), color=INK, linewidth=1.2, linestyle="--", label=f"probability {RARE:g}")
     axes.set_yscale("log")
-    _percent(axes.yaxis)
+    axes.yaxis.set_major_formatter(_LogPercent())
+    axes.yaxis.set_minor_formatter(_LogPercent(labelOnlyBase=False))
     low = min(group.student_logprob.low for group in statistics.groups)
     axes.set_xlim(max(-20.2, min(np.floor(low), -8)), 0.2)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
@@ -367,6 +368,14 @@ def _samples_alive(statistics: Statistics) -> np.ndarray:
 
 def _percent(axis: Axis) -> None:
     axis.set_major_formatter(lambda value, _: f"{100 * value:g} %" if value < 1.001 else "")
+
+
+class _LogPercent(LogFormatter):
+    """Matplotlib's choice of labels, which has some between powers of ten where there are few, in percent."""
+
+    def __call__(self, value: float, position: int | None = None) -> str:
+        """Of a tick."""
+        return f"{100 * value:g} %" if value < 1.001 and super().__call__(value, position) else ""
 
 
 def _whole_numbers(axis: Axis, ticks: int = 5) -> None:
