@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
+from gpu_like import faults
 from hypothesis import settings
 from oracle import MixedOracle
 from tiny_models import build_lora_adapter, build_tiny_tokenizer_model
@@ -14,6 +17,10 @@ from tiny_models import build_lora_adapter, build_tiny_tokenizer_model
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile(os.getenv("HYPOTHESIS_PROFILE", "repeatable"))
+
+# Before any engine, and the same for all: an engine whose environment differs from the first one's imports SGLang anew.
+os.environ[faults.FILE] = str(Path(tempfile.mkdtemp(prefix="gpu-like-")) / "fault")
+faults.file().touch()
 
 
 @pytest.fixture

@@ -6,10 +6,14 @@ Each result is a JSON line as soon as it is there. Samples and checkpoints are k
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import os
 import signal
 import sys
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -68,18 +72,34 @@ def _run(args: argparse.Namespace, scale: Scale, results: Results, out: Path, co
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server ends with us
     warnings.filterwarnings("ignore", module="peft|transformers")
     out.mkdir(parents=True, exist_ok=True)
-    engines = Engines(args.model_path, out / "teacher", scale, out)
-    try:
+    results.path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        for folder in {out.resolve(), results.path.parent.resolve()}:
+            stack.enter_context(_alone(folder))
+        engines = Engines(args.model_path, out / "teacher", scale, out)
+        stack.callback(engines.close)
         experiment = Experiment(results, out, args.model_path, engines, console)
         left = experiment.run(cells(scale), args.budget and 60 * args.budget)
-    finally:
-        engines.close()
     if left:
         show_plan("not run for want of time; the same command goes on", left, results, console)
     else:
         console.print(f"all of it is in {results.path}")
     console.print("python -m bench.proof.page writes docs/proof.md anew")
     return 0
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Raises ValueError where another run writes to it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{folder}: another run is writing here; wait for it, or give another folder.") from None
+    else:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def show_plan(title: str, left: list[Cell], results: Results, console: Console) -> None:

@@ -27,6 +27,8 @@ _MODULES = (
     "sglang.srt.models.registry",
     "sglang_optimal.runtime.managers.scheduler",
 )
+_NOT_COMPARED = {"PYTEST_CURRENT_TEST"}
+"""Variables that change all the time and that no imported module reads."""
 _ACCELERATORS = ("nvidiactl", "nvidia0", "dxg", "kfd", "dri", "accel", "davinci_manager", "hl0", "mthreads.0")
 
 
@@ -35,14 +37,14 @@ class ForkServer:
 
     Attributes:
         pid: its process id; None before there is one.
-        left: the environment when the last engine had started; after another change of it the server is not used again.
-        fits: whether the environment is still the server's.
+        environment: when it began, with what the start of engines has changed since.
+        fits: whether the one of now is the same.
         in_use: whether SGLang's next processes come from it.
     """
 
     def __init__(self) -> None:
         self.pid: int | None = None
-        self.left: dict[str, str] | None = None
+        self.environment: dict[str, str] = {}
         self.fits = False
         self.in_use = False
 
@@ -53,14 +55,19 @@ class ForkServer:
         Another program's fork server is left alone, and one whose environment is another by now: a module may have read
         it when it was imported. SGLang then starts its processes as ever.
         """
+        before = _environment()
         if self.pid is None:
             self._start()
+            self.environment = before
         else:
-            self.fits = self.left is not None and dict(os.environ) == self.left
+            self.fits = self.environment == before
         try:
             yield
         finally:
-            self.left = dict(os.environ)
+            after = _environment()
+            for name in before.keys() - after.keys():
+                self.environment.pop(name, None)
+            self.environment.update(after.items() - before.items())
 
     def _start(self) -> None:
         server: Any = forkserver._forkserver
@@ -103,6 +110,10 @@ class ForkServer:
         """Hook after SGLang has chosen ``spawn``."""
         if self.in_use:
             multiprocessing.set_start_method("forkserver", force=True)
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in _NOT_COMPARED}
 
 
 fork_server = ForkServer()

@@ -164,13 +164,13 @@ def test_aborts(sampler):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("roles", [("teacher", "student"), ("teacher", "teacher")], ids=["separate", "shared"])
-def test_imitated_graphs(models, tmp_path, monkeypatch, roles):
+def test_imitated_graphs(models, monkeypatch, roles):
     """With static buffers that both models share, and tensors that are overwritten after a forward."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     pair = [models("qwen3.5", role) for role in roles]
     oracle = MixedOracle(*pair)
-    with start_gpu_like(pair, fault_file=tmp_path / "fault", **{**SMALL, "mixing_self_check": "off"}) as sampler:
+    with start_gpu_like(pair, **{**SMALL, "mixing_self_check": "off"}) as sampler:
         for seed in (51, 52):
             cases = random_cases(seed, 6, 2)
             check_all(oracle, cases, run(sampler, cases))

@@ -52,10 +52,9 @@ def _student(folder: Path, seed: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start():
     def start(pair, **arguments):
-        file = tmp_path_factory.mktemp("faults") / "file"
-        return start_gpu_like(pair, file, enable_memory_saver=True, **arguments)
+        return start_gpu_like(pair, enable_memory_saver=True, **arguments)
 
     return start
 

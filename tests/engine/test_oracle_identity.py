@@ -10,7 +10,6 @@ some where the student is a LoRA adapter on the shared weights. Small pools but 
 from __future__ import annotations
 
 import asyncio
-import functools
 import random
 import re
 
@@ -73,7 +72,7 @@ NAMES = [f"{mode}{name}" for mode, engines in MODES.items() for name in engines]
 @pytest.fixture(
     scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NAMES]
 )
-def sampler(request, tiny_pair, tmp_path_factory):
+def sampler(request, tiny_pair):
     mode = next(mode for mode in reversed(MODES) if request.param.startswith(mode))
     name = request.param.removeprefix(mode)
     arguments = dict(MODES[mode][name])
@@ -82,7 +81,7 @@ def sampler(request, tiny_pair, tmp_path_factory):
         arguments["student_lora_path"] = str(request.getfixturevalue("lora_adapter")[0])
     begin = start
     if name in GPU_LIKE:
-        begin = functools.partial(start_gpu_like, fault_file=tmp_path_factory.mktemp("gpu-like") / "fault")
+        begin = start_gpu_like
         pair = pair if mode in ONE_MODEL else request.getfixturevalue("same_vocabulary_pair")
     with begin(pair, **arguments) as engine:
         assert mixing_state(engine)["shared_weights"] is (mode in ONE_MODEL)

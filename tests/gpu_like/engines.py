@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,12 +22,11 @@ TRITON: dict[str, Any] = {"attention_backend": "triton", "triton_attention_num_k
 
 
 @contextlib.contextmanager
-def gpu_like(fault_file: Path, fault: str = "", *, triton: bool = False) -> Iterator[None]:
-    """Engines that are started within imitate a GPU, and have the fault that ``fault_file`` names at each moment."""
-    fault_file.write_text(fault)
+def gpu_like(fault: str = "", *, triton: bool = False) -> Iterator[None]:
+    """Engines that are started within imitate a GPU, and have the fault that `faults.FILE` names at each moment."""
+    faults.file().write_text(fault)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MixedEngine, "scheduler_process", staticmethod(imitation.gpu_like_scheduler_process))
-        patch.setenv(faults.FILE, str(fault_file))
         patch.setattr(launch, "can_release", lambda device: True)
         patch.setattr(TorchMemorySaverAdapter, "create", staticmethod(lambda enable: ImitatedMemorySaver()))
         if triton:
@@ -38,10 +36,10 @@ def gpu_like(fault_file: Path, fault: str = "", *, triton: bool = False) -> Iter
 
 
 @contextlib.contextmanager
-def start_gpu_like(pair, fault_file: Path, *, triton: bool = False, **arguments: Any) -> Iterator[OptimalSampler]:
+def start_gpu_like(pair, *, triton: bool = False, **arguments: Any) -> Iterator[OptimalSampler]:
     """An engine over a tiny pair that imitates a GPU; faults can be put back within."""
     more = {**GRAPHS, **(TRITON if triton else {}), **arguments}
-    with gpu_like(fault_file, triton=triton), start(pair, **more) as engine:
+    with gpu_like(triton=triton), start(pair, **more) as engine:
         yield engine
 
 

@@ -38,10 +38,15 @@ HOST_WAITS = {
 }
 
 
+def file() -> Path:
+    """Of this process; one in all its tests, since engines are forked where the environment is as it was."""
+    return Path(os.environ[FILE])
+
+
 @contextlib.contextmanager
 def put_back(name: str) -> Iterator[None]:
-    """Let a fault be in force within, in all engines of this test that were started with `FILE` set."""
-    path = Path(os.environ[FILE])
+    """Let a fault be in force within, in all engines of this test that imitate a GPU."""
+    path = file()
     path.write_text(name)
     try:
         yield
@@ -52,7 +57,7 @@ def put_back(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def self_check_asked() -> Iterator[None]:
     """Within, engines answer a look at their state with what their self-check finds."""
-    path = Path(os.environ[FILE]).with_suffix(".check")
+    path = file().with_suffix(".check")
     path.touch()
     try:
         yield
@@ -61,12 +66,11 @@ def self_check_asked() -> Iterator[None]:
 
 
 def self_check_wanted() -> bool:
-    return Path(os.environ[FILE]).with_suffix(".check").exists()
+    return file().with_suffix(".check").exists()
 
 
 def in_force() -> str:
-    path = os.environ.get(FILE)
-    return Path(path).read_text() if path else ""
+    return file().read_text()
 
 
 def install() -> None:

@@ -5,9 +5,7 @@ Its environment names a file with a fault, or an empty one (`faults.FILE`).
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
 
 
 def main(arguments: list[str]) -> int:
@@ -15,9 +13,8 @@ def main(arguments: list[str]) -> int:
     from gpu_like.engines import GRAPHS, gpu_like
     from sglang_optimal import launch_server
 
-    path = Path(os.environ[faults.FILE])
     sizes = [text for name, values in GRAPHS.items() for text in (f"--{name.replace('_', '-')}", *map(str, values))]
-    with gpu_like(path, path.read_text()):
+    with gpu_like(faults.in_force()):
         return launch_server.main([*arguments, *sizes])
 
 

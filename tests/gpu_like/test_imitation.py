@@ -50,14 +50,14 @@ def one_model(tiny_pair):
 @pytest.fixture(
     scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in ENGINES]
 )
-def engine(request, tmp_path_factory):
+def engine(request):
     name, arguments = ENGINES[request.param]
     pair, arguments = request.getfixturevalue(name), dict(arguments)
     oracle = None
     if arguments.pop("lora", False):
         adapter, oracle = request.getfixturevalue("lora_adapter")
         arguments["student_lora_path"] = str(adapter)
-    with start_gpu_like(pair, tmp_path_factory.mktemp("fault") / "fault", **arguments) as sampler:
+    with start_gpu_like(pair, **arguments) as sampler:
         sampler.name, sampler.oracle = request.param, oracle or MixedOracle(*pair)
         yield sampler
 
@@ -236,14 +236,14 @@ def test_a_step_that_does_not_fit_the_memory_goes_on_in_lockstep(engine):
     check_all(engine.oracle, cases, run(engine, cases))
 
 
-def test_a_stale_table_does_not_start(one_model, tmp_path):
+def test_a_stale_table_does_not_start(one_model):
     """Shared weights with SGLang's triton attention, which reads the table through its translator of KV indices."""
     from harness import start
 
     from gpu_like.engines import GRAPHS, TRITON, gpu_like
 
     arguments = {"mixing_self_check": "on", **GRAPHS, **TRITON}
-    with gpu_like(tmp_path / "fault", faults.STALE_TABLE, triton=True), pytest.raises(SelfCheckFailed):
+    with gpu_like(faults.STALE_TABLE, triton=True), pytest.raises(SelfCheckFailed):
         start(one_model, **arguments)
 
 

@@ -80,7 +80,9 @@ def budget_case(first, budget):
 
 
 BUDGETS = [(first, budget) for first in (0, 1) for budget in (0.0, 0.01, 1.0, 5.0, 1e30)]
-CASES = {(m, d): method_case(m, d) for m in ALPHA_METHODS for d in DTYPES} | {"wide": wide_case()}
+# What differs by dtype is how a row is read; the interpreter takes a second for each case.
+METHOD_CASES = [(m, d) for m in ALPHA_METHODS for d in DTYPES if d is torch.float32 or m == "kl_symmetry"]
+CASES = {case: method_case(*case) for case in METHOD_CASES} | {"wide": wide_case()}
 CASES |= {case: budget_case(*case) for case in BUDGETS}
 
 
@@ -100,8 +102,7 @@ def interpreted(tmp_path_factory):
     return {name: Mixture(**fields) for name, fields in zip(CASES, results, strict=True)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", ALPHA_METHODS)
+@pytest.mark.parametrize("method,dtype", METHOD_CASES)
 def test_every_method_and_special_row(interpreted, method, dtype):
     args, kwargs = CASES[method, dtype]
     expected = mix(*args, **kwargs, implementation="torch")

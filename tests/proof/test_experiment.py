@@ -283,4 +283,9 @@ def test_a_budget_that_is_spent_starts_no_server(tmp_path, model, capsys):
     said = capsys.readouterr().out
     assert f"not run for want of time; the same command goes on: {len(cells(SCALES['cpu']))} results" in said
     assert not lines.exists() and not list((tmp_path / "out").iterdir())
+    for other in (tmp_path / "out", tmp_path):
+        with command._alone(other):
+            assert command.main(flags) == 2
+            assert f"{other}: another run is writing here" in capsys.readouterr().err
+    assert command.main(flags) == 0
     assert json.dumps(sorted(path.name for path in tmp_path.iterdir())) == '["out"]'
