@@ -15,15 +15,13 @@ from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_optimal.platforms import cpu_kernels, cpu_layers, packed_linear
+from sglang_optimal.platforms import cpu_dtype, cpu_kernels, cpu_layers, packed_linear
 from sglang_optimal.platforms.cpu_sampling import draw, drawing_one_number
 from sglang_optimal.platforms.torch_cpu import TorchCpuSRTPlatform
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 """Relative; in bfloat16 SGLang's own rounds in between as well."""
-HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""Of this processor (AVX-512 at least)."""
 
 
 def close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -191,7 +189,7 @@ def test_packed(dtype, rows):
     model, x = Model(dtype), torch.randn(rows, 32, dtype=dtype)
     wanted = outputs(model, x)
     packed_linear.pack(model)
-    packed = dtype is torch.float32 or HAS_BFLOAT16
+    packed = dtype is torch.float32 or cpu_dtype.has_bfloat16()
     linear, head = UnquantizedLinearMethod, UnquantizedEmbeddingMethod
     assert type(model.layer.quant_method) is (packed_linear.PackedUnquantizedLinearMethod if packed else linear)
     assert type(model.head.quant_method) is (packed_linear.PackedUnquantizedEmbeddingMethod if packed else head)
@@ -227,7 +225,7 @@ def test_what_is_not_packed(monkeypatch):
     half, on_an_older_processor = Model(torch.float16), Model(torch.bfloat16)
     packed_linear.pack(half)
     with monkeypatch.context() as without:
-        without.setattr(packed_linear, "_has_bfloat16", lambda: False)
+        without.setattr(packed_linear, "has_bfloat16", lambda: False)
         packed_linear.pack(on_an_older_processor)
     monkeypatch.setattr(packed_linear.psutil, "virtual_memory", lambda: SimpleNamespace(available=40_000))
     large = Model(torch.float32)

@@ -15,6 +15,8 @@ from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, U
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import Tensor
 
+from sglang_optimal.platforms.cpu_dtype import has_bfloat16
+
 logger = logging.getLogger(__name__)
 
 _SHARE_OF_FREE_MEMORY = 0.25
@@ -103,12 +105,8 @@ def _can_be_packed(layer: Any) -> bool:
         type(getattr(layer, "quant_method", None)) in _METHODS
         and isinstance(weight, Tensor)
         and weight.dim() == 2
-        and (weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and _has_bfloat16()))
+        and (weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and has_bfloat16()))
     )
-
-
-def _has_bfloat16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _heads_are_plain(model: torch.nn.Module) -> bool:

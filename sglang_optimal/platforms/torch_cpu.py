@@ -9,6 +9,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from sglang_optimal.platforms import cpu_dtype
+
 
 class TorchCpuSRTPlatform(CpuDeviceMixin, SRTPlatform):
     """CPU as an out-of-tree platform.
@@ -18,6 +20,11 @@ class TorchCpuSRTPlatform(CpuDeviceMixin, SRTPlatform):
     """
 
     _enum = PlatformEnum.OOT
+
+    def apply_server_args_defaults(self, server_args) -> None:
+        """Compute in float32 where the processor does so faster, see `cpu_dtype`."""
+        if server_args.dtype == "auto":
+            server_args.dtype = cpu_dtype.chosen(server_args.model_path, server_args.quantization)
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"
