@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -232,6 +233,43 @@ def test_what_is_not_packed(monkeypatch):
     packed_linear.pack(large)
     for model in (half, on_an_older_processor, large):
         assert type(model.layer.quant_method) is UnquantizedLinearMethod
+
+
+@pytest.mark.parametrize(
+    "has_bfloat16,quantization,config,memory,wanted",
+    [
+        (True, None, {}, 8000, "auto"),
+        (False, None, {}, 8000, "float32"),
+        (False, None, {}, 7999, "auto"),
+        (False, "awq", {}, 8000, "auto"),
+        (False, None, {"quantization_config": {"quant_method": "gptq"}}, 8000, "auto"),
+    ],
+)
+def test_the_dtype_that_the_processor_does_well(
+    tmp_path, monkeypatch, caplog, has_bfloat16, quantization, config, memory, wanted
+):
+    monkeypatch.setattr(cpu_dtype, "has_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(cpu_dtype.psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model-1.safetensors").write_bytes(bytes(600))
+    (tmp_path / "model-2.safetensors").write_bytes(bytes(400))  # in float32 a quarter of 8,000
+    arguments = SimpleNamespace(dtype="auto", model_path=str(tmp_path), quantization=quantization)
+    TorchCpuSRTPlatform().apply_server_args_defaults(arguments)
+    assert arguments.dtype == wanted
+    assert ("--dtype float32 where there is memory" in caplog.text) is (memory < 8000)
+
+
+@pytest.mark.parametrize("path", ["nobody/has-this", "not a name", "/not/there"])
+def test_a_model_that_is_not_on_this_disk_keeps_its_dtype(monkeypatch, path):
+    monkeypatch.setattr(cpu_dtype, "has_bfloat16", lambda: False)
+    assert cpu_dtype.chosen(path, None) == "auto"
+
+
+def test_a_dtype_that_was_asked_for_stays(monkeypatch):
+    monkeypatch.setattr(cpu_dtype, "has_bfloat16", lambda: False)
+    arguments = SimpleNamespace(dtype="bfloat16")
+    TorchCpuSRTPlatform().apply_server_args_defaults(arguments)
+    assert arguments.dtype == "bfloat16"
 
 
 def test_a_profile_can_be_asked_for():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sglang_optimal.platforms.cpu_memory_pool import _LazyZeros
-from sglang_optimal.platforms.cpu_processes import InChild
+from sglang_optimal.platforms.cpu_processes import ForkServer, InChild
 
 PROGRAM = """
 import json, os, sys
@@ -41,7 +41,13 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("engines, end", [("two engines", "the program is killed"), ("one engine", "a process failed")])
+@pytest.mark.parametrize(
+    "engines, end",
+    [
+        pytest.param("two engines", "the program is killed", marks=pytest.mark.slow),
+        ("one engine", "a process failed"),
+    ],
+)
 def test_processes_of_engines(tiny_pair, tmp_path, engines, end):
     """The first engine's are forked; the second's, after the environment has changed, are not.
 
@@ -74,6 +80,33 @@ def test_processes_of_engines(tiny_pair, tmp_path, engines, end):
     _, alive = psutil.wait_procs(everyone, timeout=30)
     assert not alive
     process.communicate()
+
+
+def test_when_the_environment_is_still_the_fork_server_s(monkeypatch):
+    """What was set by others since is another environment, until it is taken back; what engines' starts set is not."""
+    server = ForkServer()
+    monkeypatch.setattr(server, "_start", lambda: vars(server).update(pid=1, fits=True))
+    monkeypatch.setenv("OF_OTHERS", "1")
+
+    def fits(**started: str) -> bool:
+        with server.begun():
+            for name, value in started.items():
+                monkeypatch.setenv(name, value)
+            return server.fits
+
+    assert fits(OF_THE_START="a")
+    assert fits()
+    monkeypatch.setenv("OF_OTHERS", "2")
+    assert not fits(OF_THE_START="b")
+    monkeypatch.setenv("OF_OTHERS", "1")
+    assert fits()
+    monkeypatch.setenv("PYTEST_CURRENT_TEST", "another")
+    assert fits()
+    monkeypatch.setenv("OF_THE_START", "a")
+    assert not fits()
+    monkeypatch.delenv("OF_OTHERS")
+    monkeypatch.setenv("OF_THE_START", "b")
+    assert not fits()
 
 
 def _environment(name: str) -> tuple[str | None, object]:

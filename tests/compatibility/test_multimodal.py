@@ -124,6 +124,7 @@ def test_plain_requests_see_images(qwen, llama, mode):
         check_pools(sampler)
 
 
+@pytest.mark.slow
 def test_chats(qwen, llama, tmp_path):
     """Text is mixed, on both sides of a chat; images are refused there, and seen by plain requests."""
     argv = ["--model-path", str(qwen), "--student-model-path", str(llama)]

@@ -103,7 +103,7 @@ def test_without_the_variable_nothing_is_patched():
             f"sglang_optimal.platforms.{name}"
             for name in ("cpu_attention", "cpu_kernels", "cpu_memory_pool", "torch_cpu")
         ),
-        *(f"sglang_optimal.platforms.{name}" for name in ("packed_linear", "cpu_ranks")),
+        *(f"sglang_optimal.platforms.{name}" for name in ("cpu_dtype", "cpu_ranks", "packed_linear")),
         "sglang_optimal.runtime",
         "sglang_optimal.runtime.entrypoints",
         "sglang_optimal.runtime.entrypoints.any_engine",
@@ -120,7 +120,7 @@ def test_as_a_trainer_launches_it(tiny_pair, tiny_oracle):
     check_all(tiny_oracle, cases, answers(launched("subprocesses", tiny_pair, cases, configured(tiny_pair))))
 
 
-@pytest.mark.slow  # the same hooks as in the server below
+@pytest.mark.slow  # so are these
 @pytest.mark.parametrize("more", [{}, {"mixing_mode": "speculative"}], ids=["lockstep", "drafts"])
 def test_sglang_s_engine(tiny_pair, tiny_oracle, more):
     cases = random_cases(2, 5, 2)
@@ -132,6 +132,7 @@ def check_server(client, oracle, seed: int) -> None:
     check_all(oracle, cases, [generate(client, **request) for request in requests_of(cases)])
 
 
+@pytest.mark.slow  # the same hooks as in a trainer's launch above
 def test_sglang_s_server(tiny_pair, tiny_oracle, tmp_path):
     argv = ["--model-path", str(tiny_pair[0]), *as_argv(ARGUMENTS)]
     with serve("sglang.launch_server", argv, tmp_path / "log", environment=configured(tiny_pair)) as client:

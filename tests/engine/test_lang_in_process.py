@@ -52,6 +52,7 @@ def test_optimal_sampler_is_a_backend(tiny_pair, tiny_oracle):
         check_pools(sampler)
 
 
+@pytest.mark.slow  # a server in a process of its own; tests/lang/test_server.py has the frontend beside one
 def test_runtime(tiny_pair, tiny_oracle):
     teacher, student = map(str, tiny_pair)
     with so.Runtime(teacher, student, alpha_method="ess_balance", api_key="a-key", **SMALL) as runtime:

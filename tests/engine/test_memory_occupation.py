@@ -249,7 +249,8 @@ def test_with_a_backup(start, pair, oracle):
         check_pools(sampler)
 
 
-@pytest.mark.parametrize("policy", ["teacher", pytest.param("both", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["teacher", "both"])
 def test_another_policy(start, pair, oracle, policy):
     """The weights that are no trainer's are kept, whichever model has them."""
     with start(pair, policy=policy) as sampler:

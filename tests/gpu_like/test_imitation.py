@@ -236,6 +236,7 @@ def test_a_step_that_does_not_fit_the_memory_goes_on_in_lockstep(engine):
     check_all(engine.oracle, cases, run(engine, cases))
 
 
+@pytest.mark.slow  # Triton's interpreter
 def test_a_stale_table_does_not_start(one_model):
     """Shared weights with SGLang's triton attention, which reads the table through its translator of KV indices."""
     from harness import start
