@@ -6,6 +6,14 @@ import pytest
 from stub_server import stub_server
 
 from sglang_optimal.distill import client
+from sglang_optimal.distill.report import figures
+
+
+@pytest.fixture(autouse=True)
+def figures_are_not_drawn(request, monkeypatch):
+    """But in the report's own tests: drawing takes longer than all else of a run here, whose figures are still made."""
+    if request.module.__name__ != "test_report":
+        monkeypatch.setattr(figures, "_svg", lambda figure, name: "<svg></svg>")
 
 
 @pytest.fixture
