@@ -256,6 +256,9 @@ def test_the_dtype_that_the_processor_does_well(
     arguments = SimpleNamespace(dtype="auto", model_path=str(tmp_path), quantization=quantization)
     TorchCpuSRTPlatform().apply_server_args_defaults(arguments)
     assert arguments.dtype == wanted
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    assert cpu_dtype.chosen(str(tmp_path), None) == "auto"
     assert ("--dtype float32 where there is memory" in caplog.text) is (memory < 8000)
 
 

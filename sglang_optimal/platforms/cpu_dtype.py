@@ -32,15 +32,11 @@ def chosen(model_path: str, quantization: str | None) -> str:
     if has_bfloat16() or quantization is not None:
         return "auto"
     folder = _folder(model_path)
-    config = folder and folder / "config.json"
-    if (
-        folder is None
-        or config is None
-        or not config.exists()
-        or "quantization_config" in json.loads(config.read_text())
-    ):
+    if folder is None or _is_quantized(folder):
         return "auto"
     size = 2 * sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    if not size:
+        return "auto"
     if size > _SHARE_OF_MEMORY * psutil.virtual_memory().total:
         logger.warning(
             "dtype: this processor is slow in half precision; in float32, which it does faster, %s takes %.0f GB: "
@@ -51,6 +47,14 @@ def chosen(model_path: str, quantization: str | None) -> str:
         "dtype: float32, which this processor does faster than half precision; --dtype bfloat16 takes less memory."
     )
     return "float32"
+
+
+def _is_quantized(folder: Path) -> bool:
+    """True as well where that cannot be told; SGLang says what is wrong."""
+    try:
+        return "quantization_config" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return True
 
 
 def _folder(model_path: str) -> Path | None:
