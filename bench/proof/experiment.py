@@ -13,9 +13,9 @@ from rich.console import Console
 
 from bench.proof import rounds
 from bench.proof.lines import Results
-from bench.proof.plan import REFERENCE, Cell, estimate, sources_of, split, tokens_of
+from bench.proof.plan import REFERENCE, Cell, estimate, needs, sources_of, split, tokens_of
 from bench.proof.policies import MEASURE, POLICIES, Pools, Taken, cut, take
-from bench.proof.sources import Drawn, pool, sample
+from bench.proof.sources import Drawn, is_whole, pool, sample
 from bench.proof.tasks import TASKS, Task, followed, judged
 from bench.proof.training import answers, load, save, solution_rows, trained
 from sglang_optimal.demo.loop.evaluate import update_student
@@ -37,7 +37,7 @@ class Experiment:
         self._pools_are: tuple[str, int] | None = None
 
     def run(self, cells: Sequence[Cell], budget: float | None = None) -> list[Cell]:
-        """Run what has no line yet, in order.
+        """Run what has no line yet, in order; what was sampled on another machine is sampled again where it is needed.
 
         Args:
             budget: seconds; ends before the first cell that should go beyond it.
@@ -47,6 +47,8 @@ class Experiment:
         """
         began = time.monotonic()
         missing = [cell for cell in cells if not self.results.has(cell.key)]
+        needed = {needed for cell in missing for needed in needs(cell) if not self._is_there(needed)}
+        missing = [cell for cell in cells if cell in needed or not self.results.has(cell.key)]
         for i, cell in enumerate(missing):
             spent = time.monotonic() - began
             if budget is not None and spent + estimate(cell, self.scale, self.results.lines) > budget:
@@ -54,6 +56,8 @@ class Experiment:
             self.console.print(f"{spent / 60:5.1f} min  {i + 1} of {len(missing)}: {cell}")
             start = time.monotonic()
             line = _KINDS[cell.kind](self, cell)
+            if self.results.has(cell.key):
+                continue
             self.results.append(
                 {
                     **dict(zip(("kind", "task", "arm", "level", "seed", "round"), cell.key, strict=True)), **line,
@@ -63,6 +67,10 @@ class Experiment:
             if cell.round > 1:  # the line is safe, and the checkpoint before is not needed any more
                 rounds.forget(self._student(cell, cell.round - 1))
         return []
+
+    def _is_there(self, cell: Cell) -> bool:
+        """The samples of a cell with samples; others are in their line."""
+        return cell.kind != "sample" or is_whole(TASKS[cell.task], cell.seed, cell.arm, self.out)
 
     # One method for each kind of cell; each returns what its line says.
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from bench.proof.scales import Scale
 from bench.proof.tasks import Task, rows_of
 from sglang_optimal.distill.config import parse_config
+from sglang_optimal.distill.manifests import read_manifests
 from sglang_optimal.distill.pipeline import run
 from sglang_optimal.distill.refilter import filter_run
 from sglang_optimal.distill.store import KINDS, find_shards, read_rows
@@ -97,6 +98,11 @@ def settings_of(task: Task, scale: Scale, seed: int, name: str, data: Path, fold
     }  # fmt: skip
 
 
+def judged_by(task: Task) -> dict[str, dict[str, Any]]:
+    """The variants that samples of a task are judged by, in folders of their own."""
+    return {variant: more for variant, more in VARIANTS.items() if more is not None and task.verified}
+
+
 def sample(task: Task, scale: Scale, seed: int, name: str, out: Path, url: str, console: Console) -> None:
     """Sample what is missing of a source, and judge all of it by every variant.
 
@@ -111,15 +117,20 @@ def sample(task: Task, scale: Scale, seed: int, name: str, out: Path, url: str, 
     done = run(parse_config(settings_of(task, scale, seed, name, data, folder, url), name), console=console)
     if not done.complete:
         raise RuntimeError(f"{folder}: {done.failed} samples failed; the same command tries them again")
-    for variant, more in VARIANTS.items():
+    for variant, more in judged_by(task).items():
         target = folder.with_name(f"{name}-{variant}")
-        if more is None or not task.verified:
-            continue
         shutil.rmtree(target, ignore_errors=True)  # half of one, of a killed run
         config = folder.with_name(f"{name}-{variant}.yaml")
         filters = task.filters()
         config.write_text(yaml.safe_dump({"filters": [*filters[:-1], more, filters[-1]]}))
         filter_run(folder, target, config)
+
+
+def is_whole(task: Task, seed: int, name: str, out: Path) -> bool:
+    """Whether a source was sampled and judged to its end on this machine."""
+    folder = folder_of(out, task, seed, name)
+    folders = [folder, *(folder.with_name(f"{name}-{variant}") for variant in judged_by(task))]
+    return all([manifest.get("state") for manifest in read_manifests(each)] == ["complete"] for each in folders)
 
 
 def pool(task: Task, seed: int, name: str, out: Path) -> dict[str, list[Drawn]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 import types
 
 import pytest
@@ -258,6 +259,27 @@ def test_the_skilled_teacher_learns_other_problems():
         flat = [p.problem for each in own for p in each]
         assert len(flat) == len(set(flat)) == scale.rounds * scale.round_problems and not taught & set(flat)
     assert not taught & {p.problem for p in task.held_out(scale.held_out)}
+
+
+def test_samples_of_another_machine_are_drawn_again_where_they_are_needed(made, tmp_path):
+    plan = cells(SCALE, FEW[:1])
+    first = made.make()
+    assert first.run(plan) == []
+    path = first.results.path
+    left = [
+        line
+        for line in path.read_text().splitlines(keepends=True)
+        if '"kind": "train", "task": "one-step", "arm": "rs"' not in line
+    ]
+    path.write_text("".join(left))
+    shutil.rmtree(tmp_path / "out" / "one-step")
+    asked = sum(made.server.seen.values())
+    again = made.make()
+    assert again.run(plan) == []
+    assert sorted(key_of(line) for line in again.results.lines) == sorted(cell.key for cell in plan)
+    assert len(again.results.lines) == len(left) + 1
+    # The student's, and the mixture's, which says how many passes there are; not the teacher's.
+    assert sum(made.server.seen.values()) - asked == 8 * (5 + 2)
 
 
 def test_the_command(tmp_path, capsys):
