@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from sglang_optimal.platforms import cpu_processes
 from sglang_optimal.platforms.cpu_memory_pool import _LazyZeros
 from sglang_optimal.platforms.cpu_processes import ForkServer, InChild
 
@@ -49,7 +50,7 @@ if __name__ == "__main__":
     ],
 )
 def test_processes_of_engines(tiny_pair, tmp_path, engines, end):
-    """The first engine's are forked; the second's, after the environment has changed, are not.
+    """They are forked, the second engine's from a server with the environment that has changed.
 
     None outlives the program, and the program hears of one that fails, as SGLang lets it tell its parent.
     """
@@ -64,49 +65,67 @@ def test_processes_of_engines(tiny_pair, tmp_path, engines, end):
     )
     line = process.stdout.readline()
     assert line, process.communicate()[1]
-    texts, (forked, *anew) = json.loads(line)
+    texts, found = json.loads(line)
     assert texts == texts[:1] * (2 if engines == "two engines" else 1) and len(texts[0]) == 2
-    assert len(forked) == 2
-    servers = set(forked.values())
-    assert len(servers) == 1 and psutil.Process(*servers).ppid() == process.pid
-    anew = {pid: parent for found in anew for pid, parent in found.items()}
-    assert len(anew) == 2 * (len(texts) - 1) and set(anew.values()) <= {process.pid}
-    everyone = [psutil.Process(int(pid)) for pid in (*forked, *anew, *servers)]
+    assert all(len(each) == 2 and len(set(each.values())) == 1 for each in found)
+    servers = [next(iter(each.values())) for each in found]
+    assert len(set(servers)) == len(found) == len(texts)
+    assert all(psutil.Process(server).ppid() == process.pid for server in servers)
+    everyone = [psutil.Process(int(pid)) for each in found for pid in each] + list(map(psutil.Process, servers))
     if end == "the program is killed":
         process.send_signal(signal.SIGKILL)
     else:
-        os.kill(*servers, signal.SIGQUIT)
+        os.kill(servers[0], signal.SIGQUIT)
     process.wait(timeout=30)
     _, alive = psutil.wait_procs(everyone, timeout=30)
     assert not alive
     process.communicate()
 
 
-def test_when_the_environment_is_still_the_fork_server_s(monkeypatch):
-    """What was set by others since is another environment, until it is taken back; what engines' starts set is not."""
-    server = ForkServer()
-    monkeypatch.setattr(server, "_start", lambda: vars(server).update(pid=1, fits=True))
+def test_another_environment_is_another_fork_server_s(monkeypatch):
+    """What the start of engines sets is not another, nor what others set and have taken back."""
+    server, started = ForkServer(), []
+
+    def start() -> bool:
+        started.append(dict(os.environ))
+        server.pid = len(started)
+        return True
+
+    monkeypatch.setattr(server, "_start", start)
+    monkeypatch.setattr(server, "_leave", lambda: vars(server).update(pid=None, fits=False))
+    ended: list[int] = []
+    monkeypatch.setattr(cpu_processes, "_has_ended", ended.__contains__)
     monkeypatch.setenv("OF_OTHERS", "1")
 
-    def fits(**started: str) -> bool:
+    def starts(**values: str) -> int:
         with server.begun():
-            for name, value in started.items():
+            for name, value in values.items():
                 monkeypatch.setenv(name, value)
-            return server.fits
+            assert server.fits
+            return len(started)
 
-    assert fits(OF_THE_START="a")
-    assert fits()
-    monkeypatch.setenv("OF_OTHERS", "2")
-    assert not fits(OF_THE_START="b")
-    monkeypatch.setenv("OF_OTHERS", "1")
-    assert fits()
+    assert starts(OF_THE_START="a") == 1
+    assert starts() == 1
     monkeypatch.setenv("PYTEST_CURRENT_TEST", "another")
-    assert fits()
-    monkeypatch.setenv("OF_THE_START", "a")
-    assert not fits()
+    assert starts(OF_THE_START="b") == 1
+    monkeypatch.setenv("OF_OTHERS", "2")
+    monkeypatch.setenv("OF_OTHERS", "1")
+    assert starts() == 1
+    monkeypatch.setenv("OF_OTHERS", "2")
+    assert starts() == 2 and started[1]["OF_OTHERS"] == "2"
     monkeypatch.delenv("OF_OTHERS")
-    monkeypatch.setenv("OF_THE_START", "b")
-    assert not fits()
+    assert starts() == 3 and starts() == 3
+    ended.append(3)
+    assert starts() == 4
+
+
+def test_a_fork_server_that_ended_is_noticed():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert not cpu_processes._has_ended(child.pid)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert cpu_processes._has_ended(child.pid) and cpu_processes._has_ended(child.pid)
+    child.wait()
 
 
 def _environment(name: str) -> tuple[str | None, object]:

@@ -38,7 +38,7 @@ class ForkServer:
     Attributes:
         pid: its process id; None before there is one.
         environment: when it began, with what the start of engines has changed since.
-        fits: whether the one of now is the same.
+        fits: whether there is one, with the environment of now.
         in_use: whether SGLang's next processes come from it.
     """
 
@@ -47,20 +47,22 @@ class ForkServer:
         self.environment: dict[str, str] = {}
         self.fits = False
         self.in_use = False
+        self._left: list[Any] = []
+        """Process ids of those before that have not ended."""
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
         """Start an engine within: the process that its own are forked from begins to import SGLang at once.
 
-        Another program's fork server is left alone, and one whose environment is another by now: a module may have read
-        it when it was imported. SGLang then starts its processes as ever.
+        Another one takes its place where the environment has changed: a module may have read it when it was imported.
+        Another program's fork server is left alone; SGLang then starts its processes as ever.
         """
         before = _environment()
+        if self.pid is not None and (self.environment != before or _has_ended(self.pid)):
+            self._leave()
         if self.pid is None:
-            self._start()
             self.environment = before
-        else:
-            self.fits = self.environment == before
+            self.fits = self._start()
         try:
             yield
         finally:
@@ -69,11 +71,22 @@ class ForkServer:
                 self.environment.pop(name, None)
             self.environment.update(after.items() - before.items())
 
-    def _start(self) -> None:
+    def _leave(self) -> None:
+        """Let go of the one there is. It ends with the last process that came from it."""
+        server: Any = forkserver._forkserver
+        os.close(server._forkserver_alive_fd)  # which those processes have too
+        server._forkserver_pid = server._forkserver_alive_fd = server._forkserver_address = None
+        forkserver.set_forkserver_preload(["__main__"])
+        self._left.append(self.pid)
+        self.pid, self.fits = None, False
+        self._left = [pid for pid in self._left if not _has_ended(pid)]
+
+    def _start(self) -> bool:
+        """Whether it could."""
         server: Any = forkserver._forkserver
         taken = server._forkserver_pid is not None or server._preload_modules != ["__main__"]
         if sys.platform != "linux" or taken or any(Path("/dev", name).exists() for name in _ACCELERATORS):
-            return
+            return False
         before = {name: os.environ.get(name) for name in (_MARK, "PYTHONPATH", "PYTHONSAFEPATH")}
         # Python 3.11 gives its fork server nothing of sys.path.
         path = os.pathsep.join(map(os.path.abspath, sys.path))
@@ -86,7 +99,8 @@ class ForkServer:
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
-        self.pid, self.fits = server._forkserver_pid, True
+        self.pid = server._forkserver_pid
+        return True
 
     @contextlib.contextmanager
     def used(self, server_args) -> Iterator[None]:
@@ -110,6 +124,14 @@ class ForkServer:
         """Hook after SGLang has chosen ``spawn``."""
         if self.in_use:
             multiprocessing.set_start_method("forkserver", force=True)
+
+
+def _has_ended(pid: int) -> bool:
+    """Of a child: such as with all others, when an engine of SGLang's own shuts down."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        return True
 
 
 def _environment() -> dict[str, str]:
