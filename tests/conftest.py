@@ -20,7 +20,8 @@ settings.register_profile("explore", derandomize=False, deadline=None)
 settings.load_profile(os.getenv("HYPOTHESIS_PROFILE", "repeatable"))
 
 # Before any engine, and the same for all: an engine whose environment differs from the first one's imports SGLang anew.
-os.environ[faults.FILE] = str(Path(tempfile.mkdtemp(prefix="gpu-like-")) / "fault")
+_folder = tempfile.TemporaryDirectory(prefix="gpu-like-")
+os.environ[faults.FILE] = str(Path(_folder.name) / "fault")
 faults.file().touch()
 
 

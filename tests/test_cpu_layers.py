@@ -253,19 +253,19 @@ def test_the_dtype_that_the_processor_does_well(
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model-1.safetensors").write_bytes(bytes(600))
     (tmp_path / "model-2.safetensors").write_bytes(bytes(400))  # in float32 a quarter of 8,000
-    arguments = SimpleNamespace(dtype="auto", model_path=str(tmp_path), quantization=quantization)
+    arguments = SimpleNamespace(dtype="auto", model_path=str(tmp_path), revision=None, quantization=quantization)
     TorchCpuSRTPlatform().apply_server_args_defaults(arguments)
     assert arguments.dtype == wanted
     for file in tmp_path.glob("*.safetensors"):
         file.unlink()
-    assert cpu_dtype.chosen(str(tmp_path), None) == "auto"
+    assert cpu_dtype.chosen(str(tmp_path), None, None) == "auto"
     assert ("--dtype float32 where there is memory" in caplog.text) is (memory < 8000)
 
 
 @pytest.mark.parametrize("path", ["nobody/has-this", "not a name", "/not/there"])
 def test_a_model_that_is_not_on_this_disk_keeps_its_dtype(monkeypatch, path):
     monkeypatch.setattr(cpu_dtype, "has_bfloat16", lambda: False)
-    assert cpu_dtype.chosen(path, None) == "auto"
+    assert cpu_dtype.chosen(path, None, None) == "auto"
 
 
 def test_a_dtype_that_was_asked_for_stays(monkeypatch):

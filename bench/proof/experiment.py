@@ -46,9 +46,9 @@ class Experiment:
             Cells that were not run.
         """
         began = time.monotonic()
-        missing = [cell for cell in cells if not self.results.has(cell.key)]
-        needed = {needed for cell in missing for needed in needs(cell) if not self._is_there(needed)}
-        missing = [cell for cell in cells if cell in needed or not self.results.has(cell.key)]
+        lacking = {cell for cell in cells if not self.results.has(cell.key)}
+        gone = {needed for cell in lacking for needed in needs(cell) if not self._is_there(needed)}
+        missing = [cell for cell in cells if cell in lacking | gone]
         for i, cell in enumerate(missing):
             spent = time.monotonic() - began
             if budget is not None and spent + estimate(cell, self.scale, self.results.lines) > budget:
@@ -56,7 +56,7 @@ class Experiment:
             self.console.print(f"{spent / 60:5.1f} min  {i + 1} of {len(missing)}: {cell}")
             start = time.monotonic()
             line = _KINDS[cell.kind](self, cell)
-            if self.results.has(cell.key):
+            if cell not in lacking:
                 continue
             self.results.append(
                 {

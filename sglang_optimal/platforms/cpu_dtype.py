@@ -22,7 +22,7 @@ def has_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def chosen(model_path: str, quantization: str | None) -> str:
+def chosen(model_path: str, revision: str | None, quantization: str | None) -> str:
     """``float32`` where the processor has no instructions for bfloat16, else SGLang's ``auto``.
 
     PyTorch multiplies bfloat16 there an element at a time: 21 tokens/s of a mixture at batch 48 instead of 109, on an
@@ -31,7 +31,9 @@ def chosen(model_path: str, quantization: str | None) -> str:
     """
     if has_bfloat16() or quantization is not None:
         return "auto"
-    folder = _folder(model_path)
+    from sglang_optimal.local_model import model_folder
+
+    folder = model_folder(model_path, revision)
     if folder is None or _is_quantized(folder):
         return "auto"
     size = 2 * sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
@@ -55,17 +57,3 @@ def _is_quantized(folder: Path) -> bool:
         return "quantization_config" in json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return True
-
-
-def _folder(model_path: str) -> Path | None:
-    """Where a model lies; None where it has to be fetched."""
-    if Path(model_path).is_dir():
-        return Path(model_path)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model_path, "config.json")
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None

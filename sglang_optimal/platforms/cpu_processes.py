@@ -47,7 +47,7 @@ class ForkServer:
         self.environment: dict[str, str] = {}
         self.fits = False
         self.in_use = False
-        self._left: list[Any] = []
+        self._left: list[int] = []
         """Process ids of those before that have not ended."""
 
     @contextlib.contextmanager
@@ -77,9 +77,9 @@ class ForkServer:
         os.close(server._forkserver_alive_fd)  # which those processes have too
         server._forkserver_pid = server._forkserver_alive_fd = server._forkserver_address = None
         forkserver.set_forkserver_preload(["__main__"])
-        self._left.append(self.pid)
+        left = self._left if self.pid is None else [*self._left, self.pid]
+        self._left = [pid for pid in left if not _has_ended(pid)]
         self.pid, self.fits = None, False
-        self._left = [pid for pid in self._left if not _has_ended(pid)]
 
     def _start(self) -> bool:
         """Whether it could."""

@@ -24,7 +24,8 @@ class TorchCpuSRTPlatform(CpuDeviceMixin, SRTPlatform):
     def apply_server_args_defaults(self, server_args) -> None:
         """Compute in float32 where the processor does so faster, see `cpu_dtype`."""
         if server_args.dtype == "auto":
-            server_args.dtype = cpu_dtype.chosen(server_args.model_path, server_args.quantization)
+            model = server_args.model_path, server_args.revision
+            server_args.dtype = cpu_dtype.chosen(*model, server_args.quantization)
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
@@ -220,6 +221,24 @@ def test_read_while_a_shard_is_finished(tmp_path, format):
     shutil.rmtree(tmp_path / "data")
     with pytest.raises(FileNotFoundError, match="is gone"):
         list(read_rows(paths))
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_a_shard_that_is_finished_while_files_are_looked_for(tmp_path, format, monkeypatch):
+    (tmp_path / "run.json").write_text("{}")
+    with contextlib.closing(RecordStore(tmp_path, format=format, shard_records=100)) as store:
+        store.append(record(0))
+        really, done = Path.glob, []
+
+        def glob(self, pattern):
+            found = list(really(self, pattern))
+            if not done:
+                done.append(store.finalize())
+            return found
+
+        monkeypatch.setattr(Path, "glob", glob)
+        paths = find_shards(tmp_path, "accepted")
+    assert [row["id"] for row in read_rows(paths)] == [record(0).id]
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -367,7 +367,7 @@ def _samples_alive(statistics: Statistics) -> np.ndarray:
 
 
 def _percent(axis: Axis) -> None:
-    axis.set_major_formatter(lambda value, _: f"{100 * value:g} %" if value < 1.001 else "")
+    axis.set_major_formatter(lambda value, _: _as_percent(value))
 
 
 class _LogPercent(LogFormatter):
@@ -375,7 +375,12 @@ class _LogPercent(LogFormatter):
 
     def __call__(self, value: float, position: int | None = None) -> str:
         """Of a tick."""
-        return f"{100 * value:g} %" if value < 1.001 and super().__call__(value, position) else ""
+        return _as_percent(value) if super().__call__(value, position) else ""
+
+
+def _as_percent(value: float) -> str:
+    """Of a tick; one beyond 100 % has no label."""
+    return f"{100 * value:g} %" if value < 1.001 else ""
 
 
 def _whole_numbers(axis: Axis, ticks: int = 5) -> None:

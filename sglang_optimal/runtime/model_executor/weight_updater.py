@@ -15,14 +15,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import MultiprocessingSerializer
 
+from sglang_optimal.local_model import model_folder
 from sglang_optimal.platforms import packed_linear
 
 logger = logging.getLogger(__name__)
@@ -78,13 +77,7 @@ def checkpoint_layout(path: str, revision: str | None = None) -> dict[str, list[
 
 
 def _folder(path: str, revision: str | None) -> Path:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    try:
-        return Path(snapshot_download(path, revision=revision, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        return folder
+    return model_folder(path, revision) or Path(path).expanduser()
 
 
 def check_checkpoint(path: str, expected: dict[str, list[int]] | None, side: str = "student") -> None:
