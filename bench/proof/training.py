@@ -93,19 +93,36 @@ def answers(
 ) -> list[str]:
     """The greedy texts of the student alone."""
     model.eval()
-    end, texts = tokenizer.eos_token_id, []
-    for start in range(0, len(problems), scale.generate):
-        prompts = [prompt_ids(tokenizer, problem) for problem in problems[start : start + scale.generate]]
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in prompts], device=scale.device)
-        mask = torch.tensor(
-            [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=scale.device
-        )
-        written = model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=end
-        )
-        texts += tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
-    return texts
+    prompts = [prompt_ids(tokenizer, problem) for problem in problems]
+    texts: list[list[int]] = [[] for _ in prompts]
+    # A batch lasts as long as its longest text: the few long ones go on together, in a batch of their own.
+    most = max(1, max_new_tokens * 5 // 8)
+    unfinished = list(range(len(prompts)))
+    while unfinished:
+        so_far = [prompts[i] + texts[i] for i in unfinished]
+        written = [
+            text
+            for start in range(0, len(so_far), scale.generate)
+            for text in _continued(model, so_far[start : start + scale.generate], most, tokenizer.eos_token_id)
+        ]
+        for i, text in zip(unfinished, written, strict=True):
+            texts[i] += text
+        unfinished = [i for i in unfinished if texts[i][-1] != tokenizer.eos_token_id and len(texts[i]) < max_new_tokens]
+        most = max_new_tokens - most
+    return tokenizer.batch_decode(texts, skip_special_tokens=True)
+
+
+def _continued(model: Any, prompts: Sequence[list[int]], most: int, end: int) -> list[list[int]]:
+    """What the model writes after each, up to its end token, or ``most`` tokens."""
+    longest = max(map(len, prompts))
+    ids = [[end] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    written = model.generate(
+        input_ids=torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device),
+        do_sample=False, max_new_tokens=most, pad_token_id=end,
+    )  # fmt: skip
+    rows = written[:, longest:].tolist()
+    return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:

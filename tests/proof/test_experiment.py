@@ -9,6 +9,7 @@ import shutil
 import types
 
 import pytest
+import torch
 from rich.console import Console
 from stub_server import stub_answer, stub_server
 from tiny_models import build_tiny_tokenizer_model
@@ -224,6 +225,12 @@ def test_answers_do_not_depend_on_what_stands_beside_them(model):
     together = training.answers(tiny, tokenizer, problems, SCALE, 12)
     alone = [training.answers(tiny, tokenizer, [problem], SCALE, 12)[0] for problem in problems]
     assert together == alone and any(together)
+    whole = []
+    for problem in problems:  # and not on the two parts in which long ones are written
+        ids = torch.tensor([training.prompt_ids(tokenizer, problem)])
+        written = tiny.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=tokenizer.eos_token_id)
+        whole.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+    assert together == whole
 
 
 def test_the_matrix():
