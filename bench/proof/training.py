@@ -107,7 +107,8 @@ def answers(
         ]
         for i, text in zip(unfinished, written, strict=True):
             texts[i] += text
-        unfinished = [i for i in unfinished if texts[i][-1] != tokenizer.eos_token_id and len(texts[i]) < max_new_tokens]
+        ended = {i for i in unfinished if texts[i][-1] == tokenizer.eos_token_id or len(texts[i]) >= max_new_tokens}
+        unfinished = [i for i in unfinished if i not in ended]
         most = max_new_tokens - most
     return tokenizer.batch_decode(texts, skip_special_tokens=True)
 
