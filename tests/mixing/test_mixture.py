@@ -23,7 +23,6 @@ BY_CONDITION = ["kl_symmetry", "ess_balance", "reverse_kl_symmetry"]
 def implementation(request):
     """Every test of this file runs on the CPU's fused implementation and on plain PyTorch."""
     choose = mixture_module._fused
-    torch.set_num_threads(2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixture_module, "_fused", lambda name, device: choose(name or request.param, device))
         yield request.param
