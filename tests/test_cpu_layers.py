@@ -235,31 +235,58 @@ def test_what_is_not_packed(monkeypatch):
         assert type(model.layer.quant_method) is UnquantizedLinearMethod
 
 
+BF16, FP16, FP32 = ({"dtype": name} for name in ("bfloat16", "float16", "float32"))
+
+
 @pytest.mark.parametrize(
-    "has_bfloat16,quantization,config,memory,wanted",
+    "fast,quantization,config,memory,wanted",
     [
-        (True, None, {}, 8000, "auto"),
-        (False, None, {}, 8000, "float32"),
-        (False, None, {}, 7999, "auto"),
-        (False, "awq", {}, 8000, "auto"),
-        (False, None, {"quantization_config": {"quant_method": "gptq"}}, 8000, "auto"),
+        ({"bfloat16", "float16"}, None, BF16, 8000, "auto"),
+        (set(), None, BF16, 8000, "float32"),
+        (set(), None, BF16, 7999, "auto"),
+        (set(), None, FP32, 4000, "float32"),  # as many bytes as there are
+        (set(), None, FP32, 3999, "auto"),
+        (set(), "awq", BF16, 8000, "auto"),
+        (set(), None, {**BF16, "quantization_config": {"quant_method": "gptq"}}, 8000, "auto"),
+        # SGLang would make float16 of both, which a processor with bfloat16 may not have.
+        ({"bfloat16"}, None, FP32, 8000, "float32"),
+        ({"bfloat16"}, None, {"torch_dtype": "float16"}, 8000, "float32"),
+        ({"bfloat16"}, None, {"model_type": "no dtype"}, 8000, "float32"),
+        ({"bfloat16"}, None, {**FP32, "model_type": "gemma2"}, 8000, "auto"),  # of which it makes bfloat16
+        ({"bfloat16"}, None, BF16, 8000, "auto"),
+        ({"bfloat16"}, None, {"text_config": BF16}, 8000, "auto"),
+        ({"float16"}, None, FP16, 8000, "auto"),
     ],
 )
 def test_the_dtype_that_the_processor_does_well(
-    tmp_path, monkeypatch, caplog, has_bfloat16, quantization, config, memory, wanted
+    tmp_path, monkeypatch, caplog, fast, quantization, config, memory, wanted
 ):
-    monkeypatch.setattr(cpu_dtype, "has_bfloat16", lambda: has_bfloat16)
+    for name in ("bfloat16", "float16"):
+        monkeypatch.setattr(cpu_dtype, f"has_{name}", lambda name=name: name in fast)
     monkeypatch.setattr(cpu_dtype.psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model-1.safetensors").write_bytes(bytes(600))
-    (tmp_path / "model-2.safetensors").write_bytes(bytes(400))  # in float32 a quarter of 8,000
+    (tmp_path / "model-2.safetensors").write_bytes(bytes(400))  # of two bytes each: in float32 a quarter of 8,000
     arguments = SimpleNamespace(dtype="auto", model_path=str(tmp_path), revision=None, quantization=quantization)
     TorchCpuSRTPlatform().apply_server_args_defaults(arguments)
     assert arguments.dtype == wanted
     for file in tmp_path.glob("*.safetensors"):
         file.unlink()
     assert cpu_dtype.chosen(str(tmp_path), None, None) == "auto"
-    assert ("--dtype float32 where there is memory" in caplog.text) is (memory < 8000)
+    assert ("--dtype float32 where there is memory" in caplog.text) is (memory in (7999, 3999))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"dtype": "bfloat16"}, {"torch_dtype": "float16"}, {"dtype": "half"}, {"dtype": "float32"}, {},
+        {"dtype": "float32", "model_type": "gemma3_text"},
+    ],
+)  # fmt: skip
+def test_what_sglang_s_auto_is(config):
+    from sglang.srt.configs.model_config import _get_and_verify_dtype
+
+    assert cpu_dtype._dtypes(config)[1] is _get_and_verify_dtype({"model_type": "llama", **config}, "auto")
 
 
 @pytest.mark.parametrize("path", ["nobody/has-this", "not a name", "/not/there"])
