@@ -68,7 +68,7 @@ def _dtypes(config: dict[str, Any]) -> tuple[torch.dtype, torch.dtype]:
     """(of the checkpoint, what SGLang's ``auto`` makes of it)."""
     inner = config.get("text_config") or {}
     name = config.get("dtype") or config.get("torch_dtype") or inner.get("dtype") or inner.get("torch_dtype")
-    stored = {"bfloat16": torch.bfloat16, "float16": torch.float16, "half": torch.float16}.get(name, torch.float32)
+    stored = {"bfloat16": torch.bfloat16, "float16": torch.float16, "half": torch.float16}.get(str(name), torch.float32)
     if stored is not torch.float32:
         return stored, stored
     return stored, torch.bfloat16 if str(config.get("model_type")).startswith("gemma") else torch.float16
