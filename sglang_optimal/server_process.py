@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import requests
 
@@ -59,15 +60,20 @@ class ServerProcess:
         self.url, self.log = url, log
         with log.open("ab") as output:
             self._begin = output.tell()
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *argv],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
+            self.process = self._started(module, argv, output, {**os.environ, **(environment or {})})
+
+    def _started(
+        self, module: str, argv: Sequence[str], output: IO[bytes], environment: Mapping[str, str]
+    ) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
 
     def is_ready(self, headers: Mapping[str, str] | None = None) -> bool:
         """Whether it answers; asks once.
@@ -99,12 +105,13 @@ class ServerProcess:
             time.sleep(PAUSE)
 
     def stop(self, grace: float = 20.0) -> bool:
-        """End it. What is left of its session after ``grace`` seconds is killed.
+        """End it: SIGTERM, as a user would, to it alone, so that it ends its requests and has its schedulers give their
+        memory back. What is left of its session after ``grace`` seconds, or when it has ended, is killed.
 
         Returns:
             Whether it went by itself; else there is a warning.
         """
-        self.signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(grace)
             return True
@@ -143,20 +150,19 @@ def running(
     headers: Mapping[str, str] | None = None,
     environment: Mapping[str, str] | None = None,
     grace: float = 20.0,
+    process: type[ServerProcess] = ServerProcess,
 ) -> Iterator[ServerProcess]:
     """A server on a free port of this machine, ready within the block.
 
     Args:
         argv: its arguments, without the port.
-        seconds: for the start. grace: for the end. The others: see `ServerProcess`.
+        seconds: for the start. grace: for the end. process: what starts it. The others: see `ServerProcess`.
 
     Raises:
         ServerFailed: it did not start; the message has the end of what it said.
     """
     port = free_port()
-    server = ServerProcess(
-        module, [*argv, "--port", str(port)], f"http://127.0.0.1:{port}", log, environment=environment
-    )
+    server = process(module, [*argv, "--port", str(port)], f"http://127.0.0.1:{port}", log, environment=environment)
     try:
         try:
             server.wait_until_ready(seconds, headers)

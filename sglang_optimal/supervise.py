@@ -25,8 +25,9 @@ def supervise(command: Sequence[str], max_restarts: int, *, pause: float = 2.0) 
     """Run ``command`` until it ends well, is stopped, refuses its arguments, or has failed too often in a row.
 
     SIGTERM, SIGINT and the end of the terminal (SIGHUP, unless it is ignored, as under nohup) are passed on as SIGTERM
-    and end it. Whatever the command leaves of its process group is killed before it is started again, so that no memory
-    or port stays taken. The command dies with this process, also when that is killed.
+    to the command alone, which ends its own processes in order. Whatever it leaves of its process group is killed
+    before it is started again, so that no memory or port stays taken. The command dies with this process, also when
+    that is killed.
 
     Args:
         command: the program and its arguments.
@@ -42,7 +43,7 @@ def supervise(command: Sequence[str], max_restarts: int, *, pause: float = 2.0) 
     def stop(number, frame) -> None:
         stopping.set()
         if process is not None:
-            _signal_group(process, signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
 
     numbers = [signal.SIGTERM, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -54,7 +55,7 @@ def supervise(command: Sequence[str], max_restarts: int, *, pause: float = 2.0) 
             started = time.monotonic()
             process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
             if stopping.is_set():  # between the start and the assignment
-                _signal_group(process, signal.SIGTERM)
+                process.send_signal(signal.SIGTERM)
             status = _wait(process, stopping)
             _signal_group(process, signal.SIGKILL)
             if stopping.is_set() or status in (0, REFUSED):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
+import warm_python
 from gpu_like import faults
 from hypothesis import settings
 from oracle import MixedOracle
@@ -23,6 +25,16 @@ settings.load_profile(os.getenv("HYPOTHESIS_PROFILE", "repeatable"))
 _folder = tempfile.TemporaryDirectory(prefix="gpu-like-")
 os.environ[faults.FILE] = str(Path(_folder.name) / "fault")
 faults.file().touch()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """Beside other workers servers are forks; in the process that starts the workers, before they have their
+    environment."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        stack = contextlib.ExitStack()
+        stack.enter_context(warm_python.started())
+        config.add_cleanup(stack.close)
 
 
 @pytest.fixture

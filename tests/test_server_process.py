@@ -61,6 +61,31 @@ def test_one_that_has_to_be_killed_is_told_of(module, tmp_path, caplog, program,
     assert server.process.poll() is not None
 
 
+WITH_A_CHILD = """
+import signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"])
+
+def end(*_):
+    time.sleep(0.5)
+    print("child", child.poll(), flush=True)
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, end)
+time.sleep(60)
+"""
+
+
+def test_it_ends_its_own_processes_itself(module, tmp_path):
+    """SGLang's schedulers give memory back when the server tells them to, not when they are killed by a signal."""
+    server = ServerProcess(module(WITH_A_CHILD), [], "http://127.0.0.1:9", tmp_path / "log")
+    deadline = time.monotonic() + 20
+    while server.said() != "up":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert server.stop(10)
+    assert server.said() == "up\nchild None" and server.process.returncode == 0
+
+
 @contextlib.contextmanager
 def listening(port: int):
     """As a server does."""

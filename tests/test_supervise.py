@@ -27,6 +27,10 @@ if what == "killed":
 if what == "orphan":
     print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid, flush=True)
     sys.exit(7)
+if what == "parent":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(time.sleep(0.3) or (3 if child.poll() is None else 4)))
+    what = "runs"
 if what == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     what = "runs"
@@ -112,6 +116,16 @@ def test_a_signal_ends_both(tmp_path, number, child):
         assert process.wait(20) == 128 + (signal.SIGTERM if child == "runs" else signal.SIGKILL)
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+    finally:
+        end(process, pid)
+
+
+def test_a_signal_is_for_the_command_alone(tmp_path):
+    """Which ends its own processes itself."""
+    process, pid = supervised(tmp_path, "parent")
+    try:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 3
     finally:
         end(process, pid)
 

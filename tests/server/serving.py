@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+from warm_python import ADDRESS, OFFLINE, ForkedServer
 
 from sglang_optimal.server_process import ServerProcess, free_port, running
 
 __all__ = ["free_port"]
 
 START_DEADLINE = 150  # seconds; a start takes half a minute on two cores
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def as_argv(values: dict[str, Any]) -> list[str]:
@@ -35,6 +36,7 @@ def serve(
     *,
     api_key: str | None = None,
     environment: dict[str, str] | None = None,
+    fork: bool = True,
 ) -> Iterator[httpx.Client]:
     """Run ``python -m module argv --port <free>`` until the block ends; gives a client for it.
 
@@ -44,14 +46,21 @@ def serve(
         log: file for everything it prints; its end is shown when it does not start.
         api_key: start the server with it, and send it with every request of the client.
         environment: variables for the server, beside this process's own.
+        fork: whether it may be a fork of `warm_python` where there is one; SGLang's own, which must not have our
+            modules, and those with variables are none.
     """
     headers, arguments = {}, list(argv)
     if api_key is not None:
         arguments += ["--api-key", api_key]
         headers["Authorization"] = f"Bearer {api_key}"
     variables = {**OFFLINE, **(environment or {})}
+    ours = module == "sglang_optimal.launch_server" and environment is None
+    process = ForkedServer if fork and ours and ADDRESS in os.environ else ServerProcess
+    started = running(
+        module, arguments, log, seconds=START_DEADLINE, headers=headers, environment=variables, process=process
+    )
     with (
-        running(module, arguments, log, seconds=START_DEADLINE, headers=headers, environment=variables) as server,
+        started as server,
         httpx.Client(base_url=server.url, headers=headers, timeout=60) as client,
     ):
         yield client
