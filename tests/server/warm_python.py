@@ -87,7 +87,7 @@ class _Process:
 
     def poll(self) -> int | None:
         if self.returncode is None and select.select([self._handler], [], [], 0)[0]:
-            self.returncode = int(self._lines.readline())
+            self.returncode = int(self._lines.readline() or -signal.SIGKILL)
             self._lines.close()
             self._handler.close()
         return self.returncode
