@@ -56,7 +56,7 @@ distill-demo: $(MODEL)/config.json  ## a small distillation run with its report,
 example-loop: $(MODEL)/config.json  ## generate, filter, train, update the student live, evaluate; under 40 minutes on two cores
 	$(BIN)/python -m sglang_optimal.demo.loop --model-path $(MODEL) $(ARGS)
 
-test: $(READY)  ## the whole suite but the slow tests, two at a time; 20 to 35 minutes on two cores, no GPU
+test: $(READY)  ## the whole suite but the slow tests, two at a time; 15 minutes on two cores, no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' $(BESIDE)
 
 test-sglang: $(READY)  ## contract and oracle identity on another release of SGLang (VERSION=0.5.22); all else as in .venv; 10 minutes

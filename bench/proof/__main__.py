@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.proof.lines import FOLDER, Results
-from bench.proof.plan import Cell, cells, estimate
+from bench.proof.plan import Cell, cells, estimate, to_run
 from bench.proof.scales import SCALES, Scale
 from sglang_optimal.demo.prepare_model import DEFAULT_TARGET
 
@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         results = Results(args.results or FOLDER / f"{scale.name}.jsonl", scale, Path(args.model_path).name)
         if args.plan:
-            missing = [cell for cell in cells(scale) if not results.has(cell.key)]
-            show_plan("to run", missing, results, console)
+            show_plan("to run", to_run(cells(scale), results, out), results, console)
             return 0
         if not (Path(args.model_path) / "config.json").exists():
             raise ValueError(f"--model-path: {args.model_path} has no config.json; `make model` prepares one.")

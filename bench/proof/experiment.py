@@ -13,9 +13,9 @@ from rich.console import Console
 
 from bench.proof import rounds
 from bench.proof.lines import Results
-from bench.proof.plan import REFERENCE, Cell, estimate, needs, sources_of, split, tokens_of
+from bench.proof.plan import REFERENCE, Cell, estimate, sources_of, split, to_run, tokens_of
 from bench.proof.policies import MEASURE, POLICIES, Pools, Taken, cut, take
-from bench.proof.sources import Drawn, is_whole, pool, sample
+from bench.proof.sources import Drawn, pool, sample
 from bench.proof.tasks import TASKS, Task, followed, judged
 from bench.proof.training import answers, load, save, solution_rows, trained
 from sglang_optimal.demo.loop.evaluate import update_student
@@ -46,9 +46,7 @@ class Experiment:
             Cells that were not run.
         """
         began = time.monotonic()
-        lacking = {cell for cell in cells if not self.results.has(cell.key)}
-        gone = {needed for cell in lacking for needed in needs(cell) if not self._is_there(needed)}
-        missing = [cell for cell in cells if cell in lacking | gone]
+        missing = to_run(cells, self.results, self.out)
         for i, cell in enumerate(missing):
             spent = time.monotonic() - began
             if budget is not None and spent + estimate(cell, self.scale, self.results.lines) > budget:
@@ -56,7 +54,7 @@ class Experiment:
             self.console.print(f"{spent / 60:5.1f} min  {i + 1} of {len(missing)}: {cell}")
             start = time.monotonic()
             line = _KINDS[cell.kind](self, cell)
-            if cell not in lacking:
+            if self.results.has(cell.key):  # drawn again
                 continue
             self.results.append(
                 {
@@ -67,10 +65,6 @@ class Experiment:
             if cell.round > 1:  # the line is safe, and the checkpoint before is not needed any more
                 rounds.forget(self._student(cell, cell.round - 1))
         return []
-
-    def _is_there(self, cell: Cell) -> bool:
-        """The samples of a cell with samples; others are in their line."""
-        return cell.kind != "sample" or is_whole(TASKS[cell.task], cell.seed, cell.arm, self.out)
 
     # One method for each kind of cell; each returns what its line says.
 

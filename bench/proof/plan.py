@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from bench.proof.lines import Line
+from bench.proof.lines import Line, Results
 from bench.proof.policies import MEASURE, POLICIES
 from bench.proof.scales import Scale
-from bench.proof.sources import SOURCES, VARIANTS
+from bench.proof.sources import SOURCES, VARIANTS, is_whole
 from bench.proof.tasks import TASKS
 
 NOTHING, REFERENCE = "nothing", "reference"
@@ -140,6 +141,15 @@ def cells(scale: Scale, parts: Sequence[Part] = PARTS) -> list[Cell]:
                         add(cell)
                 add(train)
     return list(ordered)
+
+
+def to_run(ordered: Sequence[Cell], results: Results, out: Path) -> list[Cell]:
+    """Of these cells the ones that have no line, and samples that those need and `out` does not hold, because they were
+    drawn on another machine."""
+    lacking = {cell for cell in ordered if not results.has(cell.key)}
+    needed = {need for cell in lacking for need in needs(cell) if need.kind == "sample"}
+    gone = {cell for cell in needed if not is_whole(TASKS[cell.task], cell.seed, cell.arm, out)}
+    return [cell for cell in ordered if cell in lacking | gone]
 
 
 PASSES = {"shared": 276.0, "alone": 240.0, "lockstep": 250.0}

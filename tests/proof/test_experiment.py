@@ -19,7 +19,7 @@ from bench.proof import experiment as module
 from bench.proof import rounds, training
 from bench.proof.experiment import Experiment
 from bench.proof.lines import Results, key_of
-from bench.proof.plan import PARTS, Cell, Part, cells, data_arms, estimate, needs
+from bench.proof.plan import PARTS, Cell, Part, cells, data_arms, estimate, needs, to_run
 from bench.proof.policies import POLICIES
 from bench.proof.scales import SCALES, Scale
 from bench.proof.sources import pool
@@ -282,10 +282,14 @@ def test_samples_of_another_machine_are_drawn_again_where_they_are_needed(made, 
     shutil.rmtree(tmp_path / "out" / "one-step")
     asked = sum(made.server.seen.values())
     again = made.make()
+    # The student's samples, and the mixture's, which say how many passes there are; not the teacher's.
+    assert [(cell.kind, cell.arm) for cell in to_run(plan, again.results, again.out)] == [
+        ("sample", "mixture"), ("sample", "student"), ("train", "rs"),
+    ]  # fmt: skip
     assert again.run(plan) == []
+    assert to_run(plan, again.results, again.out) == []
     assert sorted(key_of(line) for line in again.results.lines) == sorted(cell.key for cell in plan)
     assert len(again.results.lines) == len(left) + 1
-    # The student's, and the mixture's, which says how many passes there are; not the teacher's.
     assert sum(made.server.seen.values()) - asked == 8 * (5 + 2)
 
 

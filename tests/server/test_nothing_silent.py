@@ -32,7 +32,9 @@ def client(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def still_serves(client):
     yield
-    assert client.get("/health").status_code == 200
+    # A plain request, and not /health, which takes SGLang a second.
+    answer = client.post("/generate", json={"text": "a", "sampling_params": {"max_new_tokens": 1}})
+    assert answer.status_code == 200 and answer.json()["meta_info"]["completion_tokens"] == 1
 
 
 # -- 1: a mixed request does not become a plain one ------------------------------------------------------------------
