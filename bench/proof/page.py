@@ -157,7 +157,7 @@ def _data_rows(task: str, lines: Sequence[Line]) -> list[list[object]]:
 def _trained_rows(task: str, lines: Sequence[Line], everything: Sequence[Line]) -> list[list[object]]:
     rows = []
     before = untrained(everything, task)
-    kept = bits(before["solved_problems"]) == 1 if before else None
+    kept = bits(before["solved_problems"]) == 1 if before and before["solved"] else None
     for (kind, arm, level, round), group in _groups(lines, ("kind", "arm", "level", "round")):
         solved, of = sum(line["solved"] for line in group), sum(line["held_out"] for line in group)
         low, high = wilson(solved, of)
@@ -170,7 +170,7 @@ def _trained_rows(task: str, lines: Sequence[Line], everything: Sequence[Line]) 
             len(seeds_of(group)), _mean(group, "passes"), _mean(group, "trained_samples"),
             _mean(group, "trained_tokens"), f"{solved / of:.1%} ({low:.1%}–{high:.1%})", each,
             f"{statistics.mean(follows):.0%}",
-            f"{statistics.mean(retained):.0%}" if retained and kept is not None and kept.any() else "",
+            f"{statistics.mean(retained):.0%}" if retained else "",
         ])  # fmt: skip
     return rows
 

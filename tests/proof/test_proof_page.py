@@ -61,6 +61,15 @@ def test_figures_of_lines():
     assert rows(text, "hypotheses-gpu")[2][3] == NOT_RUN
 
 
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_retained_of_nothing():
+    made = [line(Arm("two-step", "nothing", "all", "untrained"), solved_problems="0" * 20)]
+    made += [line(Arm("two-step", "mix"), solved_problems="1" * 2 + "0" * 18, passes=1000, trained_samples=7,
+                  trained_tokens=300)]  # fmt: skip
+    text = rendered(PAGE.read_text(encoding="utf-8"), {"cpu": made, "gpu": []})
+    assert [row[-1] for row in rows(text, "results-cpu") if row[0] in ("nothing", "mix")] == ["", ""]
+
+
 def test_a_page_without_a_block_is_refused():
     with pytest.raises(ValueError, match="no block 'hypotheses-cpu'"):
         rendered("<!-- proof:plan -->\n<!-- /proof:plan -->\n", {"cpu": [], "gpu": []})
