@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import GRPOTrainer
 
-from sglang_optimal.train.sampler import Sampler, SamplerUpdates, check_sample, give_weights
+from sglang_optimal.train.sampler import Sampler, SamplerUpdates, Sampling, check_sample, give_weights, sampling_at
 
 
 class MixtureGRPOTrainer(GRPOTrainer):
@@ -23,8 +23,9 @@ class MixtureGRPOTrainer(GRPOTrainer):
             teacher's ``teacher_prompt`` (text, messages or token ids). Both are read as `OptimalSampler` reads them.
         sampler: an `OptimalSampler` whose student has weights of its own (another model, or
             ``student_weights="separate"``).
-        sampling: parameters of its ``generate``, alpha's among them. Length, temperature, top-p, top-k and min-p are
-            those of ``args``.
+        sampling: parameters of its ``generate``, alpha's among them, or a function of the optimizer steps that are
+            done, which gives them: a ``kl_budget`` that falls. Length, temperature, top-p, top-k and min-p are those of
+            ``args``.
         update_every: optimizer steps between updates of the sampler's student; it also gets the weights before the
             first one.
 
@@ -36,7 +37,7 @@ class MixtureGRPOTrainer(GRPOTrainer):
         self,
         *args: Any,
         sampler: Sampler,
-        sampling: Mapping[str, Any] | None = None,
+        sampling: Sampling | None = None,
         update_every: int = 1,
         **more: Any,
     ):
@@ -48,12 +49,19 @@ class MixtureGRPOTrainer(GRPOTrainer):
         if update_every < 1:
             raise ValueError(f"update_every: must be at least 1, got {update_every}.")
         self.sampler, self.update_every = sampler, update_every
-        self.sampling = dict(sampling or {})
-        for name in self._of_args():
-            if name in self.sampling:
-                raise ValueError(f"sampling: {name} is args' ({type(self.args).__name__}); set it there.")
+        self._sampling = sampling
+        _ = self.sampling  # refuses what is wrong before the first step
         self._rows: Sequence[Mapping[str, Any]] = ()
         self.add_callback(SamplerUpdates(self, update_every))
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Parameters of ``generate`` at this step, but for those of ``args``."""
+        given = sampling_at(self._sampling, self.state.global_step)
+        for name in self._of_args():
+            if name in given:
+                raise ValueError(f"sampling: {name} is args' ({type(self.args).__name__}); set it there.")
+        return given
 
     def _of_args(self) -> dict[str, Any]:
         given = self.args
@@ -86,8 +94,9 @@ class MixtureGRPOTrainer(GRPOTrainer):
         """
         if any(row.get("teacher_prompt") is None for row in self._rows):
             raise ValueError("teacher_prompt: every row of the dataset needs one; the teacher reads it.")
-        asked = {**self.sampling, **self._of_args(), "return_mixing_info": ["behaviour_logprob"]}
-        asked["custom_params"] = {**(self.sampling.get("custom_params") or {}), "return_prompts": True}
+        sampling = self.sampling
+        asked = {**sampling, **self._of_args(), "return_mixing_info": ["behaviour_logprob"]}
+        asked["custom_params"] = {**(sampling.get("custom_params") or {}), "return_prompts": True}
         results = self.sampler.generate([row["teacher_prompt"] for row in self._rows], list(prompts), **asked)
         for result in results:
             check_sample(result)

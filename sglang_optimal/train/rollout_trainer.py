@@ -10,7 +10,7 @@ from sglang_optimal.names import SERIES
 from sglang_optimal.top_k import top_k_columns
 from sglang_optimal.train.config import TrainConfig
 from sglang_optimal.train.record_trainer import RecordTrainer
-from sglang_optimal.train.sampler import Sampler, SamplerUpdates, check_sample, give_weights
+from sglang_optimal.train.sampler import Sampler, SamplerUpdates, Sampling, check_sample, give_weights, sampling_at
 
 
 class RolloutTrainer(RecordTrainer):
@@ -24,7 +24,8 @@ class RolloutTrainer(RecordTrainer):
             ``student_weights="separate"``).
         train_dataset: rows with ``prompt`` (what the teacher reads) and ``student_prompt``: text, token ids or
             messages, as `OptimalSampler.generate` takes them.
-        sampling: parameters of ``generate``, such as ``{"max_new_tokens": 64, "n": 4}``; temperature 1 by default.
+        sampling: parameters of ``generate``, such as ``{"max_new_tokens": 64, "n": 4}``; temperature 1 by default. Or
+            a function of the optimizer steps that are done, which gives them: a ``kl_budget`` that falls.
         **more: Trainer's own arguments.
 
     Raises:
@@ -39,15 +40,21 @@ class RolloutTrainer(RecordTrainer):
         sampler: Sampler,
         train_dataset: Any,
         *,
-        sampling: Mapping[str, Any] | None = None,
+        sampling: Sampling | None = None,
         **more: Any,
     ):
         if args.world_size > 1:
             raise ValueError("args: RolloutTrainer runs in one process; its sampler holds the engine.")
         self.sampler = sampler
-        self.sampling = {"temperature": 1.0, **(sampling or {})}
+        self._sampling = sampling
+        sampling_at(sampling, 0)
         super().__init__(model, args, train_dataset, **{"data_collator": list, **more})
         self.add_callback(SamplerUpdates(self, args.update_every))
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Parameters of ``generate`` at this step."""
+        return {"temperature": 1.0, **sampling_at(self._sampling, self.state.global_step)}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Samples for the rows of the batch, then Trainer's own step."""
@@ -66,31 +73,14 @@ class RolloutTrainer(RecordTrainer):
         for name in ("prompt", "student_prompt"):
             if any(row.get(name) is None for row in rows):
                 raise ValueError(f"{name}: every row of train_dataset needs one; the teacher reads `prompt`.")
-        custom = {**(self.sampling.get("custom_params") or {}), "return_prompts": True}
-        asked = {**self.sampling, "custom_params": custom, "return_mixing_info": [*SERIES, "behaviour_logprob"]}
+        sampling = self.sampling
+        custom = {**(sampling.get("custom_params") or {}), "return_prompts": True}
+        asked = {**sampling, "custom_params": custom, "return_mixing_info": [*SERIES, "behaviour_logprob"]}
         students = [row["student_prompt"] for row in rows]
         results = self.sampler.generate([row["prompt"] for row in rows], students, **asked)
         flat = [each for result in results for each in (result if isinstance(result, list) else [result])]
-        return [self._record(result, students[result.index]) for result in flat]
-
-    def _record(self, result: Any, student_prompt: Any) -> dict[str, Any]:
-        check_sample(result)
-        said = {**result.meta_info, **result.mixing_info}
-        ids = said.get("student_prompt_ids")
-        if ids is None:
-            if isinstance(student_prompt, str) or not isinstance(student_prompt[0], int):
-                raise ValueError("student_prompt: the sampler does not return prompts; give token ids.")
-            ids = student_prompt
-        extra = {name: said[name] for name in said if name in _SERIES or name.startswith("top_k_")}
-        extra |= top_k_columns(getattr(result, "top_k", None) or {})
-        return {
-            **extra, "student_prompt_ids": ids, "token_ids": result.token_ids, "sampling": json.dumps(self._settings())
-        }  # fmt: skip
-
-    def _settings(self) -> dict[str, Any]:
-        """What decides how the tokens are drawn from q*."""
-        given = {**(self.sampling.get("sampling_params") or {}), **self.sampling}
-        return {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if given.get(name) is not None}
+        drawn = json.dumps(_how_drawn(sampling))
+        return [{**_record(result, students[result.index]), "sampling": drawn} for result in flat]
 
     def update_sampler(self) -> None:
         """Give the sampler the student's present weights, an adapter merged."""
@@ -98,3 +88,22 @@ class RolloutTrainer(RecordTrainer):
 
 
 _SERIES = (*SERIES, "behaviour_logprob")
+
+
+def _record(result: Any, student_prompt: Any) -> dict[str, Any]:
+    check_sample(result)
+    said = {**result.meta_info, **result.mixing_info}
+    ids = said.get("student_prompt_ids")
+    if ids is None:
+        if isinstance(student_prompt, str) or not isinstance(student_prompt[0], int):
+            raise ValueError("student_prompt: the sampler does not return prompts; give token ids.")
+        ids = student_prompt
+    extra = {name: said[name] for name in said if name in _SERIES or name.startswith("top_k_")}
+    extra |= top_k_columns(getattr(result, "top_k", None) or {})
+    return {**extra, "student_prompt_ids": ids, "token_ids": result.token_ids}
+
+
+def _how_drawn(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides how the tokens are drawn from q*."""
+    given = {**(sampling.get("sampling_params") or {}), **sampling}
+    return {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if given.get(name) is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,23 @@ class Sampler(Protocol):
     def generate(self, prompts: Any, student_prompts: Any, **sampling: Any) -> Any: ...
 
     def update_student_weights(self, weights: Mapping[str, torch.Tensor]) -> None: ...
+
+
+Sampling = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
+"""Parameters of ``generate``, or a function of the optimizer steps that are done, which gives those of the next one:
+a KL budget that falls (TRB, arXiv 2605.31159)."""
+
+
+def sampling_at(sampling: Sampling | None, step: int) -> dict[str, Any]:
+    """The parameters of ``generate`` after ``step`` optimizer steps.
+
+    Raises:
+        ValueError: the function gives something else.
+    """
+    given = sampling(step) if callable(sampling) else {} if sampling is None else sampling
+    if not isinstance(given, Mapping):
+        raise ValueError(f"sampling: must be a mapping, or a function of the step that gives one; got {given!r}.")
+    return dict(given)
 
 
 def check_sample(result: Any) -> None:

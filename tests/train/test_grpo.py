@@ -116,10 +116,19 @@ def test_with_an_engine(pair, tmp_path):
         assert len(ratios) == 10 and max(ratios) < 1e-3, ratios
 
 
+def test_a_budget_that_falls(pair, tmp_path):
+    sampler = FakeSampler(*pair)
+    budgets = {0: 0.5, 1: 0.2, 2: 0.05}
+    trainer_of(pair, sampler, tmp_path, sampling=lambda step: {"kl_budget": budgets[step]}, max_steps=3).train()
+    assert [call["kl_budget"] for call in sampler.calls] == [0.5, 0.2, 0.05]
+
+
 def test_bad_arguments(pair, tmp_path):
     sampler = FakeSampler(*pair)
     with pytest.raises(ValueError, match="sampling: temperature is args'"):
         trainer_of(pair, sampler, tmp_path, sampling={"temperature": 1.0})
+    with pytest.raises(ValueError, match="sampling: top_p is args'"):
+        trainer_of(pair, sampler, tmp_path, sampling=lambda step: {"top_p": 0.9})
     with pytest.raises(ValueError, match="update_every: must be at least 1"):
         trainer_of(pair, sampler, tmp_path, update_every=0)
     trainer = trainer_of(pair, sampler, tmp_path, train_dataset=ROWS.remove_columns("teacher_prompt"))

@@ -346,6 +346,25 @@ def test_the_sampler_gets_the_model_s_weights_before_the_first_step_and_seldom(p
     assert json.loads(record["sampling"]) == {"temperature": 1.0}
 
 
+def test_a_budget_that_falls(pair, tmp_path):
+    """What is sampled follows the optimizer's steps, not the batches that are accumulated."""
+    sampler = FakeSampler(*pair)
+    settings = {"loss": "reverse_kl", "max_steps": 3, "gradient_accumulation_steps": 2}
+    settings["per_device_train_batch_size"] = len(PROMPTS) // 2
+    RolloutTrainer(
+        student(pair), config(tmp_path, **settings), sampler, PROMPTS,
+        sampling=lambda step: {"kl_budget": 0.4 / 2**step, "temperature": 0.5 + step},
+    ).train()  # fmt: skip
+    assert [call["kl_budget"] for call in sampler.calls] == [0.4, 0.4, 0.2, 0.2, 0.1, 0.1]
+    assert [call["temperature"] for call in sampler.calls] == [0.5, 0.5, 1.5, 1.5, 2.5, 2.5]
+
+
+@pytest.mark.parametrize("sampling", [lambda step: None, lambda step: 0.1, 0.1, ["kl_budget"]])
+def test_sampling_that_is_no_mapping(pair, tmp_path, sampling):
+    with pytest.raises(ValueError, match="sampling: must be a mapping, or a function of the step that gives one; got"):
+        RolloutTrainer(student(pair), config(tmp_path), FakeSampler(*pair), PROMPTS, sampling=sampling)
+
+
 def test_an_adapter_is_merged(pair, tmp_path):
     from peft import LoraConfig, get_peft_model
 
