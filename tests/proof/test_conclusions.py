@@ -32,8 +32,8 @@ def mean(name: str, arm: str) -> str:
     return f"{statistics.mean(line[name] for line in of(arm, 'data')):,.0f}"
 
 
-def solved(arm: str, task: str = "one-step") -> str:
-    return _solved(of(arm, task=task))
+def solved(arm: str, task: str = "one-step", level: str = "passes") -> str:
+    return _solved(of(arm, task=task, level=level))
 
 
 def after(round: int, arm: str) -> str:
@@ -84,7 +84,8 @@ def test_verdicts():
 
 def test_figures():
     text = section()
-    sounder = VERDICTS["H5"]
+    sounder, before = VERDICTS["H5"], untrained(LINES, "one-step")
+    assert before is not None
     assert all(value is not None for value in (sounder.difference, sounder.low, sounder.high))
     for each in (
         f"after one round {after(1, 'mix-kl')} solved, with the student's own prefixes {after(1, 'own-kl')} (H8",
@@ -96,6 +97,7 @@ def test_figures():
         f"{solved('rs')}, with the mixture {solved('mix')} (H2",
         f"{sound('rs')} of its samples are sound, {sound('mix')} of the mixture's",
         f"{solved('reference')}, the mixture {solved('mix')} (H7",
+        f"at equal tokens {solved('reference', level='tokens')} and {solved('mix', level='tokens')} |",
         f"{mean('covered', 'star')} of 64 at {mean('passes', 'star')} passes",
         f"{sound('star')} of the samples are sound, {surprise('star')} have a surprise, and they taught "
         f"{solved('star')}",
@@ -109,6 +111,10 @@ def test_figures():
         f"one of {mean('covered', 'mix')} (H4",
         f"{sound('escalation')} sound and {surprise('escalation')} with a surprise, where the mixture has "
         f"{sound('mix')} and {surprise('mix')}",
+        f"the teacher's harm: {solved('teacher')} solved after them, {_solved([before])} before",
+        f"0.1 and 0.5 nats taught {solved('budget-0.1')} and {solved('budget-0.5')}",
+        f"`surprise` the mixture taught {solved('mix-nospike')}, with `equations` {solved('mix-sound')}",
+        f"twice, came to {solved('shuffled')} and {solved('shuffled', level='tokens')}",
         f"in {NUMBERS[SCALES['cpu'].steps]} steps",
     ):
         assert each in text, each
