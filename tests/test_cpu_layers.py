@@ -276,6 +276,16 @@ def test_the_dtype_that_the_processor_does_well(
     assert ("--dtype float32 where there is memory" in caplog.text) is (memory in (7999, 3999))
 
 
+@pytest.mark.parametrize("config", ["[1, 2]", "no json", None])
+def test_a_config_that_is_none_is_left_to_sglang(tmp_path, monkeypatch, config):
+    for name in ("bfloat16", "float16"):
+        monkeypatch.setattr(cpu_dtype, f"has_{name}", lambda: False)
+    (tmp_path / "model.safetensors").write_bytes(bytes(600))
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    assert cpu_dtype.chosen(str(tmp_path), None, None) == "auto"
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -42,11 +42,14 @@ def chosen(model_path: str, revision: str | None, quantization: str | None) -> s
     from sglang_optimal.local_model import model_folder
 
     folder = model_folder(model_path, revision)
-    config = {} if folder is None else _config(folder)
-    if folder is None or not config or "quantization_config" in config:
+    if folder is None:
+        return "auto"
+    config = _config(folder)
+    if not config or "quantization_config" in config:
         return "auto"
     stored, automatic = _dtypes(config)
-    if has_float16() if automatic is torch.float16 else has_bfloat16():
+    does_it_well = has_float16() if automatic is torch.float16 else has_bfloat16()
+    if does_it_well:
         return "auto"
     size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
     size = size * torch.float32.itemsize // stored.itemsize
@@ -77,6 +80,7 @@ def _dtypes(config: dict[str, Any]) -> tuple[torch.dtype, torch.dtype]:
 def _config(folder: Path) -> dict[str, Any]:
     """Of the model; empty where it cannot be read: SGLang says what is wrong."""
     try:
-        return json.loads((folder / "config.json").read_text())
+        found = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}

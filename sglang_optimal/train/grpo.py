@@ -7,7 +7,15 @@ from typing import Any
 
 from trl import GRPOTrainer
 
-from sglang_optimal.train.sampler import Sampler, SamplerUpdates, Sampling, check_sample, give_weights, sampling_at
+from sglang_optimal.train.sampler import (
+    Sampler,
+    SamplerUpdates,
+    Sampling,
+    check_sample,
+    give_weights,
+    sampling_at,
+    with_series,
+)
 
 
 class MixtureGRPOTrainer(GRPOTrainer):
@@ -49,19 +57,16 @@ class MixtureGRPOTrainer(GRPOTrainer):
         if update_every < 1:
             raise ValueError(f"update_every: must be at least 1, got {update_every}.")
         self.sampler, self.update_every = sampler, update_every
-        self._sampling = sampling
-        _ = self.sampling  # refuses what is wrong before the first step
+        first = self._checked(sampling_at(sampling, 0))  # refused before the first step
+        self.sampling = sampling if callable(sampling) else first
         self._rows: Sequence[Mapping[str, Any]] = ()
         self.add_callback(SamplerUpdates(self, update_every))
 
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Parameters of ``generate`` at this step, but for those of ``args``."""
-        given = sampling_at(self._sampling, self.state.global_step)
+    def _checked(self, sampling: dict[str, Any]) -> dict[str, Any]:
         for name in self._of_args():
-            if name in given:
+            if name in sampling:
                 raise ValueError(f"sampling: {name} is args' ({type(self.args).__name__}); set it there.")
-        return given
+        return sampling
 
     def _of_args(self) -> dict[str, Any]:
         given = self.args
@@ -94,9 +99,8 @@ class MixtureGRPOTrainer(GRPOTrainer):
         """
         if any(row.get("teacher_prompt") is None for row in self._rows):
             raise ValueError("teacher_prompt: every row of the dataset needs one; the teacher reads it.")
-        sampling = self.sampling
-        asked = {**sampling, **self._of_args(), "return_mixing_info": ["behaviour_logprob"]}
-        asked["custom_params"] = {**(sampling.get("custom_params") or {}), "return_prompts": True}
+        sampling = self._checked(sampling_at(self.sampling, self.state.global_step))
+        asked = with_series({**sampling, **self._of_args()}, ["behaviour_logprob"])
         results = self.sampler.generate([row["teacher_prompt"] for row in self._rows], list(prompts), **asked)
         for result in results:
             check_sample(result)

@@ -10,7 +10,15 @@ from sglang_optimal.names import SERIES
 from sglang_optimal.top_k import top_k_columns
 from sglang_optimal.train.config import TrainConfig
 from sglang_optimal.train.record_trainer import RecordTrainer
-from sglang_optimal.train.sampler import Sampler, SamplerUpdates, Sampling, check_sample, give_weights, sampling_at
+from sglang_optimal.train.sampler import (
+    Sampler,
+    SamplerUpdates,
+    Sampling,
+    check_sample,
+    give_weights,
+    sampling_at,
+    with_series,
+)
 
 
 class RolloutTrainer(RecordTrainer):
@@ -46,15 +54,10 @@ class RolloutTrainer(RecordTrainer):
         if args.world_size > 1:
             raise ValueError("args: RolloutTrainer runs in one process; its sampler holds the engine.")
         self.sampler = sampler
-        self._sampling = sampling
-        sampling_at(sampling, 0)
+        first = sampling_at(sampling, 0)  # refused before the first step
+        self.sampling = sampling if callable(sampling) else first
         super().__init__(model, args, train_dataset, **{"data_collator": list, **more})
         self.add_callback(SamplerUpdates(self, args.update_every))
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Parameters of ``generate`` at this step."""
-        return {"temperature": 1.0, **sampling_at(self._sampling, self.state.global_step)}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Samples for the rows of the batch, then Trainer's own step."""
@@ -73,9 +76,8 @@ class RolloutTrainer(RecordTrainer):
         for name in ("prompt", "student_prompt"):
             if any(row.get(name) is None for row in rows):
                 raise ValueError(f"{name}: every row of train_dataset needs one; the teacher reads `prompt`.")
-        sampling = self.sampling
-        custom = {**(sampling.get("custom_params") or {}), "return_prompts": True}
-        asked = {**sampling, "custom_params": custom, "return_mixing_info": [*SERIES, "behaviour_logprob"]}
+        sampling = {"temperature": 1.0, **sampling_at(self.sampling, self.state.global_step)}
+        asked = with_series(sampling, [*SERIES, "behaviour_logprob"])
         students = [row["student_prompt"] for row in rows]
         results = self.sampler.generate([row["prompt"] for row in rows], students, **asked)
         flat = [each for result in results for each in (result if isinstance(result, list) else [result])]

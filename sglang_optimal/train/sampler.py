@@ -35,6 +35,12 @@ def sampling_at(sampling: Sampling | None, step: int) -> dict[str, Any]:
     return dict(given)
 
 
+def with_series(sampling: Mapping[str, Any], series: list[str]) -> dict[str, Any]:
+    """Parameters of ``generate`` that ask for these series, and for what the student read, as well."""
+    custom = {**(sampling.get("custom_params") or {}), "return_prompts": True}
+    return {**sampling, "custom_params": custom, "return_mixing_info": series}
+
+
 def check_sample(result: Any) -> None:
     """Raise RuntimeError for a sample that was aborted, or has no tokens."""
     if result.finish_reason == "abort" or not result.token_ids:

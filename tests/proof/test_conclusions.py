@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import statistics
 
-from bench.proof.analysis import bits, judge, untrained
+from bench.proof.analysis import judge
 from bench.proof.hypotheses import HYPOTHESES
-from bench.proof.lines import FOLDER, Line, read
+from bench.proof.lines import FOLDER, read
 from bench.proof.page import PAGE
 from bench.proof.scales import SCALES
 
-LINES = read(FOLDER / "cpu.jsonl")
-VERDICTS = {each.name: judge(each, LINES) for each in HYPOTHESES}
+VERDICTS = {each.name: judge(each, read(FOLDER / "cpu.jsonl")) for each in HYPOTHESES}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -21,51 +19,57 @@ def section() -> str:
     return " ".join(text.partition("## What came of it")[2].partition("## Tasks")[0].split())
 
 
-def of(arm: str, kind: str = "train", task: str = "one-step", level: str = "passes", round: int = 0) -> list[Line]:
-    wanted = {"kind": kind, "task": task, "arm": arm, "level": level, "round": round}
-    found = [line for line in LINES if all(line[name] == value for name, value in wanted.items())]
-    assert len(found) == 3, wanted
+def tables() -> dict[tuple[str, str, str, str], dict[str, str]]:
+    """Rows of the page's tables on CPU cores, which test_proof_page.py holds to the lines, by (task, ``sampled`` or
+    ``learnt``, arm, level)."""
+    block = PAGE.read_text(encoding="utf-8").partition("<!-- proof:results-cpu -->")[2].partition("<!--")[0]
+    found = {}
+    for task, what, table in re.findall(
+        r"\*\*([\w-]+)\*\*, what .*?(sampled|learnt) .*?\n\n(.*?)(?:\n\n|$)", block, re.S
+    ):
+        head, _, *rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.strip().splitlines()]
+        for row in rows:
+            cells = dict(zip(head, row, strict=True))
+            found[task, what, row[0], cells.get("equal", "")] = cells
     return found
 
 
-def mean(name: str, arm: str) -> str:
-    return f"{statistics.mean(line[name] for line in of(arm, 'data')):,.0f}"
+TABLES = tables()
 
 
-def solved(arm: str, task: str = "one-step", level: str = "passes") -> str:
-    return _solved(of(arm, task=task, level=level))
+def of(column: str, *key: str, seeds: int = 3) -> str:
+    """A cell, without its interval and "of 64"; percents as they are written in a text."""
+    row = TABLES[key]
+    assert row["seeds"] == str(seeds), key
+    return row[column].split(" of ")[0].partition(" (")[0].replace("%", " %")
 
 
-def after(round: int, arm: str) -> str:
-    return _solved(of(arm, "rounds", "skilled", "all", round))
-
-
-def _solved(lines: list[Line]) -> str:
-    return f"{100 * sum(line['solved'] for line in lines) / sum(line['held_out'] for line in lines):.1f} %"
-
-
-def follow(arm: str) -> str:
-    return _percent(bits(line["followed_problems"]).mean() for line in of(arm, task="rule", level="tokens"))
-
-
-def retained(arm: str) -> str:
-    before = untrained(LINES, "rule")
-    assert before is not None
-    kept = bits(before["solved_problems"]) == 1
-    return _percent(bits(line["solved_problems"])[kept].mean() for line in of(arm, task="rule", level="tokens"))
-
-
-def sound(arm: str) -> str:
-    return _percent(line["sound"] / line["accepted"] for line in of(arm, "data"))
+def drawn(column: str, arm: str) -> str:
+    return of(column, "one-step", "sampled", arm, "")
 
 
 def surprise(arm: str) -> str:
-    lines = of(arm, "data")
-    return f"{100 * sum(line['surprises'] for line in lines) / sum(line['surprises_of'] for line in lines):.0f} %"
+    return drawn("with a surprise", arm)
 
 
-def _percent(values) -> str:
-    return f"{100 * statistics.mean(values):.0f} %"
+def covered(arm: str) -> str:
+    return drawn("problems covered", arm)
+
+
+def solved(arm: str, task: str = "one-step", level: str = "passes") -> str:
+    return of("solved", task, "learnt", arm, level)
+
+
+def after(round: int, arm: str) -> str:
+    return solved(f"{arm}, round {round}", "skilled", "")
+
+
+def rule(column: str, arm: str) -> str:
+    return of(column, "rule", "learnt", arm, "tokens")
+
+
+def follow(arm: str) -> str:
+    return rule("follow the rule", arm)
 
 
 def test_verdicts():
@@ -84,34 +88,34 @@ def test_verdicts():
 
 def test_figures():
     text = section()
-    sounder, before = VERDICTS["H5"], untrained(LINES, "one-step")
-    assert before is not None
+    sounder = VERDICTS["H5"]
+    before = of("solved", "one-step", "learnt", "nothing", "", seeds=1)
     assert all(value is not None for value in (sounder.difference, sounder.low, sounder.high))
     for each in (
         f"after one round {after(1, 'mix-kl')} solved, with the student's own prefixes {after(1, 'own-kl')} (H8",
         f"after three {after(3, 'mix-kl')} and {after(3, 'own-kl')} (H9",
         f"comes as far: {after(3, 'mix-sft')} (H10",
-        f"{mean('covered', 'mix')} of 64, rejection sampling {mean('covered', 'rs')} (H1",
+        f"{covered('mix')} of 64, rejection sampling {covered('rs')} (H1",
         f"+{100 * sounder.difference:.1f} points at equal tokens, −{-100 * sounder.low:.1f} to "
         f"+{100 * sounder.high:.1f} (H5",
         f"{solved('rs')}, with the mixture {solved('mix')} (H2",
-        f"{sound('rs')} of its samples are sound, {sound('mix')} of the mixture's",
+        f"{drawn('sound', 'rs')} of its samples are sound, {drawn('sound', 'mix')} of the mixture's",
         f"{solved('reference')}, the mixture {solved('mix')} (H7",
         f"at equal tokens {solved('reference', level='tokens')} and {solved('mix', level='tokens')} |",
-        f"{mean('covered', 'star')} of 64 at {mean('passes', 'star')} passes",
-        f"{sound('star')} of the samples are sound, {surprise('star')} have a surprise, and they taught "
-        f"{solved('star')}",
+        f"{covered('star')} of 64 at {drawn('passes', 'star')} passes",
+        f"{drawn('sound', 'star')} of the samples are sound, {surprise('star')} have a surprise, "
+        f"and they taught {solved('star')}",
         f"{follow('teacher')} of the answers follow the rule afterwards, {follow('mix')} with the mixture's (H11",
-        f"keeps {retained('mix')} of what it solved, the other {retained('teacher')} (H12",
+        f"keeps {rule('retained', 'mix')} of what it solved, the other {rule('retained', 'teacher')} (H12",
         f"{solved('reference', 'two-step')} of the held-out problems after worked solutions, "
         f"{solved('star', 'two-step')} after rationalisation, {solved('mix', 'two-step')} after the mixture (H3",
-        f"{mean('accepted', 'shuffled')} accepted samples of {mean('covered', 'shuffled')} problems taught as much, "
+        f"{drawn('accepted', 'shuffled')} accepted samples of {covered('shuffled')} problems taught as much, "
         f"{solved('shuffled')} (H6",
-        f"a right sample of {mean('covered', 'escalation')} of 64 problems at the passes at which the mixture finds "
-        f"one of {mean('covered', 'mix')} (H4",
-        f"{sound('escalation')} sound and {surprise('escalation')} with a surprise, where the mixture has "
-        f"{sound('mix')} and {surprise('mix')}",
-        f"the teacher's harm: {solved('teacher')} solved after them, {_solved([before])} before",
+        f"a right sample of {covered('escalation')} of 64 problems at the passes at which the mixture finds "
+        f"one of {covered('mix')} (H4",
+        f"{drawn('sound', 'escalation')} sound and {surprise('escalation')} with a surprise, where the mixture has "
+        f"{drawn('sound', 'mix')} and {surprise('mix')}",
+        f"the teacher's harm: {solved('teacher')} solved after them, {before} before",
         f"0.1 and 0.5 nats taught {solved('budget-0.1')} and {solved('budget-0.5')}",
         f"`surprise` the mixture taught {solved('mix-nospike')}, with `equations` {solved('mix-sound')}",
         f"twice, came to {solved('shuffled')} and {solved('shuffled', level='tokens')}",
@@ -125,10 +129,10 @@ def test_what_other_pages_say_of_it():
         " ".join((PAGE.parents[1] / name).read_text(encoding="utf-8").split())
         for name in ("README.md", "docs/distillation_guide.md")
     )
-    covered = f"{mean('covered', 'mix')} of 64 problems"
+    of_mix = f"{covered('mix')} of 64 problems"
     for each in (
         f"{after(1, 'mix-kl')} solved after one, {after(1, 'own-kl')} from the student's own prefixes",
-        f"{covered}, rejection sampling of {mean('covered', 'rs')}",
+        f"{of_mix}, rejection sampling of {covered('rs')}",
         f"{solved('reference')}, the mixture {solved('mix')}",
         f"{follow('teacher')} follow it, {follow('mix')} of the mixture's",
     ):
@@ -136,11 +140,10 @@ def test_what_other_pages_say_of_it():
     more = VERDICTS["H1"]
     assert more.difference is not None and more.low is not None and more.high is not None
     for each in (
-        f"{covered} and rejection sampling of {mean('covered', 'rs')} (+{100 * more.difference:.1f} points, "
+        f"{of_mix} and rejection sampling of {covered('rs')} (+{100 * more.difference:.1f} points, "
         f"{100 * more.low:.1f} to {100 * more.high:.1f})",
         f"{solved('mix')} and {solved('rs')} of the held-out problems",
-        f"of {mean('covered', 'escalation')} of 64 problems where `kl_symmetry` alone found one of "
-        f"{mean('covered', 'mix')}",
+        f"of {covered('escalation')} of 64 problems where `kl_symmetry` alone found one of {covered('mix')}",
         f"{surprise('escalation')} instead of {surprise('mix')}",
     ):
         assert each in guide, each

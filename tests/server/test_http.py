@@ -48,6 +48,7 @@ def client(tiny_pair, tmp_path_factory):
     teacher, student = map(str, tiny_pair)
     argv = ["--config", str(folder / "server.yaml"), "--model-path", teacher, "--student-model-path", student]
     argv += ["--alpha-method", "kl_symmetry", "--max-running-requests", "64"]
+    # No fork: the server of this module starts as a user's does, also beside other workers.
     with serve("sglang_optimal.launch_server", argv, folder / "log", api_key=API_KEY, fork=False) as ready:
         yield ready
 
